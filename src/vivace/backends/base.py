@@ -1,0 +1,89 @@
+"""The seam between "what the network is" and "who executes it": two methods, a reason why not, a lazy registry.
+
+A backend consumes a loaded `model.Pi` (weights and definition) and runs its one forward. It may fuse, capture or compile,
+but it never defines the network again. Every backend must pass `tests/conformance`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from ..config import EngineConfig
+from ..errors import ConfigError, Unsupported
+from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
+from .spans import Spans
+
+if TYPE_CHECKING:
+    from ..model.pi import Pi
+
+
+class Backend(Protocol):
+    """Executes one policy network on one device."""
+
+    name: str
+
+    def prefill(self, inputs: ModelInputs, *, trace: Trace | None = None, spans: Spans | None = None) -> PrefixCache:
+        """Encode the observation. Opens the spans "vision" and "prefix"; fills vision_tokens and prefix_embeds of trace.
+
+        The cache may live in buffers that the next `prefill` overwrites: consume it first.
+        """
+        ...
+
+    def denoise(
+        self,
+        cache: PrefixCache,
+        noise: Tensor,
+        *,
+        previous: PreviousChunk | None = None,
+        trace: Trace | None = None,
+        spans: Spans | None = None,
+    ) -> Tensor:
+        """Integrate the flow from noise [B, H, 32] float32 to actions [B, H, 32] float32. Opens the span "denoise"."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the ResolvedEngine: buckets, graphs, kernels, caches."""
+        ...
+
+
+WhyNot = Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class BackendEntry:
+    """One row of the registry: the module is imported only when the backend is asked for."""
+
+    module: str
+    summary: str
+
+
+BACKENDS: dict[str, BackendEntry] = {
+    "eager": BackendEntry("vivace.backends.eager", "plain PyTorch, op by op; the reference"),
+    "compiled": BackendEntry("vivace.backends.compiled", "torch.compile, static shapes per prompt bucket"),
+}
+
+
+def why_not(name: str, *, device: str) -> str | None:
+    """Return why backend `name` cannot run on `device`, or None if it can. Raises ConfigError for an unknown name."""
+    return str(reason) if (reason := _load(name).why_not(device=device)) else None
+
+
+def build(name: str, model: Pi, config: EngineConfig) -> Backend:
+    """Construct a backend around a loaded model, or raise Unsupported with the reason."""
+    module = _load(name)
+    device = str(model.device)
+    if reason := module.why_not(device=device):
+        raise Unsupported(f"backend {name!r} cannot run on {device}", got=reason, do="choose another --backend")
+    backend: Backend = module.create(model, config)
+    return backend
+
+
+def _load(name: str) -> Any:
+    if name not in BACKENDS:
+        raise ConfigError("unknown backend", got=repr(name), wanted=f"one of {sorted(BACKENDS)}")
+    return importlib.import_module(BACKENDS[name].module)

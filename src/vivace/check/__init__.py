@@ -1,0 +1,1 @@
+"""Evidence: parity, timing, environment, reports. Nothing above imports it."""

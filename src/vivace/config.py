@@ -1,0 +1,118 @@
+"""What the network is (`ModelConfig`) and how to run it (`EngineConfig`); both frozen.
+
+`resolve` turns the wishes of an EngineConfig into a `ResolvedEngine`: no "auto" is left in it, and it is logged, sent to
+clients and stored in every result. Only `precision`, `num_denoise_steps` and `seed` change the actions.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .types import PolicyKind
+
+TimeGrid = Literal["accumulated", "direct"]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP tower. Defaults: So400m/14 at 224 px."""
+
+    width: int = 1152
+    layers: int = 27
+    mlp_width: int = 4304
+    num_heads: int = 16
+    patch_size: int = 14
+    image_size: int = 224
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per view."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """One Gemma stack. Defaults: Gemma-2B, the prefix; the action expert is `EXPERT_300M`."""
+
+    width: int = 2048
+    layers: int = 18
+    mlp_width: int = 16384
+    num_heads: int = 8
+    num_kv_heads: int = 1
+    head_dim: int = 256
+
+
+EXPERT_300M = GemmaConfig(width=1024, mlp_width=4096)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A pi0 or pi0.5 network. pi0.5 differs by adaptive norms in the expert, and by having no state token.
+
+    time_grid        "accumulated": float32 t += dt (openpi); "direct": 1 + s*dt in float64, rounded (LeRobot)
+    time_embedding   dtype in which sin and cos of the flow time are computed
+    declared_dtype   what the checkpoint says it is served in: "float32" or "bfloat16"
+    flavour          whose precision map and rounding order `bfloat16` means
+    """
+
+    kind: PolicyKind = "pi05"
+    vision: VisionConfig = VisionConfig()
+    prefix: GemmaConfig = GemmaConfig()
+    expert: GemmaConfig = EXPERT_300M
+    vocab_size: int = 257152
+    action_width: int = 32
+    horizon: int = 50
+    min_period: float = 4e-3
+    max_period: float = 4.0
+    time_grid: TimeGrid = "accumulated"
+    time_embedding: Literal["float32", "float64"] = "float64"
+    declared_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    flavour: Literal["openpi_torch", "openpi_jax", "lerobot"] = "openpi_torch"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run a policy."""
+
+    backend: str = "auto"
+    """auto = eager on a CPU, the fastest backend that can run on a GPU. Names: see `vivace doctor`."""
+    device: str = "auto"
+    """auto = cuda if there is one, else cpu."""
+    precision: str = "auto"
+    """float32, bfloat16, or auto = what the checkpoint declares."""
+    num_denoise_steps: int = 10
+    """Euler steps of the flow; 10 is openpi's and LeRobot's default."""
+    seed: int | None = 0
+    """Noise is a function of seed and request, whatever came before; None draws fresh noise for every request."""
+    prompt_bucket: int = 16
+    """Static-shape backends round the prompt length up to a multiple of this; masked keys get zero probability."""
+
+
+@dataclass(frozen=True)
+class ResolvedEngine:
+    """What really runs; stored in every result."""
+
+    backend: str
+    device: str
+    precision: str
+    num_denoise_steps: int
+    seed: int | None
+    checkpoint: str
+    policy_kind: str
+    horizon: int
+    action_dim: int
+    flavour: str
+    version: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON types."""
+        return asdict(self)
+
+
+def cache_dir() -> Path:
+    """Folder for compiled artefacts. `VIVACE_CACHE` is the only environment variable that vivace reads."""
+    return Path(os.environ.get("VIVACE_CACHE", Path.home() / ".cache" / "vivace"))

@@ -1,0 +1,1 @@
+"""Where the time goes: the table of operations that the model is given."""

@@ -1,0 +1,1 @@
+"""Which tensor is in which format."""

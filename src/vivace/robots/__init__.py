@@ -1,0 +1,1 @@
+"""Robot data <-> model space, on the host, in numpy: images, normalisation, prompts, tokens."""

@@ -1,0 +1,1 @@
+"""Joins checkpoint, robot, model and backend into a policy; wall-clock behaviour."""

@@ -1,0 +1,1 @@
+"""Policies over the wire: protocol code apart from policy code."""
