@@ -59,3 +59,7 @@ class ProtocolError(VivaceError):
 
 class DeadlineMissed(VivaceError):
     """An action was not ready when its control tick came."""
+
+
+class Overloaded(VivaceError):
+    """The server already holds as many requests or connections as it may."""
