@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
+if TYPE_CHECKING:  # `vivace doctor` must start where torch or numpy cannot be imported
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 PolicyKind = Literal["pi0", "pi05"]
 NormMode = Literal["identity", "mean_std", "min_max", "quantiles", "quantile10"]
