@@ -1,0 +1,72 @@
+"""Plain PyTorch, op by op: the slowest backend and the reference of all others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import EngineConfig
+from ..model import flow
+from ..model.pi import Pi
+from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
+from .spans import Spans, span
+
+
+def why_not(*, device: str) -> str | None:
+    """None if it can run on `device`."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    return None
+
+
+class EagerBackend:
+    """Runs the model's methods one after the other."""
+
+    name = "eager"
+
+    def __init__(self, model: Pi, config: EngineConfig) -> None:
+        self.model = model
+        self._table = model.time_table(config.num_denoise_steps)
+
+    @torch.no_grad()
+    def prefill(self, inputs: ModelInputs, *, trace: Trace | None = None, spans: Spans | None = None) -> PrefixCache:
+        """See Backend.prefill."""
+        with span(spans, "vision"):
+            views = self.model.embed_views(inputs.images)
+        with span(spans, "prefix"):
+            embeds, mask = self.model.embed_prefix(inputs, views)
+            cache = self.model.prefill(embeds, mask, state=inputs.state)
+        if trace is not None:
+            trace.vision_tokens, trace.prefix_embeds = views, embeds
+        return cache
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        cache: PrefixCache,
+        noise: Tensor,
+        *,
+        previous: PreviousChunk | None = None,
+        trace: Trace | None = None,
+        spans: Spans | None = None,
+    ) -> Tensor:
+        """See Backend.denoise."""
+        with span(spans, "denoise"):
+            context = self.model.suffix_context(cache, noise.shape[1])
+            committed = flow.committed_mask(previous, noise.shape[1], noise.device)
+
+            def velocity_at(x: Tensor, step: int) -> Tensor:
+                return self.model.denoise_step(x, self._table.at(step, committed), cache, context)
+
+            return flow.sample(velocity_at, noise, list(self._table.times), previous=previous, trace=trace)
+
+    def describe(self) -> dict[str, Any]:
+        """See Backend.describe."""
+        return {"ops": "reference"}
+
+
+def create(model: Pi, config: EngineConfig) -> EagerBackend:
+    """Registry constructor."""
+    return EagerBackend(model, config)

@@ -1,0 +1,239 @@
+"""pi0 and pi0.5, one definition. Five methods in the order in which they run:
+
+    embed_views    views -> image tokens
+    embed_prefix   image tokens and prompt -> prefix tokens
+    prefill        prefix tokens -> keys and values of every layer (pi0: of the state token too)
+    embed_suffix   noisy actions -> action tokens
+    denoise_step   action tokens + keys and values -> velocity
+
+Exact simplifications, always on (tests/model proves each equal to the literal formula): invalid tokens are left out; of the
+last prefix layer only keys and values are computed; everything that depends only on flow time is a table, made once per
+step schedule; pi0's state token never sees actions or time, so its keys and values are appended to the cache once;
+q, k, v and gate, up are single matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..config import ModelConfig
+from ..ops.layers import Linear, RmsNorm, Rope
+from ..ops.table import OpTable, reference_ops
+from ..types import ModelInputs, PrefixCache
+from . import flow, masks, transformer, vision
+
+
+@dataclass(frozen=True)
+class TimeTable:
+    """Everything that depends only on flow time.  T = N steps + 1; the last row is t = 0, for committed actions.
+
+    modulation  float32 [T, 2 * layers + 1, 3D], rows norm1, norm2 of every layer, then the final norm; None in pi0
+    bias        float32 [T, D], the time half of pi0's action-time MLP; None in pi0.5
+    times       flow time of every step, N values
+    """
+
+    times: tuple[float, ...]
+    modulation: Tensor | None
+    bias: Tensor | None
+
+    def at(self, step: int, committed: Tensor | None = None) -> StepCondition:
+        """Rows of one step; with `committed` (bool [H]) one row per action: t = 0 where True."""
+        if committed is None:
+            rows: Tensor | slice = slice(step, step + 1)
+        else:
+            rows = torch.where(committed, len(self.times), step)
+        modulation = None if self.modulation is None else self.modulation[rows].transpose(0, 1)
+        return StepCondition(modulation, None if self.bias is None else self.bias[rows])
+
+
+@dataclass(frozen=True)
+class StepCondition:
+    """Time conditioning of one denoise step.  modulation [2*layers+1, 1 or H, 3D] or None; bias [1 or H, D] or None."""
+
+    modulation: Tensor | None
+    bias: Tensor | None
+
+    def of(self, norm: int) -> Tensor | None:
+        """Modulation of norm number `norm` (2*layer, 2*layer + 1, final = 2*layers)."""
+        return None if self.modulation is None else self.modulation[norm]
+
+
+@dataclass(frozen=True)
+class SuffixContext:
+    """What all denoise steps of one request share: rotary table of the suffix positions, visible keys."""
+
+    rope: Rope
+    mask: Tensor | None
+
+
+class Expert(transformer.GemmaStack):
+    """The action expert: a Gemma stack, its final norm and, in pi0.5, the linears that make modulations."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        modulated = config.kind == "pi05"
+        super().__init__(config.expert, name="expert", modulated=modulated, last_only_kv=False)
+        D, norms = config.expert.width, 2 * config.expert.layers + 1
+        self.norm = RmsNorm(D, name="expert.norm", modulated=modulated)
+        if modulated:
+            # all modulation linears packed: rows of norm 0, norm 1, ...; used once per step schedule
+            self.modulation = Linear(D, norms * 3 * D, name="expert.modulation", bias=True)
+
+
+class Pi(nn.Module):
+    """A pi0 or pi0.5 network with its weights; `ops` decides which kernels execute it."""
+
+    def __init__(self, config: ModelConfig, *, ops: OpTable | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = ops if ops is not None else reference_ops()
+        D, E = config.prefix.width, config.expert.width
+        self.vision = vision.Vision(config.vision)
+        self.projector = Linear(config.vision.width, D, name="projector", bias=True)
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, D))
+        self.prefix = transformer.GemmaStack(config.prefix, name="prefix", modulated=False, last_only_kv=True)
+        self.expert = Expert(config)
+        self.action_in = Linear(config.action_width, E, name="action_in", bias=True)
+        self.action_out = Linear(E, config.action_width, name="action_out", bias=True)
+        if config.kind == "pi05":
+            self.time_in = Linear(E, E, name="time_in", bias=True)
+            self.time_out = Linear(E, E, name="time_out", bias=True)
+        else:
+            self.state = Linear(config.action_width, E, name="state", bias=True)
+            self.action_time_in = Linear(2 * E, E, name="action_time_in", bias=True)
+            self.action_time_out = Linear(E, E, name="action_time_out", bias=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    @property
+    def prefix_dtype(self) -> torch.dtype:
+        """Compute dtype of the prefix."""
+        return self.embedding.dtype
+
+    @property
+    def suffix_dtype(self) -> torch.dtype:
+        """Compute dtype of the action expert."""
+        return self.expert.block(0).qkv.weight.dtype
+
+    # --- prefix -------------------------------------------------------------------------------------------------
+
+    def embed_views(self, images: Tensor) -> Tensor:
+        """Views to prefix tokens.  images [B, V, 3, 224, 224] -> [B, V * 256, D]."""
+        B, V = images.shape[:2]
+        tokens = self.ops.linear(vision.encode(self.vision, images.flatten(0, 1), self.ops), self.projector)
+        batched: Tensor = tokens.unflatten(0, (B, V))
+        return batched.flatten(1, 2)
+
+    def embed_prompt(self, tokens: Tensor) -> Tensor:
+        """Prompt to prefix tokens, scaled by sqrt(D).  int [B, L] -> [B, L, D]."""
+        return functional.embedding(tokens, self.embedding) * math.sqrt(self.config.prefix.width)
+
+    def embed_prefix(self, inputs: ModelInputs, views: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The observation as tokens.  views [B, V*256, D] from `embed_views`.
+
+        returns  prefix [B, S, D] = views then prompt,  mask bool [B, S] or None = all valid
+        """
+        B, V = inputs.images.shape[:2]
+        shape = (B, V, self.config.vision.tokens, inputs.tokens.shape[1])
+        mask = masks.prefix_mask(inputs.view_mask, inputs.token_mask, shape=shape)
+        return torch.cat([views, self.embed_prompt(inputs.tokens)], dim=1), mask
+
+    def prefill(self, embeds: Tensor, mask: Tensor | None, *, state: Tensor | None = None) -> PrefixCache:
+        """Keys and values of every prefix layer; pi0 appends those of its state token.
+
+        embeds [B, S, D],  mask bool [B, S] or None,  state float32 [B, 32] (pi0)
+        """
+        stack, x = self.prefix, embeds.to(self.prefix_dtype)
+        B, S = x.shape[:2]
+        positions = masks.positions(mask, shape=(B, S), device=x.device)
+        rope = transformer.rope_table(positions, stack.config.head_dim, x.dtype)
+        keys, values = [], []
+        for index in range(stack.config.layers - 1):
+            block = stack.block(index)
+            q, k, v = transformer.project(block, x, rope, self.ops, heads=stack.heads, modulation=None)
+            keys.append(k)
+            values.append(v)
+            x = transformer.finish(
+                block, x, self.ops.attention(q, k, v, mask, None), self.ops, modulations=(None, None)
+            )
+        k, v = transformer.keys_values(stack.block(stack.config.layers - 1), x, rope, self.ops, heads=stack.heads[1:])
+        length = masks.lengths(mask, shape=(B, S), device=x.device)
+        cache = PrefixCache(k=(*keys, k), v=(*values, v), length=length, mask=mask)
+        return cache if self.config.kind == "pi05" else self._append_state(cache, state)
+
+    def _append_state(self, cache: PrefixCache, state: Tensor | None) -> PrefixCache:
+        """pi0: run the state token alone through the expert and add its keys and values to the cache."""
+        assert state is not None, "pi0 needs the normalised state"
+        stack = self.expert
+        x = self.ops.linear(state.to(self.state.weight.dtype), self.state)[:, None].to(self.suffix_dtype)
+        context = self.suffix_context(cache, 1)
+        keys, values = [], []
+        for index in range(stack.config.layers):
+            block = stack.block(index)
+            q, k, v = transformer.project(block, x, context.rope, self.ops, heads=stack.heads, modulation=None)
+            keys.append(torch.cat([cache.k[index], k.to(cache.k[index].dtype)], dim=1))
+            values.append(torch.cat([cache.v[index], v.to(cache.v[index].dtype)], dim=1))
+            if index + 1 < stack.config.layers:
+                mixed = self.ops.attention(q, k, v, context.mask, (cache.k[index], cache.v[index]))
+                x = transformer.finish(block, x, mixed, self.ops, modulations=(None, None))
+        return PrefixCache(k=tuple(keys), v=tuple(values), length=cache.length + 1, mask=context.mask)
+
+    # --- suffix -------------------------------------------------------------------------------------------------
+
+    def time_table(self, num_steps: int) -> TimeTable:
+        """Precompute all conditioning on flow time for a schedule of `num_steps` Euler steps. Pure function of weights."""
+        config, E = self.config, self.config.expert.width
+        times = flow.time_grid(num_steps, config.time_grid)
+        dtype = torch.float64 if config.time_embedding == "float64" else torch.float32
+        embedded = flow.time_embedding(
+            torch.tensor([*times, 0.0], device=self.device),
+            E,
+            min_period=config.min_period,
+            max_period=config.max_period,
+            dtype=dtype,
+        )
+        if config.kind == "pi0":
+            layer = self.action_time_in
+            bias = functional.linear(embedded.to(layer.weight.dtype), layer.weight[:, E:], layer.bias)
+            return TimeTable(tuple(times), None, bias)
+        ops = self.ops
+        hidden = functional.silu(ops.linear(embedded.to(self.time_in.weight.dtype), self.time_in))
+        condition = functional.silu(ops.linear(hidden, self.time_out))
+        packed = ops.linear(condition.to(self.expert.modulation.weight.dtype), self.expert.modulation)
+        return TimeTable(tuple(times), packed.float().unflatten(-1, (-1, 3 * E)), None)
+
+    def suffix_context(self, cache: PrefixCache, suffix: int) -> SuffixContext:
+        """Positions and visible keys of `suffix` tokens that follow the cache."""
+        positions = cache.length[:, None] + torch.arange(suffix, device=cache.length.device)
+        rope = transformer.rope_table(positions, self.expert.config.head_dim, self.suffix_dtype)
+        return SuffixContext(rope=rope, mask=masks.with_suffix(cache.mask, suffix))
+
+    def embed_suffix(self, x: Tensor, condition: StepCondition) -> Tensor:
+        """Noisy actions to action tokens.  x float32 [B, H, 32] -> [B, H, E] in the expert's compute dtype."""
+        tokens = self.ops.linear(x.to(self.action_in.weight.dtype), self.action_in)
+        if condition.bias is not None:
+            E = self.config.expert.width
+            mixed = functional.linear(tokens, self.action_time_in.weight[:, :E]) + condition.bias
+            tokens = self.ops.linear(functional.silu(mixed), self.action_time_out)
+        return tokens.to(self.suffix_dtype)
+
+    def denoise_step(self, x: Tensor, condition: StepCondition, cache: PrefixCache, context: SuffixContext) -> Tensor:
+        """Velocity of the flow at x.  x float32 [B, H, 32] -> float32 [B, H, 32]."""
+        stack, tokens = self.expert, self.embed_suffix(x, condition)
+        for index in range(stack.config.layers):
+            block = stack.block(index)
+            modulations = condition.of(2 * index), condition.of(2 * index + 1)
+            q, k, v = transformer.project(
+                block, tokens, context.rope, self.ops, heads=stack.heads, modulation=modulations[0]
+            )
+            mixed = self.ops.attention(q, k, v, context.mask, (cache.k[index], cache.v[index]))
+            tokens = transformer.finish(block, tokens, mixed, self.ops, modulations=modulations)
+        tokens = self.ops.rms_norm(tokens, stack.norm, condition.of(2 * stack.config.layers))
+        return self.ops.linear(tokens.to(self.action_out.weight.dtype), self.action_out).float()

@@ -1,0 +1,99 @@
+"""One Gemma block for both stacks: the prefix (plain norms) and the action expert (plain in pi0, modulated in pi0.5).
+
+```
+n = norm1(x);  q, k, v = rope(Wqkv n);  x = x + gate1 * Wo attention(q, [cache | k], [cache | v])
+n = norm2(x);  x = x + gate2 * Wdown( gelu(Wgate n) * Wup n )
+```
+Plain norms have no gate. A modulation row is scale | shift | gate, one per norm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import GemmaConfig
+from ..ops.layers import Linear, RmsNorm, Rope
+from ..ops.table import OpTable
+
+ROPE_THETA = 10_000.0
+
+
+class GemmaBlock(nn.Module):
+    """Weights of one block. `only_kv`: a last prefix layer, of which nothing but keys and values is ever used."""
+
+    def __init__(self, config: GemmaConfig, *, name: str, modulated: bool, only_kv: bool = False) -> None:
+        super().__init__()
+        D, F = config.width, config.mlp_width
+        q_rows, kv_rows = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+        self.only_kv = only_kv
+        self.norm1 = RmsNorm(D, name=f"{name}.norm1", modulated=modulated)
+        self.qkv = Linear(D, kv_rows if only_kv else q_rows + kv_rows, name=f"{name}.attn.qkv")
+        if not only_kv:
+            self.o = Linear(q_rows, D, name=f"{name}.attn.o")
+            self.norm2 = RmsNorm(D, name=f"{name}.norm2", modulated=modulated)
+            self.gate_up = Linear(D, 2 * F, name=f"{name}.mlp.gate_up")
+            self.down = Linear(F, D, name=f"{name}.mlp.down")
+
+
+class GemmaStack(nn.Module):
+    """All blocks of one stack."""
+
+    def __init__(self, config: GemmaConfig, *, name: str, modulated: bool, last_only_kv: bool) -> None:
+        super().__init__()
+        self.config = config
+        last = config.layers - 1
+        self.layers = nn.ModuleList(
+            GemmaBlock(config, name=f"{name}.layers.{i}", modulated=modulated, only_kv=last_only_kv and i == last)
+            for i in range(config.layers)
+        )
+
+    def block(self, index: int) -> GemmaBlock:
+        """The block at `index`, with its type."""
+        block = self.layers[index]
+        assert isinstance(block, GemmaBlock)
+        return block
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """(query heads, key/value heads, head dim)."""
+        return self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+
+
+def rope_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Rope:
+    """cos and sin of every position.  positions int [B, T] -> two [B, T, head_dim/2].
+
+    Numerics: angles and functions float32, then one rounding to `dtype`, as the originals do.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float().unsqueeze(-1) * ROPE_THETA**-exponents
+    return Rope((torch.cos(angles).to(dtype), torch.sin(angles).to(dtype)))
+
+
+def gate_of(modulation: Tensor | None) -> Tensor | None:
+    """The third part of scale | shift | gate, or None for a plain norm."""
+    return None if modulation is None else modulation.chunk(3, dim=-1)[2]
+
+
+def keys_values(
+    block: GemmaBlock, x: Tensor, rope: Rope, ops: OpTable, *, heads: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of a plain-norm block alone.  x [B, T, D] -> k, v [B, T, K, head_dim]."""
+    return ops.kv_rope(ops.rms_norm(x, block.norm1, None), block.qkv, rope, heads)
+
+
+def project(
+    block: GemmaBlock, x: Tensor, rope: Rope, ops: OpTable, *, heads: tuple[int, int, int], modulation: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First half of a block up to q, k, v."""
+    return ops.qkv_rope(ops.rms_norm(x, block.norm1, modulation), block.qkv, rope, heads)
+
+
+def finish(
+    block: GemmaBlock, x: Tensor, mixed: Tensor, ops: OpTable, *, modulations: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """Everything after attention.  x [B, T, D], mixed [B, T, N*head_dim] -> [B, T, D]."""
+    first, second = modulations
+    x = ops.linear_residual(mixed, block.o, x, gate_of(first))
+    hidden = ops.geglu(ops.rms_norm(x, block.norm2, second), block.gate_up)
+    return ops.linear_residual(hidden, block.down, x, gate_of(second))

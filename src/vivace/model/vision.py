@@ -1,0 +1,66 @@
+"""SigLIP So400m: one 224-pixel view becomes 256 tokens. Views never see each other here, so they are one batch.
+
+The patch convolution has stride = kernel, so it is a linear map of non-overlapping patches; position embeddings are added
+in its dtype (float32 in every flavour), and only then is the result rounded to the dtype of the blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..config import VisionConfig
+from ..ops.layers import LayerNorm, Linear
+from ..ops.table import OpTable
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block with biases everywhere."""
+
+    def __init__(self, config: VisionConfig, *, name: str) -> None:
+        super().__init__()
+        D, F = config.width, config.mlp_width
+        self.norm1 = LayerNorm(D, name=f"{name}.norm1")
+        self.qkv = Linear(D, 3 * D, name=f"{name}.attn.qkv", bias=True)
+        self.o = Linear(D, D, name=f"{name}.attn.o", bias=True)
+        self.norm2 = LayerNorm(D, name=f"{name}.norm2")
+        self.fc1 = Linear(D, F, name=f"{name}.mlp.fc1", bias=True)
+        self.fc2 = Linear(F, D, name=f"{name}.mlp.fc2", bias=True)
+
+
+class Vision(nn.Module):
+    """The tower. Projection to the prefix width is `Pi.projector`."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        patch = 3 * config.patch_size**2
+        self.patch = Linear(patch, config.width, name="vision.patch", bias=True)
+        self.position = nn.Parameter(torch.empty(config.tokens, config.width))
+        self.layers = nn.ModuleList(VisionBlock(config, name=f"vision.layers.{i}") for i in range(config.layers))
+        self.norm = LayerNorm(config.width, name="vision.norm")
+
+
+def patches(images: Tensor, patch_size: int) -> Tensor:
+    """Cut views into rows of pixels.  images [V, 3, h, w] -> [V, (h/p)*(w/p), 3*p*p], row-major over patches."""
+    return functional.unfold(images, kernel_size=patch_size, stride=patch_size).transpose(1, 2)
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 pixels -> float32 in [-1, 1] as value/255*2-1; float32 passes through unchanged."""
+    return images.float() / 255.0 * 2.0 - 1.0 if images.dtype == torch.uint8 else images
+
+
+def encode(vision: Vision, images: Tensor, ops: OpTable) -> Tensor:
+    """Views to tokens.  images [V, 3, 224, 224] float32 in [-1, 1] or uint8 -> [V, 256, D] after the final norm."""
+    pixels = patches(to_unit_range(images), vision.config.patch_size)
+    x = ops.linear(pixels.to(vision.patch.weight.dtype), vision.patch) + vision.position
+    x = x.to(vision.norm.weight.dtype)
+    for block in vision.layers:
+        assert isinstance(block, VisionBlock)
+        mixed = ops.vision_attention(ops.linear(ops.layer_norm(x, block.norm1), block.qkv), vision.config.num_heads)
+        x = ops.linear_residual(mixed, block.o, x, None)
+        hidden = ops.linear_gelu(ops.layer_norm(x, block.norm2), block.fc1)
+        x = ops.linear_residual(hidden, block.fc2, x, None)
+    return ops.layer_norm(x, vision.norm)

@@ -1,0 +1,51 @@
+"""What an operation is given: small modules that hold weights, and nothing about how they are applied.
+
+A precision plan swaps a `Linear` for another holder with the same `name`; the operation table decides what to do with it.
+`name` is the canonical tensor name without ".weight" (packed layers list their parts), used by coverage and errors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x W^T + b.  weight [out, in], bias [out] or None."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, *, name: str, bias: bool = False) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+
+class LayerNorm(nn.Module):
+    """SigLIP's norm: mean and variance, eps 1e-6.  weight, bias [D]."""
+
+    def __init__(self, width: int, *, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+
+class RmsNorm(nn.Module):
+    """Gemma's norm, eps 1e-6.  weight [D] zero-centred (gain = 1 + weight), or None where flow time modulates instead."""
+
+    weight: nn.Parameter | None
+
+    def __init__(self, width: int, *, name: str, modulated: bool = False) -> None:
+        super().__init__()
+        self.name = name
+        self.width = width
+        self.weight = None if modulated else nn.Parameter(torch.empty(width))
+
+
+class Rope(tuple[Tensor, Tensor]):
+    """(cos, sin), each [B or 1, T, head_dim/2] in the compute dtype; angles were formed in float32."""
+
+    __slots__ = ()

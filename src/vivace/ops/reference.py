@@ -1,0 +1,130 @@
+"""Each operation in plain PyTorch: the contract in words and in code.
+
+In float32 these are the formulas. In bfloat16 they round where openpi's PyTorch model rounds (scores to bfloat16 before a
+float32 softmax, gelu output, gated branch, residual), so that a bfloat16 policy is the policy that was trained and
+served, and not a slightly different one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .layers import LayerNorm, Linear, RmsNorm
+
+NORM_EPS = 1e-6
+# openpi's "minus infinity": finite, so that a row without any valid key stays a number (its result is never read)
+MASKED_LOGIT = -2.3819763e38
+
+
+def layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
+    """Standardise the last axis, then scale and shift.  x [..., D] -> [..., D], same dtype; statistics float32."""
+    return functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, NORM_EPS)
+
+
+def rms_norm(x: Tensor, norm: RmsNorm, modulation: Tensor | None) -> Tensor:
+    """Divide by the root mean square, then apply a learned gain or the flow-time modulation.
+
+    x           [B, T, D]
+    modulation  None, or float32 [..., 3D] = scale | shift | gate, broadcast against x; the gate is for `linear_residual`
+    returns     [B, T, D], dtype of x
+
+    Numerics: everything float32, rounded once at the end.
+    Source:   openpi models/gemma.py, RMSNorm with and without condition.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
+    if modulation is not None:
+        scale, shift, _ = modulation.chunk(3, dim=-1)
+        return (normed * (1.0 + scale) + shift).to(x.dtype)
+    assert norm.weight is not None, f"{norm.name} has no weight and was given no modulation"
+    return (normed * (1.0 + norm.weight.float())).to(x.dtype)
+
+
+def linear(x: Tensor, layer: Linear) -> Tensor:
+    """x [..., in] -> [..., out]; x and weight share one dtype."""
+    return functional.linear(x, layer.weight, layer.bias)
+
+
+def linear_gelu(x: Tensor, layer: Linear) -> Tensor:
+    """Linear, then tanh-approximated GELU (SigLIP's fc1)."""
+    return functional.gelu(linear(x, layer), approximate="tanh")
+
+
+def linear_residual(x: Tensor, layer: Linear, residual: Tensor, gate: Tensor | None) -> Tensor:
+    """residual + gate * linear(x).  The product is rounded to the residual's dtype before the sum, as openpi does."""
+    branch = linear(x, layer)
+    if gate is not None:
+        branch = branch * gate.to(branch.dtype)
+    return residual + branch
+
+
+def geglu(x: Tensor, layer: Linear) -> Tensor:
+    """gelu_tanh(gate) * up, both from one packed linear.  layer.weight [2F, D] = gate rows | up rows; returns [..., F]."""
+    gate, up = linear(x, layer).chunk(2, dim=-1)
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding, half-split convention.  x [B, T, N, head_dim]; cos, sin [B or 1, T, head_dim/2] in x's dtype."""
+    cos, sin = (table.unsqueeze(2) for table in rope)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def qkv_rope(
+    x: Tensor, layer: Linear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project to queries, keys and values; rotate queries and keys.
+
+    x      [B, T, D]
+    layer  weight [(N + 2K) * head_dim, D] = q rows | k rows | v rows
+    heads  (N query heads, K key/value heads, head_dim)
+    returns q [B, T, N, head_dim], k and v [B, T, K, head_dim]
+    """
+    num_heads, num_kv_heads, head_dim = heads
+    packed = linear(x, layer).unflatten(-1, (num_heads + 2 * num_kv_heads, head_dim))
+    q, k, v = packed.split([num_heads, num_kv_heads, num_kv_heads], dim=-2)
+    return rotate(q, rope), rotate(k, rope), v
+
+
+def kv_rope(x: Tensor, layer: Linear, rope: tuple[Tensor, Tensor], heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Keys and values alone: all that is needed of a last layer.  layer.weight's last 2K*head_dim rows are k | v."""
+    num_kv_heads, head_dim = heads
+    rows = layer.weight[-2 * num_kv_heads * head_dim :]
+    packed = functional.linear(x, rows).unflatten(-1, (2 * num_kv_heads, head_dim))
+    k, v = packed.split([num_kv_heads, num_kv_heads], dim=-2)
+    return rotate(k, rope), v
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Grouped-query attention; the queries of one key/value head are stacked into rows, so K and V are never repeated.
+
+    q     [B, T, N, head_dim]      k, v  [B, T, K, head_dim] of the same tokens
+    past  keys and values of the prefix, [B, S, K, head_dim] each, seen before the own ones; None = there is no past
+    mask  bool [B, keys], True = may be seen; None = all
+    returns [B, T, N * head_dim]
+
+    Numerics: scores rounded to the compute dtype, softmax float32, probabilities rounded back (openpi's eager attention).
+    """
+    B, T, N, head_dim = q.shape
+    K = k.shape[2]
+    if past is not None:
+        k, v = torch.cat([past[0], k.to(past[0].dtype)], dim=1), torch.cat([past[1], v.to(past[1].dtype)], dim=1)
+    rows = q.unflatten(2, (K, N // K)).permute(0, 2, 3, 1, 4).reshape(B, K, (N // K) * T, head_dim)
+    scores = torch.matmul(rows, k.permute(0, 2, 3, 1)) * head_dim**-0.5
+    scores = scores.float().unflatten(2, (N // K, T))
+    if mask is not None:
+        scores = torch.where(mask[:, None, None, None, :], scores, MASKED_LOGIT)
+    probabilities = torch.softmax(scores, dim=-1).to(v.dtype).flatten(2, 3)
+    mixed: Tensor = torch.matmul(probabilities, v.permute(0, 2, 1, 3)).unflatten(2, (N // K, T))
+    return mixed.permute(0, 3, 1, 2, 4).reshape(B, T, N * head_dim)
+
+
+def vision_attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Full self-attention of one view.  qkv [V, T, 3D] = q | k | v -> [V, T, D]; torch's own SDPA, as the originals use."""
+    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
