@@ -37,27 +37,106 @@ class Gpu:
 _HALF = "dense = half of the sparse rate printed there"
 
 GPUS: tuple[Gpu, ...] = (
-    Gpu("h100", "H100 SXM 80 GB", 66.9, 989.4, 1978.9, 1978.9, None, 3350, "NVIDIA H100 Tensor Core GPU datasheet", _HALF),
-    Gpu("h100-pcie", "H100 PCIe 80 GB", 51.2, 756.5, 1513.0, 1513.0, None, 2000,
-        "NVIDIA H100 Tensor Core GPU datasheet", _HALF),
-    Gpu("h200", "H200 SXM 141 GB", 66.9, 989.4, 1978.9, 1978.9, None, 4800,
-        "NVIDIA H200 Tensor Core GPU datasheet", _HALF),
-    Gpu("b200", "B200 SXM 180 GB", 75.0, 2250, 4500, 4500, 9000, 8000, "NVIDIA DGX B200 datasheet, one GPU of eight",
-        "an eighth of the system's rate, halved for dense; float32 is second-hand", verified=False),
+    Gpu(
+        "h100",
+        "H100 SXM 80 GB",
+        66.9,
+        989.4,
+        1978.9,
+        1978.9,
+        None,
+        3350,
+        "NVIDIA H100 Tensor Core GPU datasheet",
+        _HALF,
+    ),
+    Gpu(
+        "h100-pcie",
+        "H100 PCIe 80 GB",
+        51.2,
+        756.5,
+        1513.0,
+        1513.0,
+        None,
+        2000,
+        "NVIDIA H100 Tensor Core GPU datasheet",
+        _HALF,
+    ),
+    Gpu(
+        "h200",
+        "H200 SXM 141 GB",
+        66.9,
+        989.4,
+        1978.9,
+        1978.9,
+        None,
+        4800,
+        "NVIDIA H200 Tensor Core GPU datasheet",
+        _HALF,
+    ),
+    Gpu(
+        "b200",
+        "B200 SXM 180 GB",
+        75.0,
+        2250,
+        4500,
+        4500,
+        9000,
+        8000,
+        "NVIDIA DGX B200 datasheet, one GPU of eight",
+        "an eighth of the system's rate, halved for dense; float32 is second-hand",
+        verified=False,
+    ),
     Gpu("a100", "A100 SXM 80 GB", 19.5, 312, None, 624, None, 2039, "NVIDIA A100 Tensor Core GPU datasheet"),
-    Gpu("rtx-4090", "GeForce RTX 4090", 82.6, 165.2, 330.3, 660.6, None, 1008,
-        "NVIDIA Ada GPU Architecture whitepaper, appendix A"),
-    Gpu("rtx-5090", "GeForce RTX 5090", 104.8, 209.5, 419.0, 838.0, 1676, 1792,
-        "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A"),
+    Gpu(
+        "rtx-4090",
+        "GeForce RTX 4090",
+        82.6,
+        165.2,
+        330.3,
+        660.6,
+        None,
+        1008,
+        "NVIDIA Ada GPU Architecture whitepaper, appendix A",
+    ),
+    Gpu(
+        "rtx-5090",
+        "GeForce RTX 5090",
+        104.8,
+        209.5,
+        419.0,
+        838.0,
+        1676,
+        1792,
+        "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A",
+    ),
     Gpu("l4", "L4", 30.3, 121.0, 242.5, 242.5, None, 300, "NVIDIA L4 Tensor Core GPU datasheet", _HALF),
     Gpu("l40s", "L40S", 91.6, 362.05, 733, 733, None, 864, "NVIDIA L40S datasheet"),
-    Gpu("orin", "Jetson AGX Orin 64 GB", 5.3, 42.5, None, 85.0, None, 204.8,
+    Gpu(
+        "orin",
+        "Jetson AGX Orin 64 GB",
+        5.3,
+        42.5,
+        None,
+        85.0,
+        None,
+        204.8,
         "NVIDIA Jetson AGX Orin Series Technical Brief",
-        "GPU only, without the two DLA; int8 = half of 170 sparse TOPS, bfloat16 = half of int8", verified=False),
-    Gpu("thor", "Jetson AGX Thor (T5000)", 8.0, 258.8, 517.5, 517.5, 1035, 273,
+        "GPU only, without the two DLA; int8 = half of 170 sparse TOPS, bfloat16 = half of int8",
+        verified=False,
+    ),
+    Gpu(
+        "thor",
+        "Jetson AGX Thor (T5000)",
+        8.0,
+        258.8,
+        517.5,
+        517.5,
+        1035,
+        273,
         "NVIDIA Jetson Thor Series Modules datasheet",
         "from 2,070 sparse FP4 TFLOPS by halving: sparse -> dense -> FP8 -> bfloat16; float32 and int8 are estimates",
-        verified=False),
+        verified=False,
+    ),
 )
 
 
@@ -79,8 +158,18 @@ def match_gpu(device_name: str | None) -> Gpu | None:
         return find_gpu("h100-pcie" if "pcie" in text else "h100") if "nvl" not in text else None
     if "a100" in text:
         return find_gpu("a100") if "sxm" in text and "80gb" in text else None
-    for key, row in (("h200", "h200"), ("b200", "b200"), ("rtx 4090", "rtx-4090"), ("rtx 5090", "rtx-5090"),
-                     ("l40s", "l40s"), ("nvidia l4", "l4"), ("orin", "orin"), ("thor", "thor")):
+    for key, row in (
+        ("h200", "h200"),
+        ("b200", "b200"),
+        ("rtx 4090", "rtx-4090"),
+        ("rtx 5090", "rtx-5090"),
+        ("l40s", "l40s"),
+        ("nvidia l4", "l4"),
+        ("orin", "orin"),
+        ("thor", "thor"),
+    ):
         if key in text:
-            return None if (key == "nvidia l4" and "l40" in text) or "gb200" in text or "4090 d" in text else find_gpu(row)
+            return (
+                None if (key == "nvidia l4" and "l40" in text) or "gb200" in text or "4090 d" in text else find_gpu(row)
+            )
     return None

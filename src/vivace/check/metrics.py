@@ -1,7 +1,7 @@
 """How far one array is from another, in the units that evidence is stated in. Pure numpy, float64 inside.
 
-Every function takes (got, reference) of one shape and returns a float. A NaN or an infinity anywhere in `got` gives NaN, and
-no pass mark accepts NaN, so a broken engine can never look accurate. The number to read first is the signal-to-noise ratio
+Every function takes (got, reference) of one shape and returns a float. A NaN or an infinity in `got` gives NaN, and no
+pass mark accepts NaN, so a broken engine can never look accurate. The number to read first is the signal-to-noise ratio
 in decibels: it compares layers of very different scale, and 6 dB are one bit. bfloat16 rounding alone leaves about 50 dB.
 """
 
@@ -140,7 +140,8 @@ def _ratio(top: float, bottom: float) -> float:
 def _pair(got: Any, reference: Any) -> tuple[Array, Array]:
     a, b = _flat(got), _flat(reference)
     if np.shape(got) != np.shape(reference):
-        raise ShapeError("cannot compare", got=tuple(np.shape(got)), wanted=f"{tuple(np.shape(reference))}, as in the reference")
+        wanted = f"{tuple(np.shape(reference))}, as in the reference"
+        raise ShapeError("cannot compare", got=tuple(np.shape(got)), wanted=wanted)
     if not np.isfinite(a).all():
         a = np.full_like(a, np.nan)  # an infinity would give "inf - inf" in one metric and a number in another
     return a, b

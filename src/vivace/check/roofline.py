@@ -80,9 +80,13 @@ def stage_costs(config: ModelConfig, work: Workload, *, precision: Precision = "
     )
 
 
-def stage_floors(costs: tuple[StageCost, ...], gpu: Gpu, *, precision: Precision = "bfloat16") -> tuple[StageFloor, ...]:
+def stage_floors(
+    costs: tuple[StageCost, ...], gpu: Gpu, *, precision: Precision = "bfloat16"
+) -> tuple[StageFloor, ...]:
     """The floor of each stage on one GPU. Raises ConfigError when the GPU has no unit for that precision."""
-    peak = {"float32": gpu.float32, "bfloat16": gpu.bfloat16, "fp8": gpu.fp8, "int8": gpu.int8, "fp4": gpu.fp4}[precision]
+    peak = {"float32": gpu.float32, "bfloat16": gpu.bfloat16, "fp8": gpu.fp8, "int8": gpu.int8, "fp4": gpu.fp4}[
+        precision
+    ]
     if peak is None:
         raise ConfigError(f"{gpu.label} has no {precision} matrix unit", do="choose another --precision")
     floors = []
@@ -118,7 +122,9 @@ def _vision(config: ModelConfig, work: Workload, per_weight: float) -> StageCost
     layer = 4 * v.width**2 + 2 * v.width * v.mlp_width
     patch = 3 * v.patch_size**2 * v.width
     weights = v.layers * layer + patch + v.width * config.prefix.width
-    small = v.layers * (4 * v.width + v.mlp_width + v.width + 4 * v.width) + (tokens + 3) * v.width + config.prefix.width
+    small = (
+        v.layers * (4 * v.width + v.mlp_width + v.width + 4 * v.width) + (tokens + 3) * v.width + config.prefix.width
+    )
     attention = 2 * 2 * tokens * tokens * v.width * v.layers
     flops = work.batch * work.views * (2 * tokens * weights + attention)
     return StageCost("vision", flops, (weights + small) * per_weight, 0.0)
@@ -141,4 +147,5 @@ def _denoise(config: ModelConfig, work: Workload, per_weight: float, cache_bytes
     attention = e.layers * _attention_flops(e, queries=rows, keys=cached + rows)
     table = (2 * e.layers + 1) * 3 * e.width if config.kind == "pi05" else 0
     flops = work.batch * work.steps * (2 * rows * weights + attention)
-    return StageCost("denoise", flops, work.steps * (weights + table) * per_weight, work.batch * work.steps * cached * cache_bytes)
+    moved = work.steps * (weights + table) * per_weight
+    return StageCost("denoise", flops, moved, work.batch * work.steps * cached * cache_bytes)

@@ -1,0 +1,268 @@
+"""The only timer in the project. It answers one question: how long does a robot wait for its actions, and on which engine?
+
+Engines are timed in rounds. Every round calls each engine once, in an order drawn anew from a seeded generator, so that a
+clock that drifts, a neighbour that wakes up or a chip that warms costs all of them the same. The output of every engine is
+checked before anything is timed: a fast wrong engine never gets a row. The first call of each engine (compilation, caches)
+is reported apart, and warm-up runs until the times stop falling, within bounds.
+
+Garbage collection is run once before the samples and is off while they are taken; results say so.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import ConfigError, NumericsError
+
+Clock = Callable[[], float]
+STAGES = ("vision", "prefix", "denoise")
+ADDS_UP_WITHIN = 0.02  # nested spans must explain the total to 2 % (mission row 5)
+
+
+class DeviceTimer(Protocol):
+    """Times one call on an accelerator, beside the host clock."""
+
+    def start(self) -> None:
+        """Wait for the device to be idle and mark the beginning."""
+        ...
+
+    def stop(self) -> float:
+        """Mark the end, wait for it, and return milliseconds on the device."""
+        ...
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """When an engine counts as warm: the medians of two successive windows of calls differ by less than `tolerance`."""
+
+    window: int = 5
+    tolerance: float = 0.05
+    max_calls: int = 60
+    max_seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class EngineTimes:
+    """Samples of one engine, milliseconds.
+
+    cold_ms   the first call ever       total_ms   host wall time, device finished
+    device_ms [] without a GPU          stages_ms  {stage: one value per sample}, as the engine itself reports them
+    """
+
+    name: str
+    cold_ms: float
+    warmup_calls: int
+    stable: bool
+    total_ms: list[float] = field(default_factory=list)
+    device_ms: list[float] = field(default_factory=list)
+    stages_ms: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Percentiles of one series of milliseconds."""
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    max_ms: float
+    min_ms: float
+    mean_ms: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Ratio of medians, baseline over engine, with a 95 % bootstrap interval over rounds. Above 1 = engine is faster."""
+
+    engine: str
+    baseline: str
+    ratio: float
+    low: float
+    high: float
+
+
+def measure(
+    fns: Mapping[str, Callable[[], Any]],
+    *,
+    samples: int = 200,
+    seed: int = 0,
+    warmup: WarmUp | None = None,
+    refcheck: Callable[[str, Any], str | None] | None = None,
+    stages: Callable[[Any], Mapping[str, float]] | None = None,
+    device: DeviceTimer | None = None,
+    clock: Clock = time.perf_counter,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, EngineTimes]:
+    """Time several engines on the same work, interleaved.
+
+    Args:
+        fns: {engine name: one inference}; every call must do the whole work, and return its output.
+        samples: rounds, one sample of each engine per round.
+        seed: fixes the order of the engines in every round.
+        warmup: when an engine counts as warm; None = the defaults.
+        refcheck: (name, output) -> what is wrong with it, or None. Called on the first output, before any timing counts.
+        stages: output -> {stage: milliseconds}.
+        device: a timer on the accelerator; None = host clock only.
+        clock: seconds; replaced in tests.
+        progress: called with a word after each call.
+
+    Raises:
+        ConfigError: no engine, or fewer than one sample.
+        NumericsError: refcheck refused an output; nothing was timed.
+    """
+    if not fns or samples < 1:
+        raise ConfigError(
+            "nothing to measure", got=f"{len(fns)} engines, {samples} samples", wanted="at least one of each"
+        )
+    tell = progress or (lambda _: None)
+    times = {name: _warm(name, fn, warmup or WarmUp(), refcheck, device, clock, tell) for name, fn in fns.items()}
+    order = random.Random(seed)
+    names = list(fns)
+    with _no_gc():
+        for _ in range(samples):
+            order.shuffle(names)
+            for name in names:
+                _sample(times[name], fns[name], stages, device, clock)
+                tell(name)
+    return times
+
+
+def summary(values_ms: Sequence[float]) -> Summary:
+    """Percentiles with linear interpolation; `values_ms` must not be empty."""
+    values = np.asarray(values_ms, dtype=np.float64)
+    p50, p95, p99 = (float(value) for value in np.percentile(values, [50, 95, 99]))
+    return Summary(p50, p95, p99, float(values.max()), float(values.min()), float(values.mean()), int(values.size))
+
+
+def speedup(engine: EngineTimes, baseline: EngineTimes, *, draws: int = 2000, seed: int = 0) -> Speedup:
+    """Ratio of medians. Rounds are resampled together, because both engines saw the same machine in one round.
+
+    Raises ConfigError when the two series were not taken in the same rounds.
+    """
+    a, b = np.asarray(baseline.total_ms), np.asarray(engine.total_ms)
+    if a.size != b.size:
+        raise ConfigError("a paired speed-up needs the same rounds", got=f"{b.size} samples", wanted=f"{a.size}")
+    generator = np.random.default_rng(seed)
+    ratios = np.empty(draws)
+    for draw in range(draws):
+        rounds = generator.integers(0, a.size, a.size)
+        ratios[draw] = np.median(a[rounds]) / np.median(b[rounds])
+    low, high = (float(value) for value in np.percentile(ratios, [2.5, 97.5]))
+    return Speedup(engine.name, baseline.name, float(np.median(a) / np.median(b)), low, high)
+
+
+def split(times: EngineTimes) -> dict[str, Any]:
+    """Where the time goes: means of vision, prefix, denoise and other (= total - the three), and whether it adds up.
+
+    Means are used because means add and medians do not. `unaccounted` is the part of the total that no span of the engine
+    covers; `adds_up` says whether that is within 2 % either way (negative = spans overlap).
+    """
+    total = float(np.mean(times.total_ms))
+    means = {name: float(np.mean(values)) for name, values in times.stages_ms.items()}
+    parts = {name: means.get(name, 0.0) for name in STAGES}
+    parts["other"] = total - sum(parts.values())
+    unaccounted = total - sum(value for name, value in means.items() if name != "total")
+    return {
+        "total_mean_ms": total,
+        "mean_ms": parts,
+        "share": {name: value / total if total else 0.0 for name, value in parts.items()},
+        "spans_ms": means,
+        "unaccounted_ms": unaccounted,
+        "adds_up": bool(total and abs(unaccounted) <= ADDS_UP_WITHIN * total),
+    }
+
+
+class CudaTimer:
+    """CUDA events around one call: time on the GPU, without the launch cost on the host when work is queued ahead."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch = torch
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def start(self) -> None:
+        """Drain the device, then record the first event."""
+        self._torch.cuda.synchronize()
+        self._begin.record()
+
+    def stop(self) -> float:
+        """Record the second event and wait for it."""
+        self._end.record()
+        self._end.synchronize()
+        return float(self._begin.elapsed_time(self._end))
+
+
+def _warm(
+    name: str,
+    fn: Callable[[], Any],
+    rule: WarmUp,
+    refcheck: Callable[[str, Any], str | None] | None,
+    device: DeviceTimer | None,
+    clock: Clock,
+    tell: Callable[[str], None],
+) -> EngineTimes:
+    begin = clock()
+    output, cold_ms, _ = _call(fn, device, clock)
+    if refcheck and (reason := refcheck(name, output)):
+        raise NumericsError(f"engine {name!r} gives other actions than the reference; it was not timed", got=reason)
+    recent: list[float] = []
+    stable = False
+    while not stable and len(recent) < rule.max_calls and clock() - begin < rule.max_seconds:
+        recent.append(_call(fn, device, clock)[1])
+        tell(name)
+        stable = _is_stable(recent, rule)
+    return EngineTimes(name, cold_ms, warmup_calls=len(recent), stable=stable)
+
+
+def _is_stable(recent: list[float], rule: WarmUp) -> bool:
+    if len(recent) < 2 * rule.window:
+        return False
+    before = float(np.median(recent[-2 * rule.window : -rule.window]))
+    after = float(np.median(recent[-rule.window :]))
+    return abs(after - before) <= rule.tolerance * before
+
+
+def _sample(
+    times: EngineTimes,
+    fn: Callable[[], Any],
+    stages: Callable[[Any], Mapping[str, float]] | None,
+    device: DeviceTimer | None,
+    clock: Clock,
+) -> None:
+    output, total_ms, device_ms = _call(fn, device, clock)
+    times.total_ms.append(total_ms)
+    if device_ms is not None:
+        times.device_ms.append(device_ms)
+    for stage, value in (stages(output) if stages else {}).items():
+        times.stages_ms.setdefault(stage, []).append(float(value))
+
+
+def _call(fn: Callable[[], Any], device: DeviceTimer | None, clock: Clock) -> tuple[Any, float, float | None]:
+    if device is not None:
+        device.start()
+    begin = clock()
+    output = fn()
+    device_ms = device.stop() if device is not None else None
+    return output, (clock() - begin) * 1e3, device_ms
+
+
+@contextmanager
+def _no_gc() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
