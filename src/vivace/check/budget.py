@@ -88,6 +88,7 @@ def read_run(document: Mapping[str, Any], *, engine: str | None = None) -> Run:
     else:
         kind = repr(document.get("kind"))
         raise ConfigError("no stage times in this file", got=f"kind {kind}", wanted="a bench result, or stages_ms")
+    setting = document.get("setting") or {}
     stages = {str(name): _positive(name, value) for name, value in times.items()}
     total_ms = sum(stages.values()) if total is None else _positive("total_ms", total)
     if "other" not in stages:

@@ -1,0 +1,110 @@
+"""Observations for evidence commands: made up from the robot's description, or recorded ones read from a folder.
+
+Made-up images have what cameras have and noise has not: a lit background, shapes with edges, texture and sensor noise, and
+both smooth and busy regions. States are drawn inside the checkpoint's own statistics. Results that used them say
+"synthetic": accuracy on made-up scenes shows that two engines compute the same function, not how a robot behaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError
+from ..types import NormStats, RobotIO
+
+PROMPTS = (
+    "pick up the red mug and place it on the plate",
+    "open the top drawer",
+    "fold the towel in half",
+    "put the black bowl on the stove",
+    "push the button on the left, then wait",
+    "hand me the screwdriver next to the blue box",
+)
+IMAGE_SIZE = (240, 320)
+
+
+def synthetic(io: RobotIO, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Requests in openpi's form, keys joined by "/", that fit the robot; the same seed gives the same bytes.
+
+    Args:
+        io: the robot; every required and optional camera gets an image.
+        count: how many.
+        seed: of the generator.
+    """
+    generator = np.random.default_rng(seed)
+    return [_request(io, generator, index) for index in range(count)]
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """Requests from `folder/*.npz` in name order; array names are the request's keys, text as a 0-d string array.
+
+    Raises ConfigError when the folder has none, or a file is not a plain npz archive (pickles are refused).
+    """
+    files = sorted(folder.glob("*.npz")) if folder.is_dir() else []
+    if not files:
+        raise ConfigError(f"no recorded observations in {folder}", wanted="a folder of .npz files, one request each")
+    return [_load(path) for path in files]
+
+
+def scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    """One made-up camera image, uint8 [height, width, 3]."""
+    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    light = generator.uniform(60, 140, 3) + np.multiply.outer(y, generator.uniform(-60, 90, 3))
+    light = light + np.multiply.outer(x, generator.uniform(-50, 50, 3))
+    for _ in range(int(generator.integers(4, 9))):
+        inside = _shape(generator, y, x)
+        colour = generator.uniform(10, 245, 3)
+        shade = 0.75 + 0.25 * (1 - y[inside])
+        light[inside] = colour * shade[:, None]
+    stripes = 12 * np.sin(2 * np.pi * generator.uniform(10, 40) * (x + generator.uniform(-1, 1) * y))
+    light[y > 0.6] += stripes[y > 0.6][:, None]  # texture on the table, none on the wall
+    noise = generator.normal(0, 4, light.shape)
+    return np.clip(light + noise, 0, 255).astype(np.uint8)
+
+
+def _shape(generator: np.random.Generator, y: NDArray[Any], x: NDArray[Any]) -> NDArray[np.bool_]:
+    cy, cx = generator.uniform(0.1, 0.95, 2)
+    ry, rx = generator.uniform(0.04, 0.22, 2)
+    if generator.random() < 0.5:
+        return ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
+    return (np.abs(y - cy) < ry) & (np.abs(x - cx) < rx)
+
+
+def _request(io: RobotIO, generator: np.random.Generator, index: int) -> dict[str, Any]:
+    robot = io.embodiment
+    request: dict[str, Any] = {}
+    for camera in robot.cameras:
+        image = scene(generator, *IMAGE_SIZE)
+        request[camera.key] = np.ascontiguousarray(image.transpose(2, 0, 1)) if camera.chw else image
+    state = _state(io.normalization.state, sum(part.size for part in robot.state), generator)
+    begin = 0
+    for part in robot.state:
+        request[part.key] = state[begin : begin + part.size]
+        begin += part.size
+    request[robot.prompt_key] = PROMPTS[index % len(PROMPTS)]
+    return request
+
+
+def _state(stats: NormStats, size: int, generator: np.random.Generator) -> NDArray[np.float32]:
+    """A state inside the statistics: between the quantiles where known, else around the mean, else in [-1, 1]."""
+    part = generator.uniform(0.05, 0.95, size)
+    for low, high in ((stats.q01, stats.q99), (stats.min, stats.max)):
+        if low is not None and high is not None and min(low.size, high.size) >= size:
+            return (low[:size] + part * (high[:size] - low[:size])).astype(np.float32)
+    if stats.mean is not None and stats.std is not None and min(stats.mean.size, stats.std.size) >= size:
+        return (stats.mean[:size] + (2 * part - 1) * stats.std[:size]).astype(np.float32)
+    return (2 * part - 1).astype(np.float32)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            items: Mapping[str, NDArray[Any]] = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"cannot read {path}", got=error, wanted="an .npz file without pickled objects") from error
+    return {key: str(value) if value.dtype.kind in "US" and value.ndim == 0 else value for key, value in items.items()}

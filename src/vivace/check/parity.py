@@ -1,0 +1,289 @@
+"""The one comparison of engines: same inputs, same noise, stage by stage, against a reference in float32.
+
+Stages in the order in which an observation becomes actions: vision tokens, prefix embeddings, keys and values of every
+layer, velocity of every denoise step, the state x after every step, normalised actions, actions in robot units. The first
+stage that is off says where to look. Velocities are open loop: each engine is evaluated on its own trajectory, so an error
+in one step is part of the input of the next, exactly as on the robot.
+
+The marks that decide pass or fail are values in `PassMarks`, stated before the run and stored with the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..backends.base import Backend
+from ..errors import ShapeError
+from ..types import ModelInputs, Trace
+from .metrics import Errors, at_least, at_most, errors, worst
+
+RobotUnits = Callable[[NDArray[np.float32]], NDArray[Any]]
+"""Normalised actions [H, 32] -> actions [H, A] in robot units."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything one engine computed for one observation batch, copied to the host, padding removed.
+
+    k, v: per layer [valid tokens of the batch, kv heads, head_dim];  velocity, x: per step [B, H, 32]
+    """
+
+    vision: Tensor | None
+    embeds: Tensor | None
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+    velocity: tuple[Tensor, ...]
+    x: tuple[Tensor, ...]
+    actions: Tensor
+
+
+@dataclass(frozen=True)
+class RobotErrors:
+    """Actions in robot units over [B, H, A]: per action dim the largest and mean difference, and the reference's range."""
+
+    max_abs: tuple[float, ...]
+    mean_abs: tuple[float, ...]
+    reference_range: tuple[float, ...]
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a candidate is from the reference, per stage. Lists run over layers (k, v) and over steps (velocity, x)."""
+
+    vision: Errors | None
+    embeds: Errors | None
+    k: tuple[Errors, ...]
+    v: tuple[Errors, ...]
+    velocity: tuple[Errors, ...]
+    x: tuple[Errors, ...]
+    actions: Errors
+    robot: RobotErrors | None = None
+
+
+@dataclass(frozen=True)
+class PassMarks:
+    """What a candidate must reach. One instance per precision; none of them is ever derived from the run it judges.
+
+    kv_cosine          founding report's mark, every layer of K and V
+    rel_l2             relative L2 error of one rounded layer; a value that passed through n layers may have
+                       rel_l2 * sqrt(n), because independent rounding errors add in quadrature
+    grows_with_depth   False: rel_l2 is the same flat bound at every stage (float32)
+    actions_cosine     mean over observations of the final normalised actions;  actions_cosine_worst: the worst of them
+    """
+
+    kv_cosine: float = 0.99
+    rel_l2: float = 5e-3
+    grows_with_depth: bool = True
+    actions_cosine: float = 0.999
+    actions_cosine_worst: float = 0.995
+
+
+FLOAT32_MARKS = PassMarks(rel_l2=1e-5, grows_with_depth=False, actions_cosine=0.999999, actions_cosine_worst=0.999999)
+BFLOAT16_MARKS = PassMarks()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One pass mark and what was found."""
+
+    what: str
+    got: float
+    wanted: float
+    rule: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Many observations: the worst of every number, the mean action cosine, and where it happened."""
+
+    worst: Parity
+    observations: int
+    actions_cosine_mean: float
+    worst_observation: int
+    cosines: tuple[float, ...] = field(default_factory=tuple)
+
+
+def marks_for(precision: str) -> PassMarks:
+    """The stated marks of a precision: float32 strict, anything narrower the bfloat16 ones."""
+    return FLOAT32_MARKS if precision == "float32" else BFLOAT16_MARKS
+
+
+def run_traced(backend: Backend, inputs: ModelInputs, noise: Tensor) -> Snapshot:
+    """One inference with everything visible. The cache is copied before `denoise`, because its buffers may be reused."""
+    trace = Trace()
+    cache = backend.prefill(inputs, trace=trace)
+    keep = None if cache.mask is None else _host(cache.mask).bool()
+    vision, embeds = trace.vision_tokens, trace.prefix_embeds
+    k, v = (tuple(_valid(_host(layer), keep) for layer in layers) for layers in (cache.k, cache.v))
+    kept_vision = None if vision is None else _host(vision)
+    kept_embeds = None if embeds is None else _valid(_host(embeds), keep)
+    actions = backend.denoise(cache, noise.clone(), trace=trace)
+    return Snapshot(
+        vision=kept_vision,
+        embeds=kept_embeds,
+        k=k,
+        v=v,
+        velocity=tuple(_host(step) for step in trace.velocity),
+        x=tuple(_host(step) for step in trace.x),
+        actions=_host(actions),
+    )
+
+
+def compare(
+    reference: Backend,
+    candidate: Backend,
+    inputs: ModelInputs,
+    noise: Tensor,
+    *,
+    robot_units: RobotUnits | None = None,
+    units: Sequence[str] = (),
+    candidate_inputs: ModelInputs | None = None,
+) -> Parity:
+    """Run both engines on the same inputs and noise and compare them stage by stage.
+
+    Args:
+        reference: the float32 eager engine.
+        candidate: any engine of the same checkpoint.
+        inputs: one batch, on the reference's device.
+        noise: float32 [B, H, 32].
+        robot_units: converts one chunk; None = no comparison in robot units.
+        units: name of the unit of each action dim.
+        candidate_inputs: the same batch on the candidate's device, where that differs.
+
+    Raises:
+        ShapeError: the engines disagree on how many layers, tokens, steps or actions there are.
+    """
+    wanted = run_traced(reference, inputs, noise)
+    got = run_traced(candidate, candidate_inputs or inputs, noise.to((candidate_inputs or inputs).tokens.device))
+    return compare_snapshots(got, wanted, robot_units=robot_units, units=units)
+
+
+def compare_snapshots(
+    got: Snapshot, wanted: Snapshot, *, robot_units: RobotUnits | None = None, units: Sequence[str] = ()
+) -> Parity:
+    """Compare two finished runs. Raises ShapeError, see `compare`."""
+    return Parity(
+        vision=_optional(got.vision, wanted.vision),
+        embeds=_optional(got.embeds, wanted.embeds),
+        k=_each("K layers", got.k, wanted.k),
+        v=_each("V layers", got.v, wanted.v),
+        velocity=_each("denoise steps", got.velocity, wanted.velocity),
+        x=_each("states x", got.x, wanted.x),
+        actions=errors(got.actions, wanted.actions),
+        robot=robot_errors(got.actions, wanted.actions, robot_units, units) if robot_units else None,
+    )
+
+
+def robot_errors(got: Tensor, wanted: Tensor, robot_units: RobotUnits, units: Sequence[str]) -> RobotErrors:
+    """Differences after un-normalising; the whole action transform of the robot is applied to both."""
+    a, b = (
+        np.stack([np.asarray(robot_units(chunk.numpy()), np.float64) for chunk in x.float()]) for x in (got, wanted)
+    )
+    difference, dims = np.abs(a - b), tuple(range(a.ndim - 1))
+    names = [*units, *[""] * a.shape[-1]][: a.shape[-1]]
+    return RobotErrors(
+        max_abs=tuple(map(float, difference.max(axis=dims))),
+        mean_abs=tuple(map(float, difference.mean(axis=dims))),
+        reference_range=tuple(map(float, b.max(axis=dims) - b.min(axis=dims))),
+        units=tuple(names),
+    )
+
+
+def summarise(rows: Sequence[Parity]) -> Summary:
+    """The worst of everything over observations; NaN counts as worst. `rows` must not be empty."""
+    cosines = tuple(row.actions.cosine for row in rows)
+    order = [-math.inf if math.isnan(value) else value for value in cosines]
+    robots = [row.robot for row in rows if row.robot is not None]
+    whole = Parity(
+        vision=_worst_of([row.vision for row in rows]),
+        embeds=_worst_of([row.embeds for row in rows]),
+        k=_worst_lists([row.k for row in rows]),
+        v=_worst_lists([row.v for row in rows]),
+        velocity=_worst_lists([row.velocity for row in rows]),
+        x=_worst_lists([row.x for row in rows]),
+        actions=worst([row.actions for row in rows]),
+        robot=_worst_robot(robots) if robots else None,
+    )
+    return Summary(whole, len(rows), float(np.mean(cosines)), int(np.argmin(order)), cosines)
+
+
+def judge(summary: Summary, marks: PassMarks, *, vision_layers: int, layers: int) -> tuple[Mark, ...]:
+    """Hold a summary against its marks. Depths count rounded layers: K and V of layer i come after vision + i + 1."""
+    row = summary.worst
+
+    def bound(depth: int) -> float:
+        return marks.rel_l2 * (math.sqrt(depth) if marks.grows_with_depth else 1.0)
+
+    found = []
+    if row.vision is not None:
+        found.append(_below("vision tokens, relative L2", row.vision.rel_l2, bound(vision_layers)))
+    if row.embeds is not None:
+        found.append(_below("prefix embeddings, relative L2", row.embeds.rel_l2, bound(vision_layers)))
+    for name, rows in (("K", row.k), ("V", row.v)):
+        for i, layer in enumerate(rows):
+            found.append(_above(f"{name} layer {i}, cosine", layer.cosine, marks.kv_cosine))
+            found.append(_below(f"{name} layer {i}, relative L2", layer.rel_l2, bound(vision_layers + i + 1)))
+    for i, step in enumerate(row.velocity):
+        found.append(_below(f"velocity step {i}, relative L2", step.rel_l2, bound(vision_layers + 2 * layers)))
+    found.append(_below("actions, relative L2", row.actions.rel_l2, bound(vision_layers + 2 * layers)))
+    found.append(_above("actions, mean cosine", summary.actions_cosine_mean, marks.actions_cosine))
+    found.append(_above("actions, worst cosine", row.actions.cosine, marks.actions_cosine_worst))
+    return tuple(found)
+
+
+def _below(what: str, got: float, limit: float) -> Mark:
+    return Mark(what, got, limit, "at most", at_most(got, limit))
+
+
+def _above(what: str, got: float, limit: float) -> Mark:
+    return Mark(what, got, limit, "at least", at_least(got, limit))
+
+
+def _host(value: Tensor) -> Tensor:
+    out = value.detach().to("cpu", copy=True)
+    return out.float() if out.is_floating_point() else out
+
+
+def _valid(layer: Tensor, keep: Tensor | None) -> Tensor:
+    """[B, S, ...] -> valid tokens only; embeddings may lack the state token that pi0 appends to the cache."""
+    return layer.flatten(0, 1) if keep is None else layer[keep[:, : layer.shape[1]]]
+
+
+def _optional(got: Tensor | None, wanted: Tensor | None) -> Errors | None:
+    return None if got is None or wanted is None else errors(got, wanted)
+
+
+def _each(what: str, got: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Errors, ...]:
+    if len(got) != len(wanted):
+        raise ShapeError(f"the engines have different numbers of {what}", got=len(got), wanted=len(wanted))
+    return tuple(errors(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def _worst_of(rows: Sequence[Errors | None]) -> Errors | None:
+    there = [row for row in rows if row is not None]
+    return worst(there) if there else None
+
+
+def _worst_lists(lists: Sequence[tuple[Errors, ...]]) -> tuple[Errors, ...]:
+    return tuple(worst(list(column)) for column in zip(*lists, strict=True))
+
+
+def _worst_robot(rows: Sequence[RobotErrors]) -> RobotErrors:
+    def over(name: str, pick: Callable[[Any], Any]) -> tuple[float, ...]:
+        return tuple(map(float, pick(np.array([vars(row)[name] for row in rows]))))
+
+    return RobotErrors(
+        max_abs=over("max_abs", lambda values: values.max(axis=0)),
+        mean_abs=over("mean_abs", lambda values: values.mean(axis=0)),
+        reference_range=over("reference_range", lambda values: values.max(axis=0)),
+        units=rows[0].units,
+    )
