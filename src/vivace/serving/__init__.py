@@ -1,1 +1,10 @@
-"""Policies over the wire: protocol code apart from policy code."""
+"""Policies over the wire: protocol code apart from policy code.
+
+scan (bounds) <- protocol (bytes) <- results (ActionChunk -> dict) <- worker (who is next) <- session (a client) <- server
+"""
+
+from .protocol import pack, unpack
+from .server import PolicyServer, ServedPolicy
+from .thread import ServerHandle, serve_in_thread
+
+__all__ = ["PolicyServer", "ServedPolicy", "ServerHandle", "pack", "serve_in_thread", "unpack"]

@@ -40,7 +40,9 @@ def pack(value: Any) -> bytes:
     try:
         packed: bytes = msgpack.packb(value, default=_encode)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ProtocolError("value cannot be sent", got=str(error), wanted="numbers, text, lists, dicts, arrays") from error
+        raise ProtocolError(
+            "value cannot be sent", got=str(error), wanted="numbers, text, lists, dicts, arrays"
+        ) from error
     return packed
 
 

@@ -1,7 +1,7 @@
 """What a client gets for one observation: openpi's result dict, made from an ActionChunk.
 
-Rule of the wire: `openpi_client.ActionChunkBroker` slices every ndarray of a result along its first axis, one step per control
-tick. So `actions` is the only array here; every other fact is a Python number.
+Rule of the wire: `openpi_client.ActionChunkBroker` slices every ndarray of a result along its first axis, one step per
+control tick. So `actions` is the only array here; every other fact is a Python number.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ def result_of(chunk: ActionChunk, *, infer_ms: float, prev_total_ms: float | Non
     """
     actions = np.asarray(chunk.actions)
     if actions.ndim != 2 or actions.dtype.kind != "f":
-        raise ShapeError("policy returned unusable actions", got=f"{actions.dtype} {actions.shape}", wanted="float [H, A]")
+        raise ShapeError(
+            "policy returned unusable actions", got=f"{actions.dtype} {actions.shape}", wanted="float [H, A]"
+        )
     if not np.isfinite(actions).all():
-        raise NumericsError("policy returned actions that are not finite", got=f"{actions.size} values, some NaN or infinite")
+        raise NumericsError(
+            "policy returned actions that are not finite", got=f"{actions.size} values, some NaN or infinite"
+        )
     server_timing = {"infer_ms": float(infer_ms)}
     if prev_total_ms is not None:
         server_timing["prev_total_ms"] = float(prev_total_ms)

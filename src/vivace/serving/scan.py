@@ -2,8 +2,8 @@
 
 A msgpack header of five bytes may announce four billion elements, and one byte is an empty list of 56 bytes in Python: a
 decoder that trusts the message turns 64 MB from the network into gigabytes. This file walks the headers once, without
-building a value, and refuses what is truncated, trailing, too deep, too numerous, or not used by openpi's protocol (extension
-types). What passes costs at most `max_nodes` small objects beyond the bytes of the message itself.
+building a value, and refuses what is truncated, trailing, too deep, too numerous, or not used by openpi's protocol
+(extension types). What passes costs at most `max_nodes` small objects beyond the bytes of the message itself.
 
 A request of a robot has about 40 nodes, so the walk costs some 20 microseconds.
 """
@@ -53,7 +53,18 @@ def _heads() -> tuple[_Head | None, ...]:
         table[0x90 + low] = _Head(children_each=1, inline=low)
     for low in range(32):
         table[0xA0 + low] = _Head(body=low)
-    for byte, body in {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}.items():
+    for byte, body in {
+        0xCA: 4,
+        0xCB: 8,
+        0xCC: 1,
+        0xCD: 2,
+        0xCE: 4,
+        0xCF: 8,
+        0xD0: 1,
+        0xD1: 2,
+        0xD2: 4,
+        0xD3: 8,
+    }.items():
         table[byte] = _Head(body=body)
     for byte, width in {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}.items():
         table[byte] = _Head(width=width)

@@ -1,10 +1,10 @@
 """One thread that runs the policy, and the order in which waiting clients get it.
 
-The event loop must stay free to answer pings and handshakes, and a GPU serves one inference at a time; so there is exactly one
-worker thread, which also does the warm-up (captured graphs and inference mode belong to a thread).
+The event loop must stay free to answer pings and handshakes, and a GPU serves one inference at a time; so there is exactly
+one worker thread, which also does the warm-up (captured graphs and inference mode belong to a thread).
 
-Fairness: a connection has at most one request here, so the plain order of arrival *is* round-robin over the connections that
-wait. A client that asks again goes to the end of the line; nobody is served twice while another waits.
+Fairness: a connection has at most one request here, so the plain order of arrival *is* round-robin over the connections
+that wait. A client that asks again goes to the end of the line; nobody is served twice while another waits.
 """
 
 from __future__ import annotations

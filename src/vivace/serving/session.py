@@ -1,0 +1,192 @@
+"""One client from its metadata frame to its close frame.
+
+    server -> metadata                                 binary, once
+    client -> observation      server -> result        binary, strictly in turn
+                               server -> error text    then close 1011: the connection is dead, as in openpi
+
+A session waits for its own client only: everything it sends has a deadline, everything it computes is done by the worker.
+It owns no state beyond the duration of the last request.
+Source: openpi src/openpi/serving/websocket_policy_server.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+
+from ..errors import NumericsError, ProtocolError, VivaceError
+from ..types import ActionChunk
+from .metrics import ServerMetrics
+from .options import ServerOptions
+from .protocol import pack, unpack
+from .results import result_of
+from .scan import Limits
+from .worker import Job, Outcome, Worker
+
+log = logging.getLogger(__name__)
+
+ERROR_REASON: Final = (
+    "Internal server error. Traceback included in previous frame."  # openpi's words: clients match them
+)
+GOING_AWAY_REASON: Final = "server is shutting down"
+
+
+Infer = Callable[[Mapping[str, Any]], ActionChunk]
+
+
+class Gone(Exception):  # noqa: N818  not an error: the client left
+    """The client is not there any more; `args[0]` is the reason that is counted."""
+
+
+class BoundedConnection(ServerConnection):
+    """A websocket connection whose unsent bytes are bounded.
+
+    The library answers every ping at once; a peer that sends pings and never reads would make it store answers for ever.
+    """
+
+    max_unsent_bytes = 8 * 2**20
+
+    def data_received(self, data: bytes) -> None:
+        """Handle received bytes, then cut the connection if too much waits to be sent."""
+        super().data_received(data)
+        if self.transport.get_write_buffer_size() > self.max_unsent_bytes:
+            log.warning("client %s does not read: connection cut", self.remote_address)
+            self.transport.abort()
+
+
+class Session:
+    """Serves one connection; see the module text."""
+
+    def __init__(
+        self,
+        connection: ServerConnection,
+        *,
+        infer: Infer,
+        greeting: bytes,
+        worker: Worker,
+        metrics: ServerMetrics,
+        options: ServerOptions,
+    ) -> None:
+        self._connection, self._infer, self._greeting = connection, infer, greeting
+        self._worker, self._metrics, self._options = worker, metrics, options
+        self._busy = False
+        self._stopping = False
+        self._prev_total_ms: float | None = None
+
+    async def run(self) -> None:
+        """Serve until the client leaves, an error ends the connection, or the server stops."""
+        gone = asyncio.ensure_future(self._connection.wait_closed())
+        try:
+            await self._send(self._greeting)
+            while not self._stopping:
+                frame = await self._receive()
+                self._busy = True
+                if not await self._serve_one(frame, gone):
+                    return
+                self._busy = False
+            await self._close(CloseCode.GOING_AWAY, GOING_AWAY_REASON)
+        except Gone as left:
+            self._metrics.lost(str(left))
+        except ConnectionClosed as closed:
+            if closed.sent is not None and closed.sent.code == CloseCode.MESSAGE_TOO_BIG:
+                self._metrics.lost("message_too_big")
+        finally:
+            gone.cancel()
+
+    async def finish(self) -> None:
+        """Let the running request be answered, then close with 1001; close at once when the client is idle."""
+        self._stopping = True
+        if not self._busy:
+            await self._close(CloseCode.GOING_AWAY, GOING_AWAY_REASON)
+
+    def abort(self) -> None:
+        """Cut the connection now."""
+        self._connection.transport.abort()
+
+    async def _serve_one(self, frame: bytes | str, gone: asyncio.Future[None]) -> bool:
+        """Answer one request. Returns False after an error, when the connection is closed."""
+        started_s = time.perf_counter()
+        try:
+            request = self._decode(frame)
+            outcome = await self._wait(self._worker.submit(lambda: self._infer(request)), gone)
+            if outcome.value is None:
+                await self._fail(outcome.error or NumericsError("policy returned nothing", wanted="an ActionChunk"))
+                return False
+            answer = pack(result_of(outcome.value, infer_ms=outcome.run_ms, prev_total_ms=self._prev_total_ms))
+        except (Gone, ConnectionClosed):
+            raise
+        except Exception as error:  # server edge: logged, counted, and told to the client
+            await self._fail(error)
+            return False
+        await self._send(answer)
+        total_s = time.perf_counter() - started_s
+        self._prev_total_ms = total_s * 1e3
+        self._metrics.answered(total_s=total_s, infer_s=outcome.run_ms / 1e3, wait_s=outcome.wait_ms / 1e3)
+        return True
+
+    def _decode(self, frame: bytes | str) -> dict[str, Any]:
+        if isinstance(frame, str):
+            raise ProtocolError("request is a text frame", wanted="a binary frame with a msgpack map")
+        request = unpack(frame, limits=Limits(max_bytes=self._options.max_message_bytes))
+        if not isinstance(request, dict):
+            raise ProtocolError("request is not a map", got=type(request).__name__, wanted="an observation dict")
+        if wrong := [key for key in request if not isinstance(key, str)]:
+            raise ProtocolError("request has keys that are not text", got=repr(wrong)[:200], wanted="str keys")
+        return request
+
+    async def _wait(self, job: Job[ActionChunk], gone: asyncio.Future[None]) -> Outcome[ActionChunk]:
+        """Wait for the worker; if the client leaves first, its request is not computed."""
+        waits: set[asyncio.Future[Any]] = {job.future, gone}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if job.future.done():
+            return job.future.result()
+        raise Gone("left_in_line" if self._worker.drop(job) else "left_while_running")
+
+    async def _receive(self) -> bytes | str:
+        """One whole message. Its size is bounded by the library, the number of its fragments here."""
+        fragments: list[Any] = []
+        async for fragment in self._connection.recv_streaming():
+            fragments.append(fragment)
+            if len(fragments) > self._options.max_fragments:
+                await self._close(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+                raise Gone("message_too_big")
+        message: bytes | str = fragments[0] if len(fragments) == 1 else type(fragments[0])().join(fragments)
+        return message
+
+    async def _send(self, message: bytes | str) -> None:
+        """Send within the deadline; a client that does not read is cut off, so that it holds nothing of ours."""
+        try:
+            async with asyncio.timeout(self._options.send_timeout_s):
+                await self._connection.send(message)
+        except TimeoutError:
+            log.warning("client %s does not read: connection cut", self._connection.remote_address)
+            self.abort()
+            raise Gone("slow_reader") from None
+        self._metrics.sent(len(message))
+
+    async def _close(self, code: int, reason: str) -> None:
+        try:
+            async with asyncio.timeout(self._options.send_timeout_s):
+                await self._connection.close(code, reason)
+        except TimeoutError:
+            self.abort()
+
+    async def _fail(self, error: BaseException) -> None:
+        """Tell the client what went wrong, in words that a person can act on, and close as openpi does."""
+        name = type(error).__name__
+        self._metrics.failed(name)
+        expected = isinstance(error, VivaceError)
+        log.warning("%s: %s: %s", self._connection.remote_address, name, error, exc_info=None if expected else error)
+        text = f"{name}: {error}"
+        if self._options.debug:
+            text += "\n\n" + "".join(traceback.format_exception(error))
+        await self._send(text)
+        await self._close(CloseCode.INTERNAL_ERROR, ERROR_REASON)
