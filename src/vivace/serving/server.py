@@ -87,8 +87,9 @@ class PolicyServer:
     ) -> None:
         self.options = ServerOptions(**options)
         self.metrics = _metrics(metrics, registry)
+        self.engine = policy.engine
         self._policy = policy
-        self._greeting = metadata_frame({**policy.metadata, **(metadata or {})}, policy.engine)
+        self._greeting = metadata_frame({**policy.metadata, **(metadata or {})}, self.engine)
         self._sessions: set[Session] = set()
         self._stopping = False
         self._socket: socket.socket | None = None

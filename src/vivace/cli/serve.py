@@ -1,0 +1,155 @@
+"""`vivace serve`: answer robots over openpi's websocket protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from ..config import EngineConfig
+from ..errors import ConfigError
+from ..serving.default_prompt import WithDefaultPrompt
+from ..serving.server import PolicyServer, ServedPolicy
+from .output import OK, console
+
+if TYPE_CHECKING:
+    from ..runtime.policy import Policy
+
+_ENGINE = EngineConfig()
+
+
+@dataclass(frozen=True)
+class Args:
+    """Serve a checkpoint to openpi's clients until SIGINT or SIGTERM.
+
+    Example: vivace serve pi05_droid/ --embodiment droid --port 8000
+    """
+
+    path: tyro.conf.Positional[Path]
+    """Checkpoint folder: openpi PyTorch, openpi JAX, or LeRobot."""
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 = every network of this machine: then set --api-key-file."""
+    port: int = 8000
+    """0 = a free port; the listening line says which."""
+    embodiment: str | None = None
+    """A known robot or a TOML file; needed where the checkpoint does not say."""
+    tokenizer: Path | None = None
+    """PaliGemma tokenizer file or folder; needed where the checkpoint does not ship one."""
+    backend: str = _ENGINE.backend
+    """How to execute; auto = the fastest that can run here. See vivace doctor."""
+    precision: str = _ENGINE.precision
+    """float32, bfloat16, or auto = what the checkpoint declares."""
+    device: str = _ENGINE.device
+    """auto = cuda if there is one, else cpu."""
+    num_steps: int = _ENGINE.num_denoise_steps
+    """Denoise steps."""
+    seed: int | None = _ENGINE.seed
+    """Noise is a function of seed and request; None draws fresh noise for every request."""
+    horizon: int | None = None
+    """Actions per chunk, where the checkpoint does not say."""
+    vision_heads: int | None = None
+    """Attention heads of the vision tower, where the checkpoint does not say."""
+    asset_id: str | None = None
+    """Which normalisation statistics of an openpi checkpoint."""
+    default_prompt: str | None = None
+    """Instruction for clients that send none."""
+    api_key_file: Path | None = None
+    """File with the key that clients must send as Authorization: Api-Key KEY."""
+    max_message_mb: int = 64
+    """Largest request in MiB; a larger one ends its connection."""
+    max_connections: int = 64
+    """Clients at once."""
+    metrics: bool | None = None
+    """Count for Prometheus at /metrics; None = if prometheus-client is installed."""
+    debug: bool = False
+    """Error frames carry a traceback, and the log is verbose."""
+
+
+def run(args: Args) -> int:
+    """Load, warm up, listen, serve; ends after a signal."""
+    _log_to_stderr(debug=args.debug)
+    api_key = None if args.api_key_file is None else _read_key(args.api_key_file)
+    with console.status(f"loading {args.path}"):
+        policy = _served(_load(args), args)
+    server = PolicyServer(
+        policy,
+        host=args.host,
+        port=args.port,
+        api_key=api_key,
+        max_message_bytes=args.max_message_mb * 2**20,
+        max_connections=args.max_connections,
+        metrics=args.metrics,
+        debug=args.debug,
+    )
+    console.print("warming up", highlight=False)
+    asyncio.run(server.run(ready=announce))
+    return OK
+
+
+def announce(server: PolicyServer) -> None:
+    """Say that clients may come: a line for people on stderr, a line of JSON on stdout for scripts that wait."""
+    host, port, engine = server.options.host, server.port, server.engine
+    console.print(
+        f"listening on ws://{host}:{port}  {engine.policy_kind}, {engine.backend} on {engine.device}, {engine.precision}, "
+        f"{engine.num_denoise_steps} steps, horizon {engine.horizon}; healthz"
+        + (", metrics" if server.metrics.page() else ", no metrics")
+        + (", api key required" if server.options.api_key else ""),
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    event = {"event": "listening", "host": host, "port": port, "engine": engine.to_json()}
+    sys.stdout.write(json.dumps(event, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def _load(args: Args) -> Policy:
+    from ..runtime.policy import load_policy
+
+    config = EngineConfig(
+        backend=args.backend,
+        device=args.device,
+        precision=args.precision,
+        num_denoise_steps=args.num_steps,
+        seed=args.seed,
+    )
+    is_file = args.embodiment is not None and args.embodiment.endswith(".toml")
+    return load_policy(
+        args.path,
+        embodiment=Path(args.embodiment) if is_file and args.embodiment else args.embodiment,
+        tokenizer=args.tokenizer,
+        config=config,
+        asset_id=args.asset_id,
+        horizon=args.horizon,
+        vision_heads=args.vision_heads,
+    )
+
+
+def _served(policy: Policy, args: Args) -> ServedPolicy:
+    if args.default_prompt is None:
+        return policy
+    return WithDefaultPrompt(policy, prompt=args.default_prompt, key=policy.io.embodiment.prompt_key)
+
+
+def _read_key(path: Path) -> str:
+    """The key in a file, without the white space around it."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"api key file {path} cannot be read", got=str(error), do="write the key into it") from error
+
+
+def _log_to_stderr(*, debug: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    # The library logs every port scan as an error with a traceback; refused handshakes are counted instead.
+    logging.getLogger("vivace.serving.server.websockets").setLevel(logging.DEBUG if debug else logging.CRITICAL)
