@@ -54,12 +54,14 @@ class Camera:
     key       path of the array in a request, nested keys joined by "/" (openpi style), e.g. "observation/image"
     required  False: the view is left out when the request lacks it (masked in the originals, exactly removable)
     chw       True: the request carries [3, h, w] instead of [h, w, 3]
+    aliases   other paths under which a request may carry the same camera
     """
 
     view: str
     key: str
     required: bool = True
     chw: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,13 @@ class StatePart:
     key    path in the request, nested keys joined by "/"
     size   number of values; a bare number counts as one
     units  for people: "rad", "m", "0 open .. 1 closed"
+    aliases  other paths under which a request may carry the same array
     """
 
     key: str
     size: int
     units: str = ""
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
