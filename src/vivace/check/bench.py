@@ -39,6 +39,14 @@ class DeviceTimer(Protocol):
         ...
 
 
+class Progress(Protocol):
+    """Told after every call of an engine."""
+
+    def __call__(self, name: str, *, sampling: bool) -> None:
+        """`sampling` is False during warm-up."""
+        ...
+
+
 @dataclass(frozen=True)
 class WarmUp:
     """When an engine counts as warm: the medians of two successive windows of calls differ by less than `tolerance`."""
@@ -100,7 +108,7 @@ def measure(
     stages: Callable[[Any], Mapping[str, float]] | None = None,
     device: DeviceTimer | None = None,
     clock: Clock = time.perf_counter,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, EngineTimes]:
     """Time several engines on the same work, interleaved.
 
@@ -113,7 +121,7 @@ def measure(
         stages: output -> {stage: milliseconds}.
         device: a timer on the accelerator; None = host clock only.
         clock: seconds; replaced in tests.
-        progress: called with a word after each call.
+        progress: called after each call with the engine and whether it was a sample (False: warm-up).
 
     Raises:
         ConfigError: no engine, or fewer than one sample.
@@ -123,7 +131,7 @@ def measure(
         raise ConfigError(
             "nothing to measure", got=f"{len(fns)} engines, {samples} samples", wanted="at least one of each"
         )
-    tell = progress or (lambda _: None)
+    tell = progress or _silent
     times = {name: _warm(name, fn, warmup or WarmUp(), refcheck, device, clock, tell) for name, fn in fns.items()}
     order = random.Random(seed)
     names = list(fns)
@@ -132,7 +140,7 @@ def measure(
             order.shuffle(names)
             for name in names:
                 _sample(times[name], fns[name], stages, device, clock)
-                tell(name)
+                tell(name, sampling=True)
     return times
 
 
@@ -209,7 +217,7 @@ def _warm(
     refcheck: Callable[[str, Any], str | None] | None,
     device: DeviceTimer | None,
     clock: Clock,
-    tell: Callable[[str], None],
+    tell: Progress,
 ) -> EngineTimes:
     begin = clock()
     output, cold_ms, _ = _call(fn, device, clock)
@@ -219,7 +227,7 @@ def _warm(
     stable = False
     while not stable and len(recent) < rule.max_calls and clock() - begin < rule.max_seconds:
         recent.append(_call(fn, device, clock)[1])
-        tell(name)
+        tell(name, sampling=False)
         stable = _is_stable(recent, rule)
     return EngineTimes(name, cold_ms, warmup_calls=len(recent), stable=stable)
 
@@ -254,6 +262,10 @@ def _call(fn: Callable[[], Any], device: DeviceTimer | None, clock: Clock) -> tu
     output = fn()
     device_ms = device.stop() if device is not None else None
     return output, (clock() - begin) * 1e3, device_ms
+
+
+def _silent(name: str, *, sampling: bool) -> None:
+    """Nobody is watching."""
 
 
 @contextmanager

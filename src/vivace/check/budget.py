@@ -56,7 +56,7 @@ class StageBudget:
 
 @dataclass(frozen=True)
 class Budget:
-    """The answer. `verdict` is one of "met", "reachable", "below the floor", "unknown"; `basis` says what the times are."""
+    """The answer. `verdict` is one of "met", "reachable by roofline", "below the floor", "unknown"; `basis` says what the times are."""
 
     target_hz: float
     budget_ms: float
@@ -228,7 +228,7 @@ def _verdict(total: float, period_ms: float, floor: float | None) -> str:
         return "met"
     if floor is None:
         return "unknown"
-    return "reachable" if floor <= period_ms else "below the floor"
+    return "reachable by roofline" if floor <= period_ms else "below the floor"
 
 
 def _basis(run: Run, gpu: Gpu | None, predicted: Mapping[str, float]) -> str:

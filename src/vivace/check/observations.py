@@ -70,9 +70,11 @@ def scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np
 def _shape(generator: np.random.Generator, y: NDArray[Any], x: NDArray[Any]) -> NDArray[np.bool_]:
     cy, cx = generator.uniform(0.1, 0.95, 2)
     ry, rx = generator.uniform(0.04, 0.22, 2)
-    if generator.random() < 0.5:
-        return ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
-    return (np.abs(y - cy) < ry) & (np.abs(x - cx) < rx)
+    round_one = generator.random() < 0.5
+    inside = (
+        ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1 if round_one else (np.abs(y - cy) < ry) & (np.abs(x - cx) < rx)
+    )
+    return np.asarray(inside, dtype=np.bool_)
 
 
 def _request(io: RobotIO, generator: np.random.Generator, index: int) -> dict[str, Any]:

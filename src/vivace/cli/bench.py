@@ -1,0 +1,219 @@
+"""`vivace bench PATH`: named engines side by side on the same work, percentiles and stages, with the machine attached."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import tyro
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from ..check import bench, environment, observations
+from ..check.budget import budget, read_run
+from ..check.metrics import at_least, cosine, rel_l2
+from ..check.parity import marks_for
+from ..check.results import result, write_result
+from ..check.setting import setting_of
+from ..errors import ConfigError
+from .output import OK, console, emit
+from .policy_args import PolicyArgs, load
+
+if TYPE_CHECKING:
+    from ..runtime.policy import Policy
+
+BOUNDARY = {"name": "B2", "what": "policy.infer: host arrays in (uint8 images, raw state, prompt), host actions out"}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Time named engines side by side. Exit code 1 when an engine gives other actions than the reference: it is not timed.
+
+    Example: vivace bench my_checkpoint --engines eager,compiled --samples 500 --target-hz 20 -o bench.json
+    """
+
+    path: tyro.conf.Positional[Path]
+    """Checkpoint folder."""
+    engines: str = "eager"
+    """Comma-separated BACKEND or BACKEND:PRECISION; the first one is the baseline of every speed-up."""
+    samples: int = 200
+    """Rounds; every engine is called once per round, in random order."""
+    warmup_seconds: float = 120.0
+    """Longest warm-up of one engine."""
+    target_hz: float | None = None
+    """Also say how far each engine is from this rate."""
+    observations: Path | None = None
+    """A folder of recorded requests (.npz); default: a made-up one. The first is used, repeated."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Also write the JSON here."""
+    policy: tyro.conf.OmitArgPrefixes[PolicyArgs] = field(default_factory=PolicyArgs)
+
+
+def run(args: Args) -> int:
+    """Load every engine, check its output, time them interleaved. An engine with other actions raises NumericsError."""
+    names = _names(args.engines)
+    wanted, request = _reference(args)
+    policies = {name: _load(args, name) for name in names}
+    outputs: dict[str, dict[str, float]] = {}
+
+    def refcheck(name: str, chunk: Any) -> str | None:
+        got, limits = chunk.actions_normalized, marks_for(policies[name].engine.precision)
+        outputs[name] = {"cosine": cosine(got, wanted), "rel_l2": rel_l2(got, wanted)}
+        good = at_least(outputs[name]["cosine"], limits.actions_cosine_worst)
+        return None if good else f"cosine {outputs[name]['cosine']:.6f}, wanted at least {limits.actions_cosine_worst}"
+
+    before = environment.snapshot()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("warming up", total=None)
+        times = bench.measure(
+            {name: _call(policy, request) for name, policy in policies.items()},
+            samples=args.samples,
+            seed=args.policy.seed,
+            warmup=bench.WarmUp(max_seconds=args.warmup_seconds),
+            refcheck=refcheck,
+            stages=lambda chunk: {k: v for k, v in chunk.milliseconds.items() if k != "total"},
+            device=bench.CudaTimer() if _on_gpu(policies) else None,
+            progress=_Teller(bar, task, args.samples * len(names)),
+        )
+    first = policies[names[0]]
+    body: dict[str, Any] = {
+        "checkpoint": str(args.path),
+        "boundary": BOUNDARY,
+        "setting": setting_of(first, first.prepare(request)),
+        "observation": "recorded" if args.observations else "synthetic",
+        "method": "interleaved rounds in random order; garbage collected before the samples, off while they are taken",
+        "engines": {name: _engine(policies[name], times[name], outputs[name]) for name in names},
+        "speedups": [bench.speedup(times[name], times[names[0]]) for name in names[1:]],
+        "state_before": before,
+        "state_after": environment.snapshot(),
+    }
+    document = result("bench", body, environment=environment.collect())
+    if args.target_hz is not None:
+        document["budgets"] = _budgets(document, names, args.target_hz)
+    _show(document)
+    if args.output is not None:
+        write_result(args.output, document)
+    emit(document)
+    return OK
+
+
+class _Teller:
+    """Moves the bar: unknown length while warming up, then one step per sample."""
+
+    def __init__(self, bar: Progress, task: Any, samples: int) -> None:
+        self._bar, self._task, self._samples = bar, task, samples
+        self._left = False
+
+    def __call__(self, name: str, *, sampling: bool) -> None:
+        if sampling and not self._left:
+            self._left = True
+            self._bar.update(self._task, total=self._samples, completed=0, description="measuring")
+        self._bar.update(self._task, advance=1)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError("--engines must name each engine once", got=repr(text), wanted="e.g. eager,compiled:bfloat16")
+    return names
+
+
+def _load(args: Args, name: str) -> Policy:
+    backend, _, precision = name.partition(":")
+    return load(args.path, args.policy, backend=backend, precision=precision or "auto")
+
+
+def _reference(args: Args) -> tuple[Any, Any]:
+    """Actions of the float32 eager reference, and the request; the model is released before others are loaded."""
+    reference = load(args.path, args.policy, backend="eager", precision="float32")
+    if args.observations is not None:
+        request = observations.recorded(args.observations)[0]
+    else:
+        request = observations.synthetic(reference.io, 1, seed=args.policy.seed)[0]
+    actions = np.array(reference.infer(request).actions_normalized)
+    del reference
+    gc.collect()
+    return actions, request
+
+
+def _call(policy: Policy, request: Any) -> Callable[[], Any]:
+    return lambda: policy.infer(request)
+
+
+def _on_gpu(policies: dict[str, Policy]) -> bool:
+    return any(policy.engine.device.startswith("cuda") for policy in policies.values())
+
+
+def _engine(policy: Policy, times: bench.EngineTimes, output: dict[str, float]) -> dict[str, Any]:
+    total = bench.summary(times.total_ms)
+    return {
+        "precision": policy.engine.precision,
+        "engine": policy.engine.to_json(),
+        "output": output,
+        "cold_ms": times.cold_ms,
+        "warmup_calls": times.warmup_calls,
+        "stable": times.stable,
+        "total": total,
+        "rate_hz": 1e3 / total.p50_ms,
+        "device": bench.summary(times.device_ms) if times.device_ms else None,
+        "stages": {name: bench.summary(values) for name, values in times.stages_ms.items()},
+        "split": bench.split(times),
+        "samples": {
+            "total_ms": _compact(times.total_ms),
+            "device_ms": _compact(times.device_ms),
+            "stages_ms": {name: _compact(values) for name, values in times.stages_ms.items()},
+        },
+    }
+
+
+def _compact(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in values]
+
+
+def _budgets(document: dict[str, Any], names: list[str], target_hz: float) -> dict[str, Any]:
+    answers = {name: budget(read_run(document, engine=name), target_hz=target_hz) for name in names}
+    plain: dict[str, Any] = result("budget", {"budgets": answers})["budgets"]
+    return plain
+
+
+def _show(document: dict[str, Any]) -> None:
+    s = document["setting"]
+    size = f"({s['views']} views, {s['prompt_tokens']} tokens, chunk {s['horizon']}), {s['steps']} steps"
+    title = f"{size}, {s['device']}, boundary B2"
+    table = Table(title=escape(title), caption="host wall time, ms; vision, prefix, denoise, other are means")
+    for name in ("engine", "p50", "p95", "p99", "max", "Hz", "cold", "vision", "prefix", "denoise", "other"):
+        table.add_column(name, justify="left" if name == "engine" else "right")
+    for name, row in document["engines"].items():
+        total, parts = row["total"], row["split"]["mean_ms"]
+        cells = [
+            total["p50_ms"],
+            total["p95_ms"],
+            total["p99_ms"],
+            total["max_ms"],
+            row["rate_hz"],
+            row["cold_ms"],
+            *parts.values(),
+        ]
+        table.add_row(f"{escape(name)} ({row['precision']})", *(f"{value:.2f}" for value in cells))
+    console.print(table)
+    for speedup in document["speedups"]:
+        console.print(
+            f"{escape(speedup['engine'])} is {speedup['ratio']:.2f}x as fast as {escape(speedup['baseline'])} "
+            f"(95 % interval {speedup['low']:.2f} to {speedup['high']:.2f})",
+            highlight=False,
+        )
+    for name, row in document["engines"].items():
+        if not row["split"]["adds_up"]:
+            gap = row["split"]["unaccounted_ms"]
+            console.print(f"[yellow]{escape(name)}: the spans leave {gap:.2f} ms unexplained (more than 2 %)[/]")
+        if not row["stable"]:
+            console.print(f"[yellow]{escape(name)}: still changing when the warm-up ended[/]")
+    for name, answer in (document.get("budgets") or {}).items():
+        console.print(
+            f"{escape(name)}: {answer['target_hz']:g} Hz is {answer['verdict']}, must shrink {answer['factor']:.2f}x"
+        )

@@ -1,0 +1,159 @@
+"""`vivace check PATH`: is this engine still the same policy? Against the float32 reference of the same checkpoint."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from ..check import environment, observations, parity
+from ..check.metrics import Errors
+from ..check.results import result, write_result
+from ..check.setting import setting_of
+from .output import FAILED, OK, console, emit
+from .policy_args import PolicyArgs, load
+
+if TYPE_CHECKING:
+    from ..runtime.policy import Policy
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare an engine with the float32 reference: every layer, every step, actions in robot units. Exit code 1 = differs.
+
+    Example: vivace check my_checkpoint --backend compiled --precision bfloat16 --observations recorded/
+    """
+
+    path: tyro.conf.Positional[Path]
+    """Checkpoint folder."""
+    backend: str = "auto"
+    """The engine to judge; see vivace doctor."""
+    precision: str = "auto"
+    """float32, bfloat16, or auto = what the checkpoint declares."""
+    observations: str = "4"
+    """A number = that many made-up observations; a folder = recorded ones, .npz files with the keys of a request."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Also write the JSON here."""
+    policy: tyro.conf.OmitArgPrefixes[PolicyArgs] = field(default_factory=PolicyArgs)
+
+
+def run(args: Args) -> int:
+    """Run the reference, then the candidate, on the same observations and noise."""
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("reference: loading", total=None)
+        reference = load(args.path, args.policy, backend="eager", precision="float32")
+        requests, source = _requests(args.observations, reference, args.policy.seed)
+        bar.update(task, total=2 * len(requests), description="reference: eager float32")
+        wanted = _run_all(reference, requests, bar, task)
+        facts = {
+            "reference": reference.engine.to_json(),
+            "setting": setting_of(reference, reference.prepare(requests[0])),
+        }
+        del reference  # a full model in float32 is 13 GB: never hold two
+        gc.collect()
+        candidate = load(args.path, args.policy, backend=args.backend, precision=args.precision)
+        bar.update(task, description=f"candidate: {candidate.engine.backend} {candidate.engine.precision}")
+        got = _run_all(candidate, requests, bar, task)
+    rows = [_compare(candidate, request, a, b) for request, a, b in zip(requests, got, wanted, strict=True)]
+    summary = parity.summarise(rows)
+    limits = parity.marks_for(candidate.engine.precision)
+    config = candidate.model.config
+    marks = parity.judge(summary, limits, vision_layers=config.vision.layers, layers=config.prefix.layers)
+    passed = all(mark.passed for mark in marks)
+    body = {
+        "checkpoint": str(args.path),
+        "engine": candidate.engine.to_json(),
+        **facts,
+        "observations": {"source": source, "count": len(requests), "seed": args.policy.seed},
+        "passed": passed,
+        "limits": limits,
+        "marks": marks,
+        "summary": summary,
+        "remarks": ["velocities are open loop: each engine on its own trajectory"],
+    }
+    document = result("check", body, environment=environment.collect())
+    _show(summary, marks, candidate, source)
+    if args.output is not None:
+        write_result(args.output, document)
+    emit(document)
+    return OK if passed else FAILED
+
+
+def _requests(text: str, policy: Policy, seed: int) -> tuple[Sequence[Any], str]:
+    if text.isdigit() and int(text) > 0:
+        return observations.synthetic(policy.io, int(text), seed=seed), "synthetic"
+    return observations.recorded(Path(text)), f"recorded: {Path(text).name}"
+
+
+def _run_all(policy: Policy, requests: Sequence[Any], bar: Progress, task: Any) -> list[parity.Snapshot]:
+    import torch
+
+    from ..runtime import noise
+    from ..runtime.collate import collate
+
+    snapshots = []
+    for request in requests:
+        row = policy.prepare(request)
+        drawn = noise.draw(policy.engine.seed, row, horizon=policy.engine.horizon, width=policy.io.action_width)
+        inputs = collate([row], kind=policy.model.config.kind, device=policy.model.device)
+        x = torch.from_numpy(drawn)[None].to(policy.model.device)
+        snapshots.append(parity.run_traced(policy.backend, inputs, x))
+        bar.advance(task)
+    return snapshots
+
+
+def _compare(policy: Policy, request: Any, got: parity.Snapshot, wanted: parity.Snapshot) -> parity.Parity:
+    row = policy.prepare(request)
+    robot = policy.io.embodiment
+    return parity.compare_snapshots(
+        got, wanted, robot_units=lambda chunk: policy.pipeline.finish(chunk, row), units=robot.action_units
+    )
+
+
+def _show(summary: parity.Summary, marks: Sequence[parity.Mark], candidate: Policy, source: str) -> None:
+    engine, row = candidate.engine, summary.worst
+    title = f"{engine.backend} {engine.precision} against eager float32, worst of {summary.observations} observations"
+    table = Table(title=escape(title), caption=escape(f"observations: {source}"))
+    for name in ("stage", "cosine", "MAE", "max", "relative error", "rel. L2", "SQNR dB"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for name, errors in _stages(row):
+        table.add_row(name, *_cells(errors))
+    console.print(table)
+    if row.robot is not None:
+        console.print(_robot_table(row.robot))
+    failed = [mark for mark in marks if not mark.passed]
+    for mark in failed[:20]:
+        console.print(f"[red]failed[/] {escape(mark.what)}: got {mark.got:.3g}, wanted {mark.rule} {mark.wanted:.3g}")
+    colour = "red" if failed else "green"
+    console.print(f"[{colour}]{len(marks) - len(failed)} of {len(marks)} marks passed[/]")
+
+
+def _stages(row: parity.Parity) -> list[tuple[str, Errors]]:
+    named = [("vision tokens", row.vision), ("prefix embeddings", row.embeds)]
+    for letter, layers in (("K", row.k), ("V", row.v)):
+        named += [(f"{letter} layer {i}", errors) for i, errors in enumerate(layers)]
+    named += [(f"velocity step {i}", errors) for i, errors in enumerate(row.velocity)]
+    named.append(("actions, normalised", row.actions))
+    return [(name, errors) for name, errors in named if errors is not None]
+
+
+def _cells(e: Errors) -> list[str]:
+    db = f"{e.sqnr_db:.1f}"
+    return [f"{e.cosine:.7f}", f"{e.mae:.2e}", f"{e.max_abs:.2e}", f"{e.relative_error:.2e}", f"{e.rel_l2:.2e}", db]
+
+
+def _robot_table(robot: parity.RobotErrors) -> Table:
+    table = Table(title="actions in robot units")
+    for name in ("dim", "unit", "max difference", "mean difference", "range of the reference"):
+        table.add_column(name, justify="right")
+    rows = zip(robot.units, robot.max_abs, robot.mean_abs, robot.reference_range, strict=True)
+    for dim, (unit, largest, mean, span) in enumerate(rows):
+        table.add_row(str(dim), escape(unit), f"{largest:.3g}", f"{mean:.3g}", f"{span:.3g}")
+    return table

@@ -1,0 +1,61 @@
+"""The options that several verbs share: how to find everything a policy needs beside its checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ..runtime.policy import Policy
+
+
+@dataclass(frozen=True)
+class PolicyArgs:
+    """What the checkpoint folder does not say itself."""
+
+    embodiment: str | None = None
+    """A known robot (libero, droid, aloha, ...) or a TOML file; default: what the checkpoint says."""
+    tokenizer: str | None = None
+    """A SentencePiece .model, a tokenizer.json or a folder; default: the checkpoint's own."""
+    asset_id: str | None = None
+    """openpi: which normalisation statistics to use."""
+    horizon: int | None = None
+    """Actions per chunk, where the checkpoint does not say."""
+    vision_heads: int | None = None
+    """Attention heads of the vision tower, where it is not the published one."""
+    default_prompt: str | None = None
+    """Instruction for requests that carry none."""
+    lerobot_version: Literal["auto", "0.4", "0.5", "0.6"] = "auto"
+    """Which LeRobot wrote the folder; 0.4 differs in prompt and letterbox."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto."""
+    steps: int = 10
+    """Denoise steps."""
+    seed: int = 0
+    """Of the noise and of made-up observations."""
+
+
+def load(path: Path, args: PolicyArgs, *, backend: str, precision: str) -> Policy:
+    """Load one policy with these options. Raises CheckpointError, ConfigError, Unsupported."""
+    from ..config import EngineConfig
+    from ..runtime.policy import load_policy
+
+    config = EngineConfig(
+        backend=backend,
+        device=args.device,
+        precision=precision,
+        num_denoise_steps=args.steps,
+        seed=args.seed,
+    )
+    return load_policy(
+        path,
+        embodiment=args.embodiment,
+        tokenizer=args.tokenizer,
+        config=config,
+        asset_id=args.asset_id,
+        horizon=args.horizon,
+        vision_heads=args.vision_heads,
+        default_prompt=args.default_prompt,
+        lerobot_version=args.lerobot_version,
+    )
