@@ -116,3 +116,8 @@ class ResolvedEngine:
 def cache_dir() -> Path:
     """Folder for compiled artefacts. `VIVACE_CACHE` is the only environment variable that vivace reads."""
     return Path(os.environ.get("VIVACE_CACHE", Path.home() / ".cache" / "vivace"))
+
+
+def use_compile_cache() -> None:
+    """Point torch.compile's on-disk cache into `cache_dir()`, unless the user already chose a place."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))

@@ -1,0 +1,270 @@
+"""A policy: checkpoint, robot, network and backend joined. `load_policy` builds one, `Policy.infer` runs it.
+
+request --robots--> PreparedObservation --collate--> ModelInputs --backend--> actions --robots--> ActionChunk
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .. import __version__
+from ..backends import base
+from ..backends.spans import Spans
+from ..checkpoints.open import Checkpoint, open_checkpoint
+from ..config import EngineConfig, ResolvedEngine
+from ..errors import ConfigError, NumericsError, ObservationError
+from ..model import weights
+from ..model.pi import Pi
+from ..precision.flavours import parameter_dtype
+from ..robots.io import resolve
+from ..robots.pipeline import RobotPipeline
+from ..robots.tokenizer import Tokenizer, load_tokenizer
+from ..types import ActionChunk, Embodiment, Observation, PreparedObservation, PreviousChunk, RobotIO, Trace
+from . import noise as noise_source
+from .collate import collate
+
+logger = logging.getLogger(__name__)
+
+Request = Observation | Mapping[str, Any]
+
+
+class Policy:
+    """Answers observations with action chunks. Safe to call from several threads: one inference runs at a time."""
+
+    def __init__(
+        self, *, checkpoint: Checkpoint, io: RobotIO, pipeline: RobotPipeline, backend: base.Backend, model: Pi,
+        engine: ResolvedEngine,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.io, self.pipeline = checkpoint, io, pipeline
+        self.backend, self.model, self.engine = backend, model, engine
+        self._lock = threading.Lock()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a client is told when it connects: the embodiment's metadata."""
+        return dict(self.io.embodiment.metadata)
+
+    def prepare(self, request: Request) -> PreparedObservation:
+        """Robot data to model space (host). Raises ObservationError naming the key that does not fit."""
+        return self.pipeline.prepare(request)
+
+    def infer(
+        self,
+        request: Request,
+        *,
+        noise: NDArray[np.float32] | None = None,
+        previous: PreviousChunk | None = None,
+        trace: Trace | None = None,
+    ) -> ActionChunk:
+        """Answer one observation.
+
+        request   Observation, or a dict as an openpi client sends it; it may carry "noise" itself
+        noise     float32 [H, 32], None = drawn (see EngineConfig.seed)
+        previous  what is left of the chunk being executed, for real-time chunking
+        trace     filled with intermediate tensors if given; for evidence, not for speed
+        Raises    ObservationError, ShapeError, NumericsError
+        """
+        given = None if noise is None else np.asarray(noise)[None]
+        return self._infer([request], given, previous, trace)[0]
+
+    def infer_batch(
+        self, requests: Sequence[Request], *, noise: NDArray[np.float32] | None = None
+    ) -> list[ActionChunk]:
+        """Answer several observations in one forward; noise float32 [B, H, 32]. Each answer equals the one alone."""
+        if not requests:
+            return []
+        return self._infer(requests, noise, None, None)
+
+    def warmup(self, prompt_tokens: Sequence[int] = (48,)) -> None:
+        """Run once per prompt length, so that compilation, capture and page faults are over before a robot waits."""
+        V, size = len(self.io.embodiment.cameras), self.io.image_size
+        for length in prompt_tokens:
+            row = PreparedObservation(
+                images=np.zeros((V, 3, size, size), dtype=np.uint8),
+                tokens=np.full(min(length, self.io.max_prompt_tokens), 2, dtype=np.int32),
+                state=np.zeros(self.io.action_width, dtype=np.float32),
+                state_robot=np.zeros(0), state_normalized=np.zeros(0),
+                views=tuple(camera.view for camera in self.io.embodiment.cameras),
+            )  # fmt: skip
+            shape = (1, self.engine.horizon, self.io.action_width)
+            with self._lock:
+                self._run([row], np.zeros(shape, dtype=np.float32), None, None, Spans())
+
+    def _infer(
+        self,
+        requests: Sequence[Request],
+        noise: NDArray[np.float32] | None,
+        previous: PreviousChunk | None,
+        trace: Trace | None,
+    ) -> list[ActionChunk]:
+        spans = Spans(cuda=self.model.device.type == "cuda")
+        total = Spans()
+        with total("total"):
+            with total("preprocess"):
+                rows = [self.prepare(request) for request in requests]
+                drawn = self._noise(requests, rows, noise)
+            with self._lock:
+                normalized = self._run(rows, drawn, previous, trace, spans)
+            with total("postprocess"):
+                actions = [self.pipeline.finish(a, row) for a, row in zip(normalized, rows, strict=True)]
+        milliseconds = {**spans.milliseconds(), **total.milliseconds()}
+        return [
+            ActionChunk(
+                actions=a,
+                actions_normalized=n,
+                t_obs=row.t_obs,
+                control_hz=self.io.embodiment.control_hz,
+                milliseconds=milliseconds,
+                engine=self.engine,
+            )
+            for a, n, row in zip(actions, normalized, rows, strict=True)
+        ]
+
+    def _run(
+        self,
+        rows: Sequence[PreparedObservation],
+        noise: NDArray[np.float32],
+        previous: PreviousChunk | None,
+        trace: Trace | None,
+        spans: Spans,
+    ) -> NDArray[np.float32]:
+        device = self.model.device
+        inputs = collate(rows, kind=self.model.config.kind, device=device)
+        cache = self.backend.prefill(inputs, trace=trace, spans=spans)
+        x = self.backend.denoise(cache, torch.from_numpy(noise).to(device), previous=previous, trace=trace, spans=spans)
+        actions: NDArray[np.float32] = x.float().cpu().numpy()
+        if not np.isfinite(actions).all():
+            raise NumericsError(
+                "the policy produced actions that are not finite", got=f"engine {self.engine.backend}",
+                do="run `vivace check` on this checkpoint and precision",
+            )  # fmt: skip
+        return actions
+
+    def _noise(
+        self, requests: Sequence[Request], rows: Sequence[PreparedObservation], noise: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        shape = (self.engine.horizon, self.io.action_width)
+        if noise is not None:
+            return noise_source.checked(noise, shape=(len(rows), *shape))
+        drawn = []
+        for request, row in zip(requests, rows, strict=True):
+            own = request.get("noise") if isinstance(request, Mapping) else None
+            if own is not None:
+                drawn.append(noise_source.checked(own, shape=shape))
+            else:
+                drawn.append(noise_source.draw(self.engine.seed, row, horizon=shape[0], width=shape[1]))
+        return np.stack(drawn)
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    embodiment: Embodiment | str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    config: EngineConfig | None = None,
+    asset_id: str | None = None,
+    horizon: int | None = None,
+    vision_heads: int | None = None,
+    default_prompt: str | None = None,
+    lerobot_version: Literal["auto", "0.4", "0.5", "0.6"] = "auto",
+) -> Policy:
+    """Load a checkpoint and make it ready to answer.
+
+    path          openpi (safetensors or Orbax) or LeRobot folder
+    embodiment    name ("libero", "droid", "aloha", ...), a TOML file, or None = what the folder says
+    tokenizer     .model or tokenizer.json, "splintr", or None = the checkpoint's own or the usual caches
+    config        how to run it; None = EngineConfig()
+    asset_id      openpi: which norm_stats to use where there are several
+    horizon       actions per chunk where the checkpoint does not say
+    vision_heads  attention heads of the vision tower where they are not 72 wide
+    Raises        CheckpointError, ConfigError, Unsupported
+    """
+    config = config if config is not None else EngineConfig()
+    checkpoint = open_checkpoint(path, horizon=horizon, vision_heads=vision_heads, lerobot_version=lerobot_version)
+    io = resolve(
+        checkpoint.robot, checkpoint.model.kind, embodiment=embodiment, asset_id=asset_id,
+        default_prompt=default_prompt, image_size=checkpoint.model.vision.image_size,
+        action_width=checkpoint.model.action_width,
+    )  # fmt: skip
+    pipeline = RobotPipeline(io, _tokenizer(tokenizer, checkpoint))
+    device, precision = _device(config), _precision(config, checkpoint)
+    model = load_model(checkpoint, device=device, precision=precision)
+    name = _backend(config, device)
+    backend = base.build(name, model, config)
+    engine = ResolvedEngine(
+        backend=name, device=str(device), precision=precision, num_denoise_steps=config.num_denoise_steps,
+        seed=config.seed, checkpoint=str(checkpoint.path), policy_kind=checkpoint.model.kind,
+        horizon=checkpoint.model.horizon, action_dim=io.embodiment.action_dim, flavour=checkpoint.model.flavour,
+        version=__version__, details=backend.describe(),
+    )  # fmt: skip
+    logger.info("engine: %s", engine.to_json())
+    return Policy(checkpoint=checkpoint, io=io, pipeline=pipeline, backend=backend, model=model, engine=engine)
+
+
+def load_model(checkpoint: Checkpoint, *, device: torch.device, precision: str) -> Pi:
+    """The checkpoint's network on `device`, in the checkpoint's own flavour of `precision`."""
+    if precision not in ("float32", "bfloat16"):
+        raise ConfigError("unknown precision", got=repr(precision), wanted="auto, float32 or bfloat16")
+    flavour = checkpoint.model.flavour
+    wanted: Literal["float32", "bfloat16"] = "float32" if precision == "float32" else "bfloat16"
+    return weights.load(
+        checkpoint.model,
+        checkpoint.tensors,
+        device=device,
+        dtype_of=lambda name: parameter_dtype(name, precision=wanted, flavour=flavour),
+    )
+
+
+class _NoTokenizer:
+    """Stands in where no tokenizer was found: pre-tokenised requests work, text explains what is missing."""
+
+    def __init__(self, reason: ConfigError) -> None:
+        self._reason = reason
+
+    def encode(self, text: str, *, add_bos: bool) -> list[int]:
+        """Always raises: says where to get a tokenizer."""
+        raise ObservationError(
+            "this request carries text, but no tokenizer was found", got=repr(text[:40]), do=str(self._reason)
+        )
+
+
+def _tokenizer(explicit: str | Path | None, checkpoint: Checkpoint) -> Tokenizer:
+    try:
+        return load_tokenizer(explicit, checkpoint_dir=checkpoint.path)
+    except ConfigError as error:
+        if explicit is not None:
+            raise
+        logger.warning("%s", error)
+        return _NoTokenizer(error)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(config.device)
+    except RuntimeError as error:
+        raise ConfigError("unknown device", got=repr(config.device), wanted="auto, cpu, cuda or cuda:N") from error
+
+
+def _precision(config: EngineConfig, checkpoint: Checkpoint) -> str:
+    return checkpoint.model.declared_dtype if config.precision == "auto" else config.precision
+
+
+def _backend(config: EngineConfig, device: torch.device) -> str:
+    if config.backend != "auto":
+        return config.backend
+    if device.type == "cpu":
+        return "eager"
+    for name in ("cuda_graph", "compiled"):
+        if name in base.BACKENDS and base.why_not(name, device=str(device)) is None:
+            return name
+    return "eager"

@@ -1,0 +1,183 @@
+"""What every backend must do, as checks that take a way to build one. Also run against backends that are broken on purpose.
+
+A backend is compared with the literal formula (tests/model/literal.py), not with another backend. Each check is a
+function (name, kind of policy) -> None that raises AssertionError; `CHECKS` is the whole suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from literal import Case, Literal
+from tiny import build, random_tensors, tiny_config
+from torch import Tensor
+
+from vivace.backends.base import Backend
+from vivace.backends.spans import Spans
+from vivace.config import EngineConfig, ModelConfig
+from vivace.model import flow
+from vivace.model.pi import Pi
+from vivace.types import ModelInputs, PreviousChunk, Trace
+
+STEPS = 4
+
+
+@dataclass
+class Subject:
+    """A backend under test, the network it runs, and how exact it must be (relative L2 against the literal formula)."""
+
+    create: Callable[[Pi, EngineConfig], Backend]
+    kind: str
+    tolerance: float = 1e-5
+    device: str = "cpu"
+    dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32
+    config_changes: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.config: ModelConfig = tiny_config(self.kind, **self.config_changes)
+        self.tensors = random_tensors(self.config)
+        self.model = build(self.config, self.tensors, dtype_of=self.dtype_of, device=self.device)
+        self.backend = self.create(self.model, EngineConfig(num_denoise_steps=STEPS))
+
+    def run(self, inputs: ModelInputs, noise: Tensor, previous: PreviousChunk | None = None, trace=None) -> Tensor:
+        on = lambda t: None if t is None else t.to(self.device)  # noqa: E731
+        moved = ModelInputs(*(on(getattr(inputs, f)) for f in inputs.__dataclass_fields__))
+        cache = self.backend.prefill(moved, trace=trace)
+        return self.backend.denoise(cache, noise.to(self.device), previous=previous, trace=trace).float().cpu()
+
+    def close(self, got: Tensor, wanted: Tensor, what: str) -> None:
+        assert torch.isfinite(got).all(), f"{what}: not finite"
+        error = float((got - wanted).norm() / wanted.norm())
+        assert error <= self.tolerance, f"{what}: relative error {error:.2e} > {self.tolerance:.0e}"
+
+
+def case_of(config: ModelConfig, *, tokens: int = 6, views: int = 2, batch: int = 1, seed: int = 1) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    size = config.vision.image_size
+    return Case(
+        images=torch.rand(batch, views, 3, size, size, generator=g) * 2 - 1,
+        view_mask=torch.ones(batch, views, dtype=torch.bool),
+        tokens=torch.randint(0, config.vocab_size, (batch, tokens), generator=g),
+        token_mask=torch.ones(batch, tokens, dtype=torch.bool),
+        state=torch.randn(batch, 32, generator=g),
+        noise=torch.randn(batch, config.horizon, 32, generator=g),
+    )
+
+
+def inputs_of(case: Case, *, masks: bool = False) -> ModelInputs:
+    return ModelInputs(
+        case.images, case.tokens, case.view_mask if masks else None, case.token_mask if masks else None, case.state
+    )
+
+
+def literal(subject: Subject, case: Case, clamp=None) -> Tensor:
+    times = flow.time_grid(STEPS, subject.config.time_grid)
+    return Literal(subject.config, subject.tensors).sample(case, times, clamp=clamp)[0]
+
+
+def check_agrees_with_the_literal_formula(subject: Subject) -> None:
+    for views, tokens in ((2, 6), (1, 1), (3, 17)):
+        case = case_of(subject.config, views=views, tokens=tokens)
+        got = subject.run(inputs_of(case), case.noise)
+        subject.close(got, literal(subject, case), f"{views} views, {tokens} tokens")
+
+
+def check_prompt_length_may_change_every_frame(subject: Subject) -> None:
+    """Lengths inside and across buckets, back and forth: a stale mask or position shows here."""
+    for tokens in (6, 7, 5, 16, 17, 6):
+        case = case_of(subject.config, tokens=tokens, seed=tokens)
+        subject.close(subject.run(inputs_of(case), case.noise), literal(subject, case), f"{tokens} tokens")
+
+
+def check_masks(subject: Subject) -> None:
+    """Padded prompts and missing views in a batch of two."""
+    case = case_of(subject.config, batch=2, tokens=9, views=3)
+    case.token_mask[0, 4:] = False
+    case.view_mask[1, 1] = False
+    subject.close(subject.run(inputs_of(case, masks=True), case.noise), literal(subject, case), "masked batch")
+
+
+def check_fresh(subject: Subject) -> None:
+    """Change image, prompt, state or noise: the actions must change, and come back when the change is taken back."""
+    case = case_of(subject.config)
+    first = subject.run(inputs_of(case), case.noise)
+    changes = {"images": case.images.flip(-1), "tokens": (case.tokens + 1) % subject.config.vocab_size}
+    if subject.kind == "pi0":
+        changes["state"] = case.state + 1.0
+    for name, value in changes.items():
+        other = Case(**{**case.__dict__, name: value})
+        changed = subject.run(inputs_of(other), case.noise)
+        assert float((changed - first).abs().max()) > 1e-4, f"the actions did not react to new {name}"
+        subject.close(changed, literal(subject, other), f"after new {name}")
+    assert torch.equal(subject.run(inputs_of(case), case.noise), first), "the first answer did not come back"
+
+
+def check_two_caches_do_not_mix(subject: Subject) -> None:
+    """The cache belongs to its observation: denoising twice from one cache gives one answer per noise."""
+    case, other = case_of(subject.config, seed=1), case_of(subject.config, seed=2)
+    subject.run(inputs_of(other), other.noise)
+    subject.close(
+        subject.run(inputs_of(case), other.noise),
+        literal(subject, Case(**{**case.__dict__, "noise": other.noise})),
+        "noise",
+    )
+
+
+def check_repeats_to_the_bit(subject: Subject) -> None:
+    case = case_of(subject.config)
+    answers = [subject.run(inputs_of(case), case.noise) for _ in range(5)]
+    assert all(torch.equal(answers[0], answer) for answer in answers[1:]), "not bit-identical on repetition"
+
+
+def check_committed_actions(subject: Subject) -> None:
+    """Trained real-time chunking: clamped and conditioned per token."""
+    case = case_of(subject.config)
+    older = torch.randn(case.noise.shape, generator=torch.Generator().manual_seed(7))
+    for delay in (3, 1):
+        got = subject.run(inputs_of(case), case.noise, PreviousChunk(older.to(subject.device), delay, "trained"))
+        assert torch.equal(got[:, :delay], older[:, :delay]), "committed actions were moved"
+        subject.close(got, literal(subject, case, clamp=(older, delay)), f"committed {delay}")
+
+
+def check_trace_tells_the_truth(subject: Subject) -> None:
+    case, trace = case_of(subject.config), Trace()
+    got = subject.run(inputs_of(case), case.noise, trace=trace)
+    assert len(trace.x) == STEPS + 1, f"x has {len(trace.x)} entries"
+    assert len(trace.velocity) == STEPS, f"velocity has {len(trace.velocity)} entries"
+    assert torch.equal(trace.x[-1].float().cpu(), got), "the last x is not the answer"
+    _, velocities, *_ = Literal(subject.config, subject.tensors).sample(
+        case, flow.time_grid(STEPS, subject.config.time_grid)
+    )
+    subject.close(trace.velocity[0].float().cpu(), velocities[0], "first velocity")
+    assert trace.vision_tokens is not None, "no vision tokens"
+    assert trace.prefix_embeds is not None, "no prefix embeds"
+    views, embeds, *_ = Literal(subject.config, subject.tensors).prefix(case)
+    subject.close(trace.vision_tokens.float().cpu(), views, "vision tokens")
+    subject.close(trace.prefix_embeds.float().cpu(), embeds, "prefix embeds")
+
+
+def check_cache_holds_keys_and_values(subject: Subject) -> None:
+    case = case_of(subject.config)
+    moved = ModelInputs(*(None if t is None else t.to(subject.device) for t in vars(inputs_of(case)).values()))
+    cache = subject.backend.prefill(moved)
+    _, _, mask, past = Literal(subject.config, subject.tensors).prefix(case)
+    S = int(mask.sum())
+    assert int(cache.length[0]) == S + (subject.kind == "pi0"), f"length {int(cache.length[0])}"
+    for layer, (k, v) in enumerate(past):
+        subject.close(cache.k[layer][:, :S].float().cpu(), k, f"K of layer {layer}")
+        subject.close(cache.v[layer][:, :S].float().cpu(), v, f"V of layer {layer}")
+
+
+def check_spans_are_named(subject: Subject) -> None:
+    case, spans = case_of(subject.config), Spans(cuda=subject.device.startswith("cuda"))
+    moved = ModelInputs(*(None if t is None else t.to(subject.device) for t in vars(inputs_of(case)).values()))
+    cache = subject.backend.prefill(moved, spans=spans)
+    subject.backend.denoise(cache, case.noise.to(subject.device), spans=spans)
+    assert {"vision", "prefix", "denoise"} <= set(spans.milliseconds()), f"spans {sorted(spans.milliseconds())}"
+
+
+CHECKS: dict[str, Callable[[Subject], None]] = {
+    name.removeprefix("check_"): value for name, value in list(globals().items()) if name.startswith("check_")
+}
