@@ -103,11 +103,16 @@ class PolicyServer:
             raise ConfigError("server has no port", got="not started", do="await start() first")
         return int(self._socket.getsockname()[1])
 
+    @property
+    def waiting(self) -> int:
+        """Requests in line for the policy, without the one that runs."""
+        return 0 if self._worker is None else self._worker.waiting
+
     async def start(self) -> None:
         """Bind, warm up, listen. Raises ConfigError when the address cannot be used, and whatever the warm-up raises."""
         self._socket = bind(self.options.host, self.options.port)
         self._worker = Worker(max_waiting=self.options.max_waiting)
-        self.metrics.watch_line(lambda: self._worker.waiting if self._worker else 0)
+        self.metrics.watch_line(lambda: self.waiting)
         try:
             outcome = await self._worker.submit(self._policy.warmup).future
             if outcome.error is not None:

@@ -32,6 +32,11 @@ class ServerHandle:
         """Address for a websocket client."""
         return f"ws://{self.host}:{self.port}"
 
+    @property
+    def waiting(self) -> int:
+        """Requests in line for the policy, without the one that runs."""
+        return self._server.waiting
+
     def stop(self) -> None:
         """Stop cleanly: requests in flight are answered. Returns when every connection is closed."""
         if not self._thread.is_alive():
