@@ -109,9 +109,8 @@ class Client:
     """A raw websocket client: what is on the wire, nothing hidden."""
 
     def __init__(self, port: int, **options: Any) -> None:
-        self.socket: ClientConnection = connect(
-            f"ws://127.0.0.1:{port}", compression=None, max_size=None, proxy=None, **options
-        )
+        opening = connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None, proxy=None, **options)
+        self.socket: ClientConnection = opening.__enter__()
         self.metadata = unpack(self._recv_bytes())
 
     def _recv_bytes(self) -> bytes:

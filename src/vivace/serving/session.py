@@ -156,7 +156,7 @@ class Session:
         async for fragment in self._connection.recv_streaming():
             fragments.append(fragment)
             if len(fragments) > self._options.max_fragments:
-                await self._close(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+                await self._close(CloseCode.MESSAGE_TOO_BIG, "too many fragments", timeout_s=1.0)
                 raise Gone("message_too_big")
         message: bytes | str = fragments[0] if len(fragments) == 1 else type(fragments[0])().join(fragments)
         return message
@@ -172,9 +172,10 @@ class Session:
             raise Gone("slow_reader") from None
         self._metrics.sent(len(message))
 
-    async def _close(self, code: int, reason: str) -> None:
+    async def _close(self, code: int, reason: str, *, timeout_s: float | None = None) -> None:
+        """Close politely within a deadline, else cut."""
         try:
-            async with asyncio.timeout(self._options.send_timeout_s):
+            async with asyncio.timeout(timeout_s or self._options.send_timeout_s):
                 await self._connection.close(code, reason)
         except TimeoutError:
             self.abort()
