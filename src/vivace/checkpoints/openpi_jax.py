@@ -1,8 +1,7 @@
 """openpi's JAX folders (Orbax: OCDBT key-value store, zarr arrays), read with tensorstore alone, without JAX.
 
-Layers are stacked on axis 0 of one array per kind of weight; `ROWS` says for each stored array which of our tensors it
-holds and how a slice of it becomes [out, in]. LoRA factors beside a weight are merged into it in float32. With `x` the
-input, the attention output projection sums each factor over the heads by itself, so its product is NOT per head:
+`jax_rows.py` says what each stored array holds. LoRA factors beside a weight are merged into it in float32. The attention
+output projection sums each of its factors over the heads by itself, so its product is NOT per head:
     q, k, v, MLP   dW = a @ b                       (per head where there are heads)
     attention out  dW[n] = a[n] @ sum over m of b[m]
 Source: openpi src/openpi/models/lora.py (einsum strings), checked against openpi's own output in the golden folder.
@@ -10,8 +9,8 @@ Source: openpi src/openpi/models/lora.py (einsum strings), checked against openp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,152 +19,12 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from . import names
+from .jax_rows import ATTENTION, BLOCK, DEAD, ROWS, Transform
 from .norm_stats import openpi_facts
 from .orbax import StoredArray, open_store
 from .settings import Asked, choose_horizon
 from .source import Checkpoint, TensorRef, listing
 
-Transform = Callable[[Tensor], Tensor]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def _linear(x: Tensor) -> Tensor:  # [in, out]
-    return x.T
-
-
-def _conv(x: Tensor) -> Tensor:  # [p, p, 3, out]
-    return x.permute(3, 2, 0, 1)
-
-
-def _first(x: Tensor) -> Tensor:  # [1, T, W]
-    return x[0]
-
-
-def _flat(x: Tensor) -> Tensor:  # [heads, head_dim]
-    return x.reshape(-1)
-
-
-def _into_heads(x: Tensor) -> Tensor:  # [in, heads, head_dim]
-    return x.reshape(x.shape[0], -1).T
-
-
-def _out_of_heads(x: Tensor) -> Tensor:  # [heads, head_dim, out]
-    return x.reshape(-1, x.shape[-1]).T
-
-
-def _query(x: Tensor) -> Tensor:  # [heads, in, head_dim]
-    return x.transpose(1, 2).reshape(-1, x.shape[1])
-
-
-def _key(x: Tensor) -> Tensor:  # [2, kv heads, in, head_dim]
-    return _query(x[0])
-
-
-def _value(x: Tensor) -> Tensor:
-    return _query(x[1])
-
-
-def _gate(x: Tensor) -> Tensor:  # [2, in, mlp]
-    return x[0].T
-
-
-def _up(x: Tensor) -> Tensor:
-    return x[1].T
-
-
-@dataclass(frozen=True)
-class Row:
-    """One stored array: its path, the rank of one layer's slice, what it holds."""
-
-    path: str
-    rank: int
-    holds: tuple[tuple[str, Transform], ...]
-
-
-def _dense(path: str, ours: str) -> tuple[Row, ...]:
-    return (
-        Row(f"{path}/kernel", 2, ((f"{ours}.weight", _linear),)),
-        Row(f"{path}/bias", 1, ((f"{ours}.bias", _same),)),
-    )
-
-
-def _norm(path: str, ours: str) -> tuple[Row, ...]:
-    return (
-        Row(f"{path}/scale", 1, ((f"{ours}.weight", _same),)),
-        Row(f"{path}/bias", 1, ((f"{ours}.bias", _same),)),
-    )
-
-
-def _gemma(suffix: str, stack: str) -> tuple[Row, ...]:
-    """Rows of one Gemma stack; the prefix's arrays have no suffix, the expert's end in `_1`."""
-    layer, ours = "PaliGemma/llm/layers", f"{stack}.layers.{{i}}"
-    return (
-        Row(f"{layer}/pre_attention_norm{suffix}/scale", 1, ((f"{ours}.norm1.weight", _same),)),
-        *_dense(f"{layer}/pre_attention_norm{suffix}/Dense_0", f"{ours}.norm1.modulation"),
-        Row(f"{layer}/attn/q_einsum{suffix}/w", 3, ((f"{ours}.attn.q.weight", _query),)),
-        Row(
-            f"{layer}/attn/kv_einsum{suffix}/w",
-            4,
-            ((f"{ours}.attn.k.weight", _key), (f"{ours}.attn.v.weight", _value)),
-        ),
-        Row(f"{layer}/attn/attn_vec_einsum{suffix}/w", 3, ((f"{ours}.attn.o.weight", _out_of_heads),)),
-        Row(f"{layer}/pre_ffw_norm{suffix}/scale", 1, ((f"{ours}.norm2.weight", _same),)),
-        *_dense(f"{layer}/pre_ffw_norm{suffix}/Dense_0", f"{ours}.norm2.modulation"),
-        Row(
-            f"{layer}/mlp{suffix}/gating_einsum",
-            3,
-            ((f"{ours}.mlp.gate.weight", _gate), (f"{ours}.mlp.up.weight", _up)),
-        ),
-        Row(f"{layer}/mlp{suffix}/linear", 2, ((f"{ours}.mlp.down.weight", _linear),)),
-    )
-
-
-_BLOCK, _ATTENTION = "PaliGemma/img/Transformer/encoderblock", "MultiHeadDotProductAttention_0"
-ROWS: tuple[Row, ...] = (
-    Row("PaliGemma/img/embedding/kernel", 4, (("vision.patch.weight", _conv),)),
-    Row("PaliGemma/img/embedding/bias", 1, (("vision.patch.bias", _same),)),
-    Row("PaliGemma/img/pos_embedding", 3, (("vision.position.weight", _first),)),
-    *_norm(f"{_BLOCK}/LayerNorm_0", "vision.layers.{i}.norm1"),
-    *(
-        row
-        for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"))
-        for row in (
-            Row(
-                f"{_BLOCK}/{_ATTENTION}/{theirs}/kernel", 3, ((f"vision.layers.{{i}}.attn.{ours}.weight", _into_heads),)
-            ),
-            Row(f"{_BLOCK}/{_ATTENTION}/{theirs}/bias", 2, ((f"vision.layers.{{i}}.attn.{ours}.bias", _flat),)),
-        )
-    ),
-    Row(f"{_BLOCK}/{_ATTENTION}/out/kernel", 3, (("vision.layers.{i}.attn.o.weight", _out_of_heads),)),
-    Row(f"{_BLOCK}/{_ATTENTION}/out/bias", 1, (("vision.layers.{i}.attn.o.bias", _same),)),
-    *_norm(f"{_BLOCK}/LayerNorm_1", "vision.layers.{i}.norm2"),
-    *_dense(f"{_BLOCK}/MlpBlock_0/Dense_0", "vision.layers.{i}.mlp.fc1"),
-    *_dense(f"{_BLOCK}/MlpBlock_0/Dense_1", "vision.layers.{i}.mlp.fc2"),
-    *_norm("PaliGemma/img/Transformer/encoder_norm", "vision.norm"),
-    *_dense("PaliGemma/img/head", "projector"),
-    Row("PaliGemma/llm/embedder/input_embedding", 2, (("embedding.weight", _same),)),
-    *_gemma("", "prefix"),
-    *_gemma("_1", "expert"),
-    Row("PaliGemma/llm/final_norm_1/scale", 1, (("expert.norm.weight", _same),)),
-    *_dense("PaliGemma/llm/final_norm_1/Dense_0", "expert.norm.modulation"),
-    *(
-        row
-        for theirs, ours in (
-            ("action_in_proj", "action_in"),
-            ("action_out_proj", "action_out"),
-            ("time_mlp_in", "time_in"),
-            ("time_mlp_out", "time_out"),
-            ("state_proj", "state"),
-            ("action_time_mlp_in", "action_time_in"),
-            ("action_time_mlp_out", "action_time_out"),
-        )
-        for row in _dense(theirs, ours)
-    ),
-)
-DEAD = {"PaliGemma/llm/final_norm/scale": "nothing reads the prefix's final hidden state"}
 _BY_PATH = {row.path: row for row in ROWS}
 
 
@@ -299,7 +158,7 @@ def _check_lora(weight: StoredArray, a: StoredArray, b: StoredArray) -> None:
 def _heads(arrays: Mapping[str, StoredArray]) -> dict[str, Any]:
     """Head counts stand in the stored shapes, unlike in PyTorch files."""
     query = arrays.get("PaliGemma/llm/layers/attn/q_einsum/w")
-    vision = arrays.get(f"{_BLOCK}/{_ATTENTION}/query/kernel")
+    vision = arrays.get(f"{BLOCK}/{ATTENTION}/query/kernel")
     out: dict[str, Any] = {}
     if query and len(query.shape) == 4:
         out.update(num_heads=query.shape[1], head_dim=query.shape[3])

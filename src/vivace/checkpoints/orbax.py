@@ -75,7 +75,7 @@ def open_store(params: Path) -> dict[str, StoredArray]:
             wanted="OCDBT, Orbax's default since 2023",
             do="copy the whole folder, or save it again with a current openpi",
         )
-    ts = _tensorstore()
+    ts = load_tensorstore()
     base = {"driver": "ocdbt", "base": f"file://{params.resolve()}/"}
     try:
         keys = [key.decode("utf-8", "replace") for key in ts.KvStore.open(base).result().list().result()]
@@ -136,7 +136,8 @@ def _check_chunks(params: Path, stored: Mapping[str, str], arrays: Mapping[str, 
         )
 
 
-def _tensorstore() -> Any:
+def load_tensorstore() -> Any:
+    """The module, or Unsupported that says how to get it."""
     try:
         import tensorstore
     except ImportError as error:
