@@ -83,12 +83,17 @@ class EngineConfig:
     """auto = cuda if there is one, else cpu."""
     precision: str = "auto"
     """float32, bfloat16, or auto = what the checkpoint declares."""
-    num_denoise_steps: int = 10
-    """Euler steps of the flow; 10 is openpi's and LeRobot's default."""
+    num_denoise_steps: int | None = None
+    """Euler steps of the flow; None = what the checkpoint says, else 10 (openpi's and LeRobot's default)."""
     seed: int | None = 0
     """Noise is a function of seed and request, whatever came before; None draws fresh noise for every request."""
     prompt_bucket: int = 16
-    """Static-shape backends round the prompt length up to a multiple of this; masked keys get zero probability."""
+    """Static-shape backends pad prompts to steps of this size; masked keys get zero probability."""
+
+    @property
+    def steps(self) -> int:
+        """Euler steps, resolved."""
+        return 10 if self.num_denoise_steps is None else self.num_denoise_steps
 
 
 @dataclass(frozen=True)

@@ -274,6 +274,7 @@ class Trace:
     vision_tokens  [B, V*256, D] after the projector        prefix_embeds  [B, S, D]
     x              N+1 tensors [B, H, 32], x[0] the noise   velocity       N tensors [B, H, 32], as the network gave it
     velocity_used  N tensors, what was integrated (differs from velocity only under guidance)
+    cache          keys and values as the backend gave them     prepared  the observation in model space (first of a batch)
     """
 
     vision_tokens: Tensor | None = None
@@ -281,6 +282,8 @@ class Trace:
     x: list[Tensor] = field(default_factory=list)
     velocity: list[Tensor] = field(default_factory=list)
     velocity_used: list[Tensor] = field(default_factory=list)
+    cache: PrefixCache | None = None
+    prepared: PreparedObservation | None = None
 
 
 @dataclass(frozen=True)

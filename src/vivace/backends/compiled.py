@@ -65,7 +65,7 @@ class CompiledBackend:
         use_compile_cache()
         self.model = model
         self._smallest = config.prompt_bucket
-        self._table = model.time_table(config.num_denoise_steps)
+        self._table = model.time_table(config.steps)
         self._buckets: set[int] = set()
         self._views = torch.compile(model.embed_views, dynamic=False, fullgraph=True)
         self._prefix = torch.compile(self._prefix_program, dynamic=False, fullgraph=True)

@@ -28,7 +28,7 @@ class EagerBackend:
 
     def __init__(self, model: Pi, config: EngineConfig) -> None:
         self.model = model
-        self._table = model.time_table(config.num_denoise_steps)
+        self._table = model.time_table(config.steps)
 
     @torch.no_grad()
     def prefill(self, inputs: ModelInputs, *, trace: Trace | None = None, spans: Spans | None = None) -> PrefixCache:

@@ -10,7 +10,8 @@ from rich.console import Console
 
 OK, FAILED, BAD_USE = 0, 1, 2
 
-console = Console(stderr=True)
+# a log file has no width: keep tables whole there instead of folding them at 80 columns
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 
 
 def emit(result: Any) -> None:

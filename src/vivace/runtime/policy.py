@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..backends import base
 from ..backends.spans import Spans
-from ..checkpoints.open import Checkpoint, open_checkpoint
+from ..checkpoints.open import open_checkpoint
+from ..checkpoints.source import Checkpoint
 from ..config import EngineConfig, ResolvedEngine
 from ..errors import ConfigError, NumericsError, ObservationError
 from ..model import weights
@@ -139,6 +141,8 @@ class Policy:
         device = self.model.device
         inputs = collate(rows, kind=self.model.config.kind, device=device)
         cache = self.backend.prefill(inputs, trace=trace, spans=spans)
+        if trace is not None:
+            trace.cache, trace.prepared = cache, rows[0]
         x = self.backend.denoise(cache, torch.from_numpy(noise).to(device), previous=previous, trace=trace, spans=spans)
         actions: NDArray[np.float32] = x.float().cpu().numpy()
         if not np.isfinite(actions).all():
@@ -191,16 +195,18 @@ def load_policy(
     checkpoint = open_checkpoint(path, horizon=horizon, vision_heads=vision_heads, lerobot_version=lerobot_version)
     io = resolve(
         checkpoint.robot, checkpoint.model.kind, embodiment=embodiment, asset_id=asset_id,
-        default_prompt=default_prompt, image_size=checkpoint.model.vision.image_size,
-        action_width=checkpoint.model.action_width,
+        image_size=checkpoint.model.vision.image_size, action_width=checkpoint.model.action_width,
     )  # fmt: skip
+    if default_prompt is not None:
+        io = replace(io, embodiment=replace(io.embodiment, default_prompt=default_prompt))
     pipeline = RobotPipeline(io, _tokenizer(tokenizer, checkpoint))
+    config = replace(config, num_denoise_steps=config.num_denoise_steps or checkpoint.num_denoise_steps)
     device, precision = _device(config), _precision(config, checkpoint)
     model = load_model(checkpoint, device=device, precision=precision)
     name = _backend(config, device)
     backend = base.build(name, model, config)
     engine = ResolvedEngine(
-        backend=name, device=str(device), precision=precision, num_denoise_steps=config.num_denoise_steps,
+        backend=name, device=str(device), precision=precision, num_denoise_steps=config.steps,
         seed=config.seed, checkpoint=str(checkpoint.path), policy_kind=checkpoint.model.kind,
         horizon=checkpoint.model.horizon, action_dim=io.embodiment.action_dim, flavour=checkpoint.model.flavour,
         version=__version__, details=backend.describe(),
@@ -225,6 +231,8 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, precision: str) 
 
 class _NoTokenizer:
     """Stands in where no tokenizer was found: pre-tokenised requests work, text explains what is missing."""
+
+    source = "none"
 
     def __init__(self, reason: ConfigError) -> None:
         self._reason = reason
