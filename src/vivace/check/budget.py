@@ -56,7 +56,11 @@ class StageBudget:
 
 @dataclass(frozen=True)
 class Budget:
-    """The answer. `verdict` is one of "met", "reachable by roofline", "below the floor", "unknown"; `basis` says what the times are."""
+    """The answer.
+
+    verdict  "met", "reachable by roofline" (a necessary condition only), "below the floor", or "unknown"
+    basis    says whether the times were measured or are a model
+    """
 
     target_hz: float
     budget_ms: float

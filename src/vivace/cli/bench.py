@@ -185,22 +185,22 @@ def _show(document: dict[str, Any]) -> None:
     s = document["setting"]
     size = f"({s['views']} views, {s['prompt_tokens']} tokens, chunk {s['horizon']}), {s['steps']} steps"
     title = f"{size}, {s['device']}, boundary B2"
-    table = Table(title=escape(title), caption="host wall time, ms; vision, prefix, denoise, other are means")
-    for name in ("engine", "p50", "p95", "p99", "max", "Hz", "cold", "vision", "prefix", "denoise", "other"):
-        table.add_column(name, justify="left" if name == "engine" else "right")
+    latency = Table(title=escape(title), caption="host wall time, ms")
+    where = Table(title="where it goes, mean ms (share)")
+    for table, heads in (
+        (latency, ("p50", "p95", "p99", "max", "Hz", "first call")),
+        (where, (*bench.STAGES, "other")),
+    ):
+        table.add_column("engine", no_wrap=True)
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
     for name, row in document["engines"].items():
-        total, parts = row["total"], row["split"]["mean_ms"]
-        cells = [
-            total["p50_ms"],
-            total["p95_ms"],
-            total["p99_ms"],
-            total["max_ms"],
-            row["rate_hz"],
-            row["cold_ms"],
-            *parts.values(),
-        ]
-        table.add_row(f"{escape(name)} ({row['precision']})", *(f"{value:.2f}" for value in cells))
-    console.print(table)
+        label, split = f"{escape(name)} ({row['precision']})", row["split"]
+        times = [row["total"][key] for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
+        latency.add_row(label, *(f"{value:.2f}" for value in (*times, row["rate_hz"], row["cold_ms"])))
+        where.add_row(label, *(f"{ms:.2f} ({split['share'][stage]:.0%})" for stage, ms in split["mean_ms"].items()))
+    console.print(latency)
+    console.print(where)
     for speedup in document["speedups"]:
         console.print(
             f"{escape(speedup['engine'])} is {speedup['ratio']:.2f}x as fast as {escape(speedup['baseline'])} "

@@ -72,11 +72,11 @@ def _show(answer: Budget) -> None:
         if stage.alone_ms is not None and stage.floor_ms is not None and stage.alone_ms < stage.floor_ms:
             alone += " (below floor)"
         factor = "" if stage.alone_factor is None else f"{stage.alone_factor:.2f}x"
-        floor = "" if stage.floor_ms is None else f"{stage.floor_ms:.2f} ({stage.bound})"
+        floor = "" if stage.floor_ms is None else f"{stage.floor_ms:.3g} ({stage.bound})"
         share, evenly = f"{stage.share:.1%}", f"{stage.evenly_ms:.1f}"
         table.add_row(stage.stage, f"{stage.ms:.1f}", share, alone, factor, evenly, floor)
     console.print(table)
-    floor = "" if answer.floor_ms is None else f", sum of floors {answer.floor_ms:.2f} ms"
+    floor = "" if answer.floor_ms is None else f", sum of floors {answer.floor_ms:.3g} ms"
     shrink = f"must shrink by {answer.must_shrink_ms:.1f} ms ({answer.factor:.2f}x)"
     console.print(f"verdict: [bold]{answer.verdict}[/]; {shrink}{floor}")
     for note in answer.notes:

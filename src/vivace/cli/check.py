@@ -121,8 +121,8 @@ def _show(summary: parity.Summary, marks: Sequence[parity.Mark], candidate: Poli
     engine, row = candidate.engine, summary.worst
     title = f"{engine.backend} {engine.precision} against eager float32, worst of {summary.observations} observations"
     table = Table(title=escape(title), caption=escape(f"observations: {source}"))
-    for name in ("stage", "cosine", "MAE", "max", "relative error", "rel. L2", "SQNR dB"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
+    for name in ("stage", "cosine", "MAE", "max", "relative", "rel. L2", "SQNR dB"):
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for name, errors in _stages(row):
         table.add_row(name, *_cells(errors))
     console.print(table)
@@ -136,11 +136,11 @@ def _show(summary: parity.Summary, marks: Sequence[parity.Mark], candidate: Poli
 
 
 def _stages(row: parity.Parity) -> list[tuple[str, Errors]]:
-    named = [("vision tokens", row.vision), ("prefix embeddings", row.embeds)]
+    named = [("vision", row.vision), ("prefix in", row.embeds)]
     for letter, layers in (("K", row.k), ("V", row.v)):
         named += [(f"{letter} layer {i}", errors) for i, errors in enumerate(layers)]
-    named += [(f"velocity step {i}", errors) for i, errors in enumerate(row.velocity)]
-    named.append(("actions, normalised", row.actions))
+    named += [(f"velocity {i}", errors) for i, errors in enumerate(row.velocity)]
+    named.append(("actions", row.actions))
     return [(name, errors) for name, errors in named if errors is not None]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from rich.table import Table
 
 from ..check import environment
+from ..check.results import result, write_result
 from ..config import cache_dir
 from .output import FAILED, OK, console, emit
 
@@ -22,6 +24,8 @@ class Args:
 
     tokenizer: Path | None = None
     """A tokenizer file or folder to look for; pi0 and pi0.5 need one unless the checkpoint folder ships it."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Also write the JSON here."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,10 @@ def run(args: Args) -> int:
         ]
     healthy = all(check.state != "problem" for check in checks)
     _show(checks, healthy=healthy)
-    emit({"schema": 1, "kind": "doctor", "healthy": healthy, "environment": facts, "checks": [vars(c) for c in checks]})
+    document = result("doctor", {"healthy": healthy, "checks": checks}, environment=facts)
+    if args.output is not None:
+        write_result(args.output, document)
+    emit(document)
     return OK if healthy else FAILED
 
 

@@ -1,0 +1,96 @@
+"""One self-contained page from result files: no script, no font, no image and no style is fetched from anywhere.
+
+Every number on the page comes from a result, and every result brings the machine that made it. Results are shown in the
+order given; what a section looks like is decided by the result's `kind` (report_sections).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import ConfigError
+from .report_html import esc, fold, pairs, raw
+from .report_sections import machine, outcome, render
+from .report_style import CSS
+
+TITLES = {
+    "bench": "Speed",
+    "check": "Accuracy",
+    "budget": "Target rate",
+    "golden": "Replays of the originals",
+    "inspect": "Checkpoint",
+    "doctor": "Machine",
+    "serve-drive": "Served over the network",
+}
+
+
+def build(results: Sequence[tuple[str, Mapping[str, Any]]], *, title: str = "vivace report") -> str:
+    """The page as one HTML document.
+
+    Args:
+        results: (name to show, document) in reading order.
+        title: heading of the page.
+
+    Raises:
+        ConfigError: a document claims a kind and lacks what that kind consists of.
+        Unsupported: matplotlib is not installed.
+    """
+    links = "".join(
+        f'<a href="#r{i}">{esc(_title(document))} {outcome_of(name, document)}</a>'
+        for i, (name, document) in enumerate(results)
+    )
+    sections = "".join(_section(i, name, document) for i, (name, document) in enumerate(results))
+    latest = max((str(document.get("created_utc", "")) for _, document in results), default="")
+    machines = list(
+        dict.fromkeys(machine(doc.get("environment") or {}) for _, doc in results if doc.get("environment"))
+    )
+    where = "".join(f'<p class="soft">{esc(line)}</p>' for line in machines)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{esc(title)}</title><style>{CSS}</style></head>\n<body><main>"
+        f'<header><h1>{esc(title)}</h1><p class="soft">{esc(latest)}</p>{where}<nav>{links}</nav></header>\n'
+        f"{sections}<footer><p>Every number here was computed by the command shown in its section.</p></footer>"
+        "</main></body></html>\n"
+    )
+
+
+def outcome_of(name: str, document: Mapping[str, Any]) -> str:
+    """The pill of a result. Raises ConfigError for a document that lacks its kind's keys."""
+    try:
+        return outcome(document)
+    except (KeyError, TypeError) as error:
+        raise _incomplete(name, document, error) from error
+
+
+def _section(index: int, name: str, document: Mapping[str, Any]) -> str:
+    try:
+        inner = render(document)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise _incomplete(name, document, error) from error
+    made_by = (
+        f"vivace {document.get('vivace')}, {document.get('created_utc')}" if "vivace" in document else "written by hand"
+    )
+    command = document.get("command")
+    repeat = fold("how to repeat it", f"<p><code>{esc(command)}</code></p>") if command else ""
+    environment = document.get("environment") or {}
+    where = (
+        fold("machine", f'<p class="soft">{esc(machine(environment))}</p>' + pairs(environment)) if environment else ""
+    )
+    return (
+        f'<section id="r{index}"><div class="head"><h2>{esc(_title(document))}</h2>{outcome(document)}</div>'
+        f'<p class="soft">{esc(name)}, {esc(made_by)}</p>{inner}{where}{repeat}'
+        f"{raw(document)}</section>\n"
+    )
+
+
+def _title(document: Mapping[str, Any]) -> str:
+    kind = str(document.get("kind", "result"))
+    return TITLES.get(kind, kind)
+
+
+def _incomplete(name: str, document: Mapping[str, Any], error: Exception) -> ConfigError:
+    kind = document.get("kind")
+    what = f"{name} says it is a {kind!r} result but is incomplete"
+    return ConfigError(what, got=f"{type(error).__name__}: {error}", do=f"run vivace {kind} again")

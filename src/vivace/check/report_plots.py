@@ -1,0 +1,195 @@
+"""Figures of the report as inline SVG, drawn by matplotlib in placeholder colours that become the page's own variables.
+
+Text stays text (readable by search and by screen readers), and the figures follow the reader's light or dark theme.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import Unsupported
+from .results import number
+
+INK, SOFT, LINE = "#010101", "#020202", "#030303"
+SERIES = ("#0a0000", "#0b0000", "#0c0000", "#0d0000", "#0e0000")
+BAD = "#0f0000"
+_VARIABLES = {
+    INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", BAD: "var(--bad)",
+    **{colour: f"var(--s{i})" for i, colour in enumerate(SERIES)},
+}  # fmt: skip
+STAGES = ("vision", "prefix", "denoise", "other")
+_RC = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.5, "text.color": INK, "axes.labelcolor": SOFT,
+    "xtick.color": SOFT, "ytick.color": SOFT, "axes.edgecolor": LINE, "grid.color": LINE, "grid.linewidth": 0.8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "legend.frameon": False, "legend.fontsize": 9.5, "axes.titlesize": 11, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.8,
+}  # fmt: skip
+
+
+class Canvas:
+    """One figure being drawn; `svg()` finishes it."""
+
+    def __init__(self, title: str, *, height: float = 2.9) -> None:
+        self._mpl = _matplotlib()
+        with self._mpl.rc_context(_RC):
+            self.figure = importlib.import_module("matplotlib.figure").Figure(
+                figsize=(5.6, height), layout="constrained"
+            )
+            self.axes = self.figure.subplots()
+            self.axes.set_title(title)
+
+    def svg(self) -> str:
+        """The finished figure, colours replaced, without anything that names another document."""
+        buffer = io.StringIO()
+        with self._mpl.rc_context({**_RC, "svg.hashsalt": "vivace"}):
+            none = {"Date": None, "Creator": None, "Format": None, "Type": None}
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata=none)
+        return _embed(buffer.getvalue())
+
+
+def stage_stack(engines: Mapping[str, Mapping[str, Any]], target_ms: float | None) -> str:
+    """Mean milliseconds of the four stages, one bar per engine, and the budget as a line."""
+    canvas = Canvas("Where the time goes", height=1.5 + 0.5 * len(engines))
+    names = list(engines)
+    left = np.zeros(len(names))
+    for i, stage in enumerate(STAGES):
+        width = np.array([max(0.0, number(engines[name].get(stage))) for name in names])
+        colour = SERIES[i] if stage != "other" else SERIES[4]
+        canvas.axes.barh(names, width, left=left, color=colour, height=0.62, label=stage)
+        left = left + np.nan_to_num(width)
+    if target_ms is not None:
+        canvas.axes.axvline(target_ms, color=BAD, linestyle="--", linewidth=1.4, label=f"budget {target_ms:.0f} ms")
+    canvas.axes.invert_yaxis()
+    canvas.axes.grid(visible=False, axis="y")
+    canvas.axes.set_xlabel("milliseconds, mean")
+    _legend_below(canvas, 5)
+    return canvas.svg()
+
+
+def latency_cdf(samples: Mapping[str, Sequence[float]], target_ms: float | None) -> str:
+    """Share of inferences that were finished by a time, up to a little beyond the slowest p99."""
+    canvas = Canvas("Latency distribution")
+    right = 0.0
+    for i, (name, values) in enumerate(samples.items()):
+        ordered = np.sort(np.asarray(values, dtype=np.float64))
+        share = np.arange(1, ordered.size + 1) / ordered.size
+        canvas.axes.step(ordered, 100 * share, where="post", color=SERIES[i % 5], label=name)
+        right = max(right, float(np.percentile(ordered, 99)) * 1.15)
+    if target_ms is not None and target_ms < right:
+        canvas.axes.axvline(target_ms, color=BAD, linestyle="--", linewidth=1.4)
+    canvas.axes.set(xlabel="milliseconds", ylabel="% finished", xlim=(0, right or 1), ylim=(0, 101))
+    canvas.axes.legend(loc="upper left")
+    return canvas.svg()
+
+
+def run_chart(samples: Mapping[str, Sequence[float]]) -> str:
+    """Every sample in the order in which it was taken: drift and outliers are visible here and nowhere else."""
+    canvas = Canvas("Every sample, in order")
+    top = 0.0
+    for i, (name, values) in enumerate(samples.items()):
+        canvas.axes.plot(values, ".", color=SERIES[i % 5], markersize=3, label=name)
+        top = max(top, float(np.percentile(values, 99.5)) * 1.15)
+    canvas.axes.set(xlabel="round", ylabel="milliseconds", ylim=(0, top or 1))
+    canvas.axes.legend(loc="lower left", ncols=2)
+    return canvas.svg()
+
+
+def kv_sqnr(k: Sequence[Mapping[str, Any]], v: Sequence[Mapping[str, Any]], bounds: Sequence[float]) -> str:
+    """Signal-to-noise ratio of keys and values per layer, and the pass mark per layer in the same unit."""
+    canvas = Canvas("Keys and values, per layer")
+    for i, (name, rows) in enumerate((("K", k), ("V", v))):
+        values = [number(row.get("sqnr_db")) for row in rows]
+        finite = [value if math.isfinite(value) else math.nan for value in values]
+        canvas.axes.plot(finite, "o-", color=SERIES[i], markersize=4, label=name + _equal(values))
+    if bounds:
+        limit = [-20 * math.log10(bound) if bound > 0 else math.nan for bound in bounds]
+        canvas.axes.plot(limit, "--", color=BAD, linewidth=1.3, label="pass mark")
+    canvas.axes.set(xlabel="layer", ylabel="SQNR, dB (higher is better)")
+    canvas.axes.xaxis.get_major_locator().set_params(integer=True)
+    canvas.axes.legend(ncols=3)
+    return canvas.svg()
+
+
+def step_errors(velocity: Sequence[Mapping[str, Any]], x: Sequence[Mapping[str, Any]], bound: float | None) -> str:
+    """Relative error of the velocity and of the state x over denoise steps, logarithmic."""
+    canvas = Canvas("Denoise steps")
+    for i, (name, rows) in enumerate((("velocity", velocity), ("x", x[1:]))):
+        values = [number(row.get("rel_l2")) for row in rows]
+        canvas.axes.plot([value or math.nan for value in values], "o-", color=SERIES[i + 2], markersize=4, label=name)
+    if bound:
+        canvas.axes.axhline(bound, color=BAD, linestyle="--", linewidth=1.3, label="pass mark")
+    canvas.axes.set(xlabel="step (0 = noise)", ylabel="relative L2 error", yscale="log")
+    canvas.axes.xaxis.get_major_locator().set_params(integer=True)
+    canvas.axes.legend(ncols=3)
+    return canvas.svg()
+
+
+def robot_dims(robot: Mapping[str, Any]) -> str:
+    """Largest action difference per dimension as a share of the range that the reference used."""
+    canvas = Canvas("Actions, in robot units")
+    spans = [number(value) for value in robot["reference_range"]]
+    largest = [number(value) for value in robot["max_abs"]]
+    share = [100 * a / b if b > 0 else math.nan for a, b in zip(largest, spans, strict=True)]
+    canvas.axes.bar(range(len(share)), share, color=SERIES[0], width=0.7)
+    canvas.axes.grid(visible=False, axis="x")
+    canvas.axes.set(xlabel="action dimension", ylabel="largest difference, % of range")
+    canvas.axes.xaxis.get_major_locator().set_params(integer=True)
+    return canvas.svg()
+
+
+def budget_bars(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Per stage: now, what an even shrink needs, and the roofline floor."""
+    canvas = Canvas("Now, needed, possible", height=3.1)
+    names = [str(stage["stage"]) for stage in stages]
+    position = np.arange(len(names))
+    for i, (key, label) in enumerate(
+        (("ms", "now"), ("evenly_ms", "needed, if all shrink evenly"), ("floor_ms", "roofline floor"))
+    ):
+        values = [number(stage.get(key)) for stage in stages]
+        canvas.axes.bar(position + (i - 1) * 0.27, np.nan_to_num(values), width=0.25, color=SERIES[i], label=label)
+    canvas.axes.set_xticks(position, names)
+    canvas.axes.grid(visible=False, axis="x")
+    canvas.axes.set_ylabel("milliseconds")
+    _legend_below(canvas, 3)
+    return canvas.svg()
+
+
+def _legend_below(canvas: Canvas, columns: int) -> None:
+    canvas.figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=1.2)
+
+
+def _equal(values: Sequence[float]) -> str:
+    same = sum(value == math.inf for value in values)
+    return f" ({same} layers identical)" if same else ""
+
+
+def _embed(svg: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    salt = zlib.crc32(svg.encode())  # ids must differ between the figures of one page
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href=", "href=")
+    svg = re.sub(r'\bid="', f'id="f{salt}-', svg)
+    svg = re.sub(r"url\(#", f"url(#f{salt}-", svg)
+    svg = re.sub(r'href="#', f'href="#f{salt}-', svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return svg.strip()
+
+
+def _matplotlib() -> Any:
+    try:
+        return importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise Unsupported("the report's plots need matplotlib", got=error, do="pip install 'vivace[report]'") from error
