@@ -12,10 +12,10 @@ The only guess about layout is openpi's own rule, `to_hwc`: a leading axis of 3 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -65,14 +65,46 @@ def resize_torch(
     """Letterbox float32 [3, h, w] to [3, height, width] with torch's bilinear filter, no anti-aliasing.
 
     low, high  the result is clamped to this range before the bars of value `pad` are added
+    Numerics: bit-equal to torch's CPU kernel as it runs with two or more threads. torch itself is not called: with one
+              thread it takes another kernel and rounds differently (2e-7), so answers would depend on who else is running.
     Source: lerobot vla_utils.resize_with_pad_torch; openpi shared/image_tools.py (torch), with [-1, 1] and pad -1.
     """
     if image.shape[-2:] == (height, width):
         return image
     size = fit(image.shape[-2], image.shape[-1], into=(height, width))
-    pixels = torch.from_numpy(np.ascontiguousarray(image))[None]
-    small = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
-    return _centre(small.clamp(low, high).numpy(), height=height, width=width, pad=pad)
+    small = _bilinear(image, size)
+    return _centre(np.clip(small, np.float32(low), np.float32(high)), height=height, width=width, pad=pad)
+
+
+def _bilinear(image: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Two taps per axis, columns first, only the rows that are needed; [3, h, w] to [3, *size]."""
+    top, bottom, top_weight, bottom_weight = _taps(image.shape[1], size[0])
+    left, right, left_weight, right_weight = _taps(image.shape[2], size[1])
+    needed = np.unique(np.concatenate([top, bottom]))
+    rows = image[:, needed]
+    rows = _blend(np.take(rows, left, axis=2), left_weight, np.take(rows, right, axis=2), right_weight)
+    above, below = rows[:, np.searchsorted(needed, top)], rows[:, np.searchsorted(needed, bottom)]
+    return _blend(above, top_weight[:, None], below, bottom_weight[:, None])
+
+
+@lru_cache(maxsize=64)
+def _taps(size_in: int, size_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any], NDArray[Any]]:
+    """Neighbours (near, far) and float32 weights (near, far) of each output pixel, pixel centres aligned."""
+    stretch = np.float64(np.float32(size_in) / np.float32(size_out))
+    at = np.maximum(((np.arange(size_out) + 0.5) * stretch - 0.5).astype(np.float32), np.float32(0))
+    near = np.minimum(at.astype(np.int64), size_in - 1)
+    far_weight = np.clip(at - near.astype(np.float32), np.float32(0), np.float32(1))
+    return near, np.minimum(near + 1, size_in - 1), np.float32(1) - far_weight, far_weight
+
+
+def _blend(a: NDArray[Any], weight_a: NDArray[Any], b: NDArray[Any], weight_b: NDArray[Any]) -> NDArray[np.float32]:
+    """a*weight_a + b*weight_b as torch's compiler contracts it: fma(a, weight_a, round(b*weight_b)).
+
+    A float64 product of two float32 numbers is exact, so the sum rounded once to float32 is the fused multiply-add.
+    """
+    out = np.multiply(a, weight_a, dtype=np.float64)
+    out += b * weight_b
+    return out.astype(np.float32)
 
 
 def resize_jax(
@@ -94,12 +126,14 @@ def resize_jax(
     return _centre(np.clip(small, low, high).astype(image.dtype), height=height, width=width, pad=pad)
 
 
-def _triangle_weights(size_in: int, size_out: int) -> NDArray[np.float64]:
-    stretch = size_in / size_out
-    at = (np.arange(size_out) + 0.5) * stretch - 0.5
-    distance = np.abs(at[:, None] - np.arange(size_in)[None, :]) / max(stretch, 1.0)
-    weights = np.maximum(0.0, 1.0 - distance)
-    normalised: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+def _triangle_weights(size_in: int, size_out: int) -> NDArray[np.float32]:
+    """Weights [size_out, size_in]; float32 throughout, because JAX's rounding of positions is visible in the result."""
+    f32 = np.float32
+    stretch = f32(size_in / size_out)
+    at = (np.arange(size_out, dtype=f32) + f32(0.5)) * stretch - f32(0.5)
+    distance = np.abs(at[:, None] - np.arange(size_in, dtype=f32)[None, :]) / max(stretch, f32(1))
+    weights = np.maximum(f32(0), f32(1) - distance)
+    normalised: NDArray[np.float32] = weights / weights.sum(axis=1, keepdims=True, dtype=f32)
     return normalised
 
 
