@@ -165,7 +165,7 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
 def http_get() -> Callable[..., tuple[int, dict[str, str], bytes]]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def get(port: int, path: str, headers: Mapping[str, str] = {}) -> tuple[int, dict[str, str], bytes]:  # noqa: B006
+    def get(port: int, path: str, headers: Mapping[str, str] = {}) -> tuple[int, dict[str, str], bytes]:
         request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=dict(headers))
         try:
             with opener.open(request, timeout=WAIT_S) as answer:

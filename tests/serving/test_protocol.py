@@ -33,8 +33,12 @@ dtypes = st.one_of(
     hnp.floating_dtypes(endianness="?"),
     hnp.unicode_string_dtypes(min_len=1, max_len=4),
 )
-arrays = dtypes.flatmap(lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)))
-leaves = st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(), st.binary(), arrays)
+arrays = dtypes.flatmap(
+    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+)
+leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(), st.binary(), arrays
+)
 scalars = st.sampled_from([np.float32(1.5), np.bool_(True), np.uint8(255), np.int64(-3), np.float16(0.5), np.str_("x")])
 values = st.recursive(
     leaves | scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)

@@ -37,7 +37,16 @@ EXTENSIONS = {0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8}
 def test_every_first_byte_is_judged_as_msgpack_judges_it() -> None:
     agreed = 0
     for first in sorted(set(range(256)) - EXTENSIONS):
-        for tail in (b"", b"\x00", b"\x00\x00", b"\x01\xc0", b"\x00\x01\xc0", b"\x00\x00\x00\x01\xc0", bytes(4), bytes(8)):
+        for tail in (
+            b"",
+            b"\x00",
+            b"\x00\x00",
+            b"\x01\xc0",
+            b"\x00\x01\xc0",
+            b"\x00\x00\x00\x01\xc0",
+            bytes(4),
+            bytes(8),
+        ):
             data = bytes([first]) + tail
             assert accepted(data) == well_formed(data), data
             agreed += accepted(data)
@@ -51,7 +60,9 @@ def test_random_messages_are_judged_as_msgpack_judges_them() -> None:
     for _ in range(20_000):
         data = bytes(rng.choices(heads, k=rng.randrange(1, 12)))
         if rng.random() < 0.7:  # short headers and plain children: most of these are well formed
-            data = bytes([0x90 + rng.randrange(4)]) + bytes(rng.choices(b"\x00\xc0\x90\x80\xa0\x91\x81", k=rng.randrange(6)))
+            data = bytes([0x90 + rng.randrange(4)]) + bytes(
+                rng.choices(b"\x00\xc0\x90\x80\xa0\x91\x81", k=rng.randrange(6))
+            )
         if any(byte in EXTENSIONS for byte in data):
             continue
         assert accepted(data) == well_formed(data), data

@@ -70,9 +70,7 @@ def test_a_client_that_sends_ahead_does_not_overtake(
         greedy.answer()
 
 
-def test_a_full_line_is_an_error_of_its_own_connection(
-    gated_policy: Any, open_client: Any, wait_until: Any
-) -> None:
+def test_a_full_line_is_an_error_of_its_own_connection(gated_policy: Any, open_client: Any, wait_until: Any) -> None:
     with serve_in_thread(gated_policy, max_waiting=1) as handle:
         running, waiting, refused = (open_client(handle.port) for _ in range(3))
         running.send({"name": "running"})
@@ -134,7 +132,9 @@ def test_pings_and_handshakes_are_answered_during_a_long_inference(
     assert client.answer()["actions"].shape == (10, 7)
 
 
-def test_keepalive_survives_an_inference_longer_than_its_timeout(gated_policy: Any, open_client: Any, wait_until: Any) -> None:
+def test_keepalive_survives_an_inference_longer_than_its_timeout(
+    gated_policy: Any, open_client: Any, wait_until: Any
+) -> None:
     """openpi's server, blocked in its event loop, loses its clients here."""
     with serve_in_thread(gated_policy, ping_interval_s=0.1) as handle:
         client = open_client(handle.port)
@@ -164,7 +164,9 @@ class NeverReads:
         self.socket.sendall(bytes([0x82, 0x80 | len(data)]) + bytes(4) + data)
 
 
-def test_a_client_that_never_reads_holds_up_nobody(digest_policy: Any, open_client: Any, wait_until: Any, counted: Any) -> None:
+def test_a_client_that_never_reads_holds_up_nobody(
+    digest_policy: Any, open_client: Any, wait_until: Any, counted: Any
+) -> None:
     digest_policy.shape = (4000, 256)  # 8 MB per answer: more than the socket buffers between us take
     with serve_in_thread(digest_policy, send_timeout_s=3.0) as handle:
         slow, fast = NeverReads(handle.port), open_client(handle.port)
@@ -180,9 +182,7 @@ def test_a_client_that_never_reads_holds_up_nobody(digest_policy: Any, open_clie
         slow.socket.close()
 
 
-def test_a_stop_answers_what_is_in_flight(
-    gated_policy: Any, open_client: Any, wait_until: Any, counted: Any
-) -> None:
+def test_a_stop_answers_what_is_in_flight(gated_policy: Any, open_client: Any, wait_until: Any, counted: Any) -> None:
     with serve_in_thread(gated_policy) as handle:
         running, waiting, idle = (open_client(handle.port) for _ in range(3))
         running.send({"name": "running"})
