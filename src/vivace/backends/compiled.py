@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..config import EngineConfig, use_compile_cache
-from ..model import flow
-from ..model.pi import Pi, StepCondition, SuffixContext
+from ..model.pi import Pi
 from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
+from .loop import run_flow
 from .spans import Spans, span
 
 # Programs that one process may hold: buckets x views x batch sizes; torch's own limit of 8 is too small for that.
@@ -90,26 +90,13 @@ class CompiledBackend:
             trace.vision_tokens, trace.prefix_embeds = views, embeds[:, : views.shape[1] + inputs.tokens.shape[1]]
         return cache
 
-    @torch.no_grad()
     def denoise(
-        self,
-        cache: PrefixCache,
-        noise: Tensor,
-        *,
-        previous: PreviousChunk | None = None,
-        trace: Trace | None = None,
+        self, cache: PrefixCache, noise: Tensor, *, previous: PreviousChunk | None = None, trace: Trace | None = None,
         spans: Spans | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """See Backend.denoise."""
         with span(spans, "denoise"), torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS):
-            context: SuffixContext = self.model.suffix_context(cache, noise.shape[1])
-            committed = flow.committed_mask(previous, noise.shape[1], noise.device)
-
-            def velocity_at(x: Tensor, step: int) -> Tensor:
-                condition: StepCondition = self._table.at(step, committed)
-                return self._step(x, condition, cache, context)
-
-            return flow.sample(velocity_at, noise, list(self._table.times), previous=previous, trace=trace)
+            return run_flow(self.model, self._step, self._table, cache, noise, previous=previous, trace=trace)
 
     def describe(self) -> dict[str, Any]:
         """See Backend.describe."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..config import EngineConfig
-from ..model import flow
 from ..model.pi import Pi
 from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
+from .loop import run_flow
 from .spans import Spans, span
 
 
@@ -42,25 +42,15 @@ class EagerBackend:
             trace.vision_tokens, trace.prefix_embeds = views, embeds
         return cache
 
-    @torch.no_grad()
     def denoise(
-        self,
-        cache: PrefixCache,
-        noise: Tensor,
-        *,
-        previous: PreviousChunk | None = None,
-        trace: Trace | None = None,
+        self, cache: PrefixCache, noise: Tensor, *, previous: PreviousChunk | None = None, trace: Trace | None = None,
         spans: Spans | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """See Backend.denoise."""
         with span(spans, "denoise"):
-            context = self.model.suffix_context(cache, noise.shape[1])
-            committed = flow.committed_mask(previous, noise.shape[1], noise.device)
-
-            def velocity_at(x: Tensor, step: int) -> Tensor:
-                return self.model.denoise_step(x, self._table.at(step, committed), cache, context)
-
-            return flow.sample(velocity_at, noise, list(self._table.times), previous=previous, trace=trace)
+            return run_flow(
+                self.model, self.model.denoise_step, self._table, cache, noise, previous=previous, trace=trace
+            )
 
     def describe(self) -> dict[str, Any]:
         """See Backend.describe."""
