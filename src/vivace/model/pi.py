@@ -120,14 +120,15 @@ class Pi(nn.Module):
     @property
     def suffix_dtype(self) -> torch.dtype:
         """Compute dtype of the action expert."""
-        return self.expert.block(0).qkv.weight.dtype
+        return self.expert.block(0).qkv.dtype
 
     # --- prefix -------------------------------------------------------------------------------------------------
 
     def embed_views(self, images: Tensor) -> Tensor:
         """Views to prefix tokens.  images [B, V, 3, 224, 224] -> [B, V * 256, D]."""
         B, V = images.shape[:2]
-        tokens = self.ops.linear(vision.encode(self.vision, images.flatten(0, 1), self.ops), self.projector)
+        encoded = vision.encode(self.vision, images.flatten(0, 1), self.ops, into=self.projector)
+        tokens = self.ops.linear(encoded, self.projector)
         batched: Tensor = tokens.unflatten(0, (B, V))
         return batched.flatten(1, 2)
 
@@ -155,15 +156,17 @@ class Pi(nn.Module):
         positions = masks.positions(mask, shape=(B, S), device=x.device)
         rope = transformer.rope_table(positions, stack.config.head_dim, x.dtype)
         keys, values = [], []
+        n = self.ops.rms_norm(x, stack.block(0).norm1, None, stack.block(0).qkv)
         for index in range(stack.config.layers - 1):
-            block = stack.block(index)
-            q, k, v = transformer.project(block, x, rope, self.ops, heads=stack.heads, modulation=None)
+            block, following = stack.block(index), stack.block(index + 1)
+            q, k, v = self.ops.qkv_rope(n, block.qkv, rope, stack.heads)
             keys.append(k)
             values.append(v)
-            x = transformer.finish(
-                block, x, self.ops.attention(q, k, v, mask, None), self.ops, modulations=(None, None)
+            mixed = self.ops.attention(q, k, v, mask, None, block.o)
+            x, n = transformer.finish(
+                block, x, mixed, self.ops, modulations=(None, None), following=(following.norm1, None, following.qkv)
             )
-        k, v = transformer.keys_values(stack.block(stack.config.layers - 1), x, rope, self.ops, heads=stack.heads[1:])
+        k, v = self.ops.kv_rope(n, stack.block(stack.config.layers - 1).qkv, rope, stack.heads[1:])
         length = masks.lengths(mask, shape=(B, S), device=x.device)
         cache = PrefixCache(k=(*keys, k), v=(*values, v), length=length, mask=mask)
         return cache if self.config.kind == "pi05" else self._append_state(cache, state)
@@ -175,14 +178,19 @@ class Pi(nn.Module):
         x = self.ops.linear(state.to(self.state.weight.dtype), self.state)[:, None].to(self.suffix_dtype)
         context = self.suffix_context(cache, 1)
         keys, values = [], []
+        n = self.ops.rms_norm(x, stack.block(0).norm1, None, stack.block(0).qkv)
         for index in range(stack.config.layers):
             block = stack.block(index)
-            q, k, v = transformer.project(block, x, context.rope, self.ops, heads=stack.heads, modulation=None)
+            q, k, v = self.ops.qkv_rope(n, block.qkv, context.rope, stack.heads)
             keys.append(torch.cat([cache.k[index], k.to(cache.k[index].dtype)], dim=1))
             values.append(torch.cat([cache.v[index], v.to(cache.v[index].dtype)], dim=1))
             if index + 1 < stack.config.layers:
-                mixed = self.ops.attention(q, k, v, context.mask, (cache.k[index], cache.v[index]))
-                x = transformer.finish(block, x, mixed, self.ops, modulations=(None, None))
+                following = stack.block(index + 1)
+                mixed = self.ops.attention(q, k, v, context.mask, (cache.k[index], cache.v[index]), block.o)
+                x, n = transformer.finish(
+                    block, x, mixed, self.ops,
+                    modulations=(None, None), following=(following.norm1, None, following.qkv),
+                )  # fmt: skip
         return PrefixCache(k=tuple(keys), v=tuple(values), length=cache.length + 1, mask=context.mask)
 
     # --- suffix -------------------------------------------------------------------------------------------------
@@ -227,13 +235,22 @@ class Pi(nn.Module):
     def denoise_step(self, x: Tensor, condition: StepCondition, cache: PrefixCache, context: SuffixContext) -> Tensor:
         """Velocity of the flow at x.  x float32 [B, H, 32] -> float32 [B, H, 32]."""
         stack, tokens = self.expert, self.embed_suffix(x, condition)
+        n = self.ops.rms_norm(tokens, stack.block(0).norm1, condition.of(0), stack.block(0).qkv)
         for index in range(stack.config.layers):
             block = stack.block(index)
-            modulations = condition.of(2 * index), condition.of(2 * index + 1)
-            q, k, v = transformer.project(
-                block, tokens, context.rope, self.ops, heads=stack.heads, modulation=modulations[0]
-            )
-            mixed = self.ops.attention(q, k, v, context.mask, (cache.k[index], cache.v[index]))
-            tokens = transformer.finish(block, tokens, mixed, self.ops, modulations=modulations)
-        tokens = self.ops.rms_norm(tokens, stack.norm, condition.of(2 * stack.config.layers))
-        return self.ops.linear(tokens.to(self.action_out.weight.dtype), self.action_out).float()
+            q, k, v = self.ops.qkv_rope(n, block.qkv, context.rope, stack.heads)
+            mixed = self.ops.attention(q, k, v, context.mask, (cache.k[index], cache.v[index]), block.o)
+            tokens, n = transformer.finish(
+                block, tokens, mixed, self.ops,
+                modulations=(condition.of(2 * index), condition.of(2 * index + 1)),
+                following=self._after(index, condition),
+            )  # fmt: skip
+        return self.ops.linear(n, self.action_out).float()
+
+    def _after(self, index: int, condition: StepCondition) -> tuple[RmsNorm, Tensor | None, Linear]:
+        """The norm behind expert block `index`, its modulation and its reader: the next block's first, or the final one."""
+        modulation = condition.of(2 * index + 2)
+        if index + 1 == self.expert.config.layers:
+            return self.expert.norm, modulation, self.action_out
+        block = self.expert.block(index + 1)
+        return block.norm1, modulation, block.qkv

@@ -75,25 +75,21 @@ def gate_of(modulation: Tensor | None) -> Tensor | None:
     return None if modulation is None else modulation.chunk(3, dim=-1)[2]
 
 
-def keys_values(
-    block: GemmaBlock, x: Tensor, rope: Rope, ops: OpTable, *, heads: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of a plain-norm block alone.  x [B, T, D] -> k, v [B, T, K, head_dim]."""
-    return ops.kv_rope(ops.rms_norm(x, block.norm1, None), block.qkv, rope, heads)
-
-
-def project(
-    block: GemmaBlock, x: Tensor, rope: Rope, ops: OpTable, *, heads: tuple[int, int, int], modulation: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """First half of a block up to q, k, v."""
-    return ops.qkv_rope(ops.rms_norm(x, block.norm1, modulation), block.qkv, rope, heads)
-
-
 def finish(
-    block: GemmaBlock, x: Tensor, mixed: Tensor, ops: OpTable, *, modulations: tuple[Tensor | None, Tensor | None]
-) -> Tensor:
-    """Everything after attention.  x [B, T, D], mixed [B, T, N*head_dim] -> [B, T, D]."""
+    block: GemmaBlock,
+    x: Tensor,
+    mixed: Tensor,
+    ops: OpTable,
+    *,
+    modulations: tuple[Tensor | None, Tensor | None],
+    following: tuple[RmsNorm, Tensor | None, Linear],
+) -> tuple[Tensor, Tensor]:
+    """Everything after attention, and the norm that comes next.
+
+    x [B, T, D], mixed [B, T, N*head_dim], following = (next norm, its modulation, the linear that reads it)
+    returns (x [B, T, D], its norm [B, T, D])
+    """
     first, second = modulations
-    x = ops.linear_residual(mixed, block.o, x, gate_of(first))
-    hidden = ops.geglu(ops.rms_norm(x, block.norm2, second), block.gate_up)
-    return ops.linear_residual(hidden, block.down, x, gate_of(second))
+    x, n = ops.linear_residual_norm(mixed, block.o, x, gate_of(first), block.norm2, second, block.gate_up)
+    hidden = ops.geglu(n, block.gate_up, block.down)
+    return ops.linear_residual_norm(hidden, block.down, x, gate_of(second), *following)

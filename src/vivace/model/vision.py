@@ -41,6 +41,12 @@ class Vision(nn.Module):
         self.layers = nn.ModuleList(VisionBlock(config, name=f"vision.layers.{i}") for i in range(config.layers))
         self.norm = LayerNorm(config.width, name="vision.norm")
 
+    def block(self, index: int) -> VisionBlock:
+        """The block at `index`, with its type."""
+        block = self.layers[index]
+        assert isinstance(block, VisionBlock)
+        return block
+
 
 def patches(images: Tensor, patch_size: int) -> Tensor:
     """Cut views into rows of pixels.  images [V, 3, h, w] -> [V, (h/p)*(w/p), 3*p*p], row-major over patches."""
@@ -52,15 +58,24 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.float() / 255.0 * 2.0 - 1.0 if images.dtype == torch.uint8 else images
 
 
-def encode(vision: Vision, images: Tensor, ops: OpTable) -> Tensor:
-    """Views to tokens.  images [V, 3, 224, 224] float32 in [-1, 1] or uint8 -> [V, 256, D] after the final norm."""
+def encode(vision: Vision, images: Tensor, ops: OpTable, *, into: Linear) -> Tensor:
+    """Views to tokens.  images [V, 3, 224, 224] float32 in [-1, 1] or uint8 -> [V, 256, D] after the final norm.
+
+    into  the projector, which reads the tokens
+    """
     pixels = patches(to_unit_range(images), vision.config.patch_size)
-    x = ops.linear(pixels.to(vision.patch.weight.dtype), vision.patch) + vision.position
+    x = ops.linear(pixels.to(vision.patch.dtype), vision.patch) + vision.position
     x = x.to(vision.norm.weight.dtype)
-    for block in vision.layers:
-        assert isinstance(block, VisionBlock)
-        mixed = ops.vision_attention(ops.linear(ops.layer_norm(x, block.norm1), block.qkv), vision.config.num_heads)
-        x = ops.linear_residual(mixed, block.o, x, None)
-        hidden = ops.linear_gelu(ops.layer_norm(x, block.norm2), block.fc1)
-        x = ops.linear_residual(hidden, block.fc2, x, None)
-    return ops.layer_norm(x, vision.norm)
+    n = ops.layer_norm(x, vision.block(0).norm1, vision.block(0).qkv)
+    for index in range(vision.config.layers):
+        block, last = vision.block(index), index + 1 == vision.config.layers
+        following = (vision.norm, None, into) if last else _entry(vision.block(index + 1))
+        mixed = ops.vision_attention(ops.linear(n, block.qkv), vision.config.num_heads, block.o)
+        x, n = ops.linear_residual_norm(mixed, block.o, x, None, block.norm2, None, block.fc1)
+        hidden = ops.linear_gelu(n, block.fc1, block.fc2)
+        x, n = ops.linear_residual_norm(hidden, block.fc2, x, None, *following)
+    return n
+
+
+def _entry(block: VisionBlock) -> tuple[LayerNorm, None, Linear]:
+    return block.norm1, None, block.qkv

@@ -22,6 +22,42 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which it takes and gives activations."""
+        return self.weight.dtype
+
+
+class Fp8Linear(nn.Module):
+    """The same product with weights and inputs in E4M3: y = input_scale * weight_scale[n] * (x8 W8^T) + b.
+
+    weight        float8_e4m3fn [out, in]
+    weight_scale  float32 [out]: one scale per output channel (a per-tensor plan repeats one value)
+    input_scale   float32 [1], static: x = x8 * input_scale. Whoever makes x stores x8 right away (see `ops.table`)
+    bias          as in the layer it replaces, or None
+    dtype         dtype of the result: that of the layer it replaces
+
+    Made by `precision.quantize`; it never exists during loading.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: Tensor,
+        *,
+        weight_scale: Tensor,
+        input_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.dtype = dtype
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
+        self.input_scale = nn.Parameter(input_scale, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
 
 class LayerNorm(nn.Module):
     """SigLIP's norm: mean and variance, eps 1e-6.  weight, bias [D]."""

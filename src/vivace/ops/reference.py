@@ -1,5 +1,8 @@
 """Each operation in plain PyTorch: the contract in words and in code.
 
+`into` is the linear that will read the result. An operation returns its result in the format which that layer takes:
+the layer's dtype, or E4M3 under its static scale. So quantising costs no pass of its own, and the model names no format.
+
 In float32 these are the formulas. In bfloat16 they round where openpi's PyTorch model rounds (scores to bfloat16 before a
 float32 softmax, gelu output, gated branch, residual), so that a bfloat16 policy is the policy that was trained and
 served, and not a slightly different one.
@@ -11,59 +14,92 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .layers import LayerNorm, Linear, RmsNorm
+from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
 
+E4M3_MAX = 448.0
 NORM_EPS = 1e-6
 # openpi's "minus infinity": finite, so that a row without any valid key stays a number (its result is never read)
 MASKED_LOGIT = -2.3819763e38
 
 
-def layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
-    """Standardise the last axis, then scale and shift.  x [..., D] -> [..., D], same dtype; statistics float32."""
-    return functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, NORM_EPS)
+def hand_over(x: Tensor, into: Linear | Fp8Linear) -> Tensor:
+    """x in the format that `into` takes; out-of-range values saturate at 448 scales. An x that is E4M3 already stays."""
+    if not isinstance(into, Fp8Linear):
+        return x.to(into.dtype)
+    if x.dtype == torch.float8_e4m3fn:
+        return x
+    return (x.float() / into.input_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def rms_norm(x: Tensor, norm: RmsNorm, modulation: Tensor | None) -> Tensor:
+def layer_norm(x: Tensor, norm: LayerNorm, into: Linear | Fp8Linear) -> Tensor:
+    """Standardise the last axis, then scale and shift.  x [..., D] -> [..., D]; statistics float32."""
+    return hand_over(functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, NORM_EPS), into)
+
+
+def rms_norm(x: Tensor, norm: RmsNorm, modulation: Tensor | None, into: Linear | Fp8Linear) -> Tensor:
     """Divide by the root mean square, then apply a learned gain or the flow-time modulation.
 
     x           [B, T, D]
-    modulation  None, or float32 [..., 3D] = scale | shift | gate, broadcast against x; the gate is for `linear_residual`
-    returns     [B, T, D], dtype of x
+    modulation  None, or float32 [1 or T, 3D] = scale | shift | gate; the gate is for `linear_residual_norm`
+    returns     [B, T, D], as `into` takes it
 
-    Numerics: everything float32, rounded once at the end.
+    Numerics: everything float32, rounded once to the dtype of x.
     Source:   openpi models/gemma.py, RMSNorm with and without condition.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
     if modulation is not None:
         scale, shift, _ = modulation.chunk(3, dim=-1)
-        return (normed * (1.0 + scale) + shift).to(x.dtype)
+        return hand_over((normed * (1.0 + scale) + shift).to(x.dtype), into)
     assert norm.weight is not None, f"{norm.name} has no weight and was given no modulation"
-    return (normed * (1.0 + norm.weight.float())).to(x.dtype)
+    return hand_over((normed * (1.0 + norm.weight.float())).to(x.dtype), into)
 
 
-def linear(x: Tensor, layer: Linear) -> Tensor:
-    """x [..., in] -> [..., out]; x and weight share one dtype."""
-    return functional.linear(x, layer.weight, layer.bias)
+def linear(x: Tensor, layer: Linear | Fp8Linear) -> Tensor:
+    """x [..., in], as `layer` takes it -> [..., out] in `layer.dtype`. E4M3: products and sums float32, one rounding."""
+    if not isinstance(layer, Fp8Linear):
+        return functional.linear(x, layer.weight, layer.bias)
+    wide = functional.linear(hand_over(x, layer).float(), layer.weight.float()) * (
+        layer.input_scale * layer.weight_scale
+    )
+    return (wide if layer.bias is None else wide + layer.bias.float()).to(layer.dtype)
 
 
-def linear_gelu(x: Tensor, layer: Linear) -> Tensor:
+def linear_gelu(x: Tensor, layer: Linear | Fp8Linear, into: Linear | Fp8Linear) -> Tensor:
     """Linear, then tanh-approximated GELU (SigLIP's fc1)."""
-    return functional.gelu(linear(x, layer), approximate="tanh")
+    return hand_over(functional.gelu(linear(x, layer), approximate="tanh"), into)
 
 
-def linear_residual(x: Tensor, layer: Linear, residual: Tensor, gate: Tensor | None) -> Tensor:
-    """residual + gate * linear(x).  The product is rounded to the residual's dtype before the sum, as openpi does."""
+def linear_residual_norm(
+    x: Tensor,
+    layer: Linear | Fp8Linear,
+    residual: Tensor,
+    gate: Tensor | None,
+    norm: RmsNorm | LayerNorm,
+    modulation: Tensor | None,
+    into: Linear | Fp8Linear,
+) -> tuple[Tensor, Tensor]:
+    """The end of one branch and the beginning of the next: s = residual + gate * layer(x), and norm(s) for `into`.
+
+    x [B, T, in]    residual [B, T, D]    gate [1 or T, D] or None    modulation as in `rms_norm`
+    returns (s [B, T, D], in the dtype of residual or wider; norm(s) [B, T, D] as `into` takes it)
+
+    The cut lies here, not before the norm, so that a kernel can sum the parts of a split product inside the norm, in a
+    fixed order. Numerics: the product is rounded to the residual's dtype before the sum, as openpi does.
+    """
     branch = linear(x, layer)
     if gate is not None:
         branch = branch * gate.to(branch.dtype)
-    return residual + branch
+    total = residual + branch
+    if isinstance(norm, LayerNorm):
+        return total, layer_norm(total, norm, into)
+    return total, rms_norm(total, norm, modulation, into)
 
 
-def geglu(x: Tensor, layer: Linear) -> Tensor:
+def geglu(x: Tensor, layer: Linear | Fp8Linear, into: Linear | Fp8Linear) -> Tensor:
     """gelu_tanh(gate) * up, both from one packed linear.  layer.weight [2F, D] = gate rows | up rows; returns [..., F]."""
     gate, up = linear(x, layer).chunk(2, dim=-1)
-    return functional.gelu(gate, approximate="tanh") * up
+    return hand_over(functional.gelu(gate, approximate="tanh") * up, into)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -74,7 +110,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def qkv_rope(
-    x: Tensor, layer: Linear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int]
+    x: Tensor, layer: Linear | Fp8Linear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project to queries, keys and values; rotate queries and keys.
 
@@ -89,24 +125,30 @@ def qkv_rope(
     return rotate(q, rope), rotate(k, rope), v
 
 
-def kv_rope(x: Tensor, layer: Linear, rope: tuple[Tensor, Tensor], heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Keys and values alone: all that is needed of a last layer.  layer.weight's last 2K*head_dim rows are k | v."""
+def kv_rope(
+    x: Tensor, layer: Linear | Fp8Linear, rope: tuple[Tensor, Tensor], heads: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values alone: all that is needed of a last layer.  layer.weight [2K * head_dim, D] = k rows | v rows."""
     num_kv_heads, head_dim = heads
-    rows = layer.weight[-2 * num_kv_heads * head_dim :]
-    packed = functional.linear(x, rows).unflatten(-1, (2 * num_kv_heads, head_dim))
+    packed = linear(x, layer).unflatten(-1, (2 * num_kv_heads, head_dim))
     k, v = packed.split([num_kv_heads, num_kv_heads], dim=-2)
     return rotate(k, rope), v
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: tuple[Tensor, Tensor] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    past: tuple[Tensor, Tensor] | None,
+    into: Linear | Fp8Linear,
 ) -> Tensor:
     """Grouped-query attention; the queries of one key/value head are stacked into rows, so K and V are never repeated.
 
     q     [B, T, N, head_dim]      k, v  [B, T, K, head_dim] of the same tokens
     past  keys and values of the prefix, [B, S, K, head_dim] each, seen before the own ones; None = there is no past
     mask  bool [B, keys], True = may be seen; None = all
-    returns [B, T, N * head_dim]
+    returns [B, T, N * head_dim], as `into` takes it
 
     Numerics: scores rounded to the compute dtype, softmax float32, probabilities rounded back (openpi's eager attention).
     """
@@ -121,10 +163,10 @@ def attention(
         scores = torch.where(mask[:, None, None, None, :], scores, MASKED_LOGIT)
     probabilities = torch.softmax(scores, dim=-1).to(v.dtype).flatten(2, 3)
     mixed: Tensor = torch.matmul(probabilities, v.permute(0, 2, 1, 3)).unflatten(2, (N // K, T))
-    return mixed.permute(0, 3, 1, 2, 4).reshape(B, T, N * head_dim)
+    return hand_over(mixed.permute(0, 3, 1, 2, 4).reshape(B, T, N * head_dim), into)
 
 
-def vision_attention(qkv: Tensor, num_heads: int) -> Tensor:
+def vision_attention(qkv: Tensor, num_heads: int, into: Linear | Fp8Linear) -> Tensor:
     """Full self-attention of one view.  qkv [V, T, 3D] = q | k | v -> [V, T, D]; torch's own SDPA, as the originals use."""
     q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return hand_over(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), into)

@@ -2,6 +2,9 @@
 
 The model calls only these. A backend may replace any of them by a kernel with the same contract; `reference_ops()` is
 what each must agree with. If a fusion does not fit this cut, the cut moves for everybody.
+
+Where a product or a norm feeds a linear, that linear is passed as `into`: the operation stores its result in the format
+which `into` takes (bfloat16, float32, or E4M3 under a static scale), so a precision plan needs no word in the model.
 """
 
 from __future__ import annotations
@@ -12,23 +15,29 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import reference
-from .layers import LayerNorm, Linear, RmsNorm
+from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
+
+AnyLinear = Linear | Fp8Linear
+AnyNorm = RmsNorm | LayerNorm
+Table = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class OpTable:
-    """One callable per operation; contracts and numerics in `ops.reference`."""
+    """One callable per operation; contracts and numerics in `ops.reference`. `dataclasses.replace` swaps some of them."""
 
-    layer_norm: Callable[[Tensor, LayerNorm], Tensor]
-    rms_norm: Callable[[Tensor, RmsNorm, Tensor | None], Tensor]
-    linear: Callable[[Tensor, Linear], Tensor]
-    linear_gelu: Callable[[Tensor, Linear], Tensor]
-    linear_residual: Callable[[Tensor, Linear, Tensor, Tensor | None], Tensor]
-    geglu: Callable[[Tensor, Linear], Tensor]
-    qkv_rope: Callable[[Tensor, Linear, tuple[Tensor, Tensor], tuple[int, int, int]], tuple[Tensor, Tensor, Tensor]]
-    kv_rope: Callable[[Tensor, Linear, tuple[Tensor, Tensor], tuple[int, int]], tuple[Tensor, Tensor]]
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None], Tensor]
-    vision_attention: Callable[[Tensor, int], Tensor]
+    layer_norm: Callable[[Tensor, LayerNorm, AnyLinear], Tensor]
+    rms_norm: Callable[[Tensor, RmsNorm, Tensor | None, AnyLinear], Tensor]
+    linear: Callable[[Tensor, AnyLinear], Tensor]
+    linear_gelu: Callable[[Tensor, AnyLinear, AnyLinear], Tensor]
+    linear_residual_norm: Callable[
+        [Tensor, AnyLinear, Tensor, Tensor | None, AnyNorm, Tensor | None, AnyLinear], tuple[Tensor, Tensor]
+    ]
+    geglu: Callable[[Tensor, AnyLinear, AnyLinear], Tensor]
+    qkv_rope: Callable[[Tensor, AnyLinear, Table, tuple[int, int, int]], tuple[Tensor, Tensor, Tensor]]
+    kv_rope: Callable[[Tensor, AnyLinear, Table, tuple[int, int]], tuple[Tensor, Tensor]]
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, Table | None, AnyLinear], Tensor]
+    vision_attention: Callable[[Tensor, int, AnyLinear], Tensor]
 
 
 def reference_ops() -> OpTable:
@@ -38,7 +47,7 @@ def reference_ops() -> OpTable:
         rms_norm=reference.rms_norm,
         linear=reference.linear,
         linear_gelu=reference.linear_gelu,
-        linear_residual=reference.linear_residual,
+        linear_residual_norm=reference.linear_residual_norm,
         geglu=reference.geglu,
         qkv_rope=reference.qkv_rope,
         kv_rope=reference.kv_rope,

@@ -1,0 +1,100 @@
+"""A precision plan: which linear runs in which format, and the activation scales that were measured for it.
+
+"MLPs of the prefix in FP8" and "everything in FP8" are two values of this record, not two engines. Rules are tried in
+order; the first whose pattern fits a layer's name decides, and a layer that no rule names stays as it was loaded.
+
+Layer names (`ops.layers.Linear.name`):  {prefix,expert}.layers.{i}.{attn.qkv, attn.o, mlp.gate_up, mlp.down}
+                                         vision.layers.{i}.{attn.qkv, attn.o, mlp.fc1, mlp.fc2},  projector
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..errors import ConfigError
+
+Format = Literal["keep", "e4m3"]
+WeightScale = Literal["tensor", "channel"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of a plan.
+
+    pattern       shell pattern on the layer name; * also crosses dots
+    format        "e4m3": weights and inputs in E4M3; "keep": as loaded
+    weight_scale  one scale per output channel, or one per tensor
+    """
+
+    pattern: str
+    format: Format = "e4m3"
+    weight_scale: WeightScale = "channel"
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """Rules, measured activation ranges, and what they were measured on.
+
+    amax             {layer name: largest |input| of that layer}; every e4m3 layer needs one
+    checkpoint_hash  of the weights that the ranges belong to; "" in a preset
+    data             where the observations came from; "" in a preset, "synthetic: ..." when no robot ever saw them
+    """
+
+    name: str
+    rules: tuple[Rule, ...] = ()
+    amax: Mapping[str, float] = field(default_factory=dict)
+    checkpoint_hash: str = ""
+    data: str = ""
+
+    def rule(self, layer: str) -> Rule | None:
+        """The rule that decides about `layer`, or None."""
+        return next((rule for rule in self.rules if fnmatch.fnmatchcase(layer, rule.pattern)), None)
+
+    def quantises(self, layer: str) -> bool:
+        """Whether `layer` runs in E4M3."""
+        rule = self.rule(layer)
+        return rule is not None and rule.format == "e4m3"
+
+    def to_json(self) -> str:
+        """The plan as a JSON document."""
+        return json.dumps({"version": 1, **asdict(self)}, indent=1, sort_keys=True)
+
+
+_PREFIX_MLP = (Rule("prefix.layers.*.mlp.*"),)
+_PREFIX = (Rule("prefix.layers.*"),)
+_VISION = (Rule("vision.layers.*"),)
+_EXPERT = (Rule("expert.layers.*"),)
+PRESETS: dict[str, tuple[Rule, ...]] = {
+    "bf16": (),
+    "fp8-mlp": _PREFIX_MLP,
+    "fp8-full": _PREFIX,
+    "fp8-prefix+vision": _PREFIX + _VISION,
+    "fp8-expert": _EXPERT,
+    "fp8-all": _PREFIX + _VISION + _EXPERT,
+}
+
+
+def preset(name: str) -> PrecisionPlan:
+    """A plan without ranges; `precision.calibrate` adds them. Raises ConfigError for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError("unknown precision plan", got=repr(name), wanted=f"one of {sorted(PRESETS)} or a plan file")
+    return PrecisionPlan(name=name, rules=PRESETS[name])
+
+
+def read(path: Path) -> PrecisionPlan:
+    """A plan from its JSON file. Raises ConfigError naming the file and what is wrong with it."""
+    try:
+        document = json.loads(path.read_text())
+        if document.pop("version") != 1:
+            raise ConfigError("unknown version of a precision plan", got=path, do="calibrate again with this vivace")
+        rules = tuple(Rule(**rule) for rule in document.pop("rules"))
+        return PrecisionPlan(rules=rules, **document)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            "not a precision plan", got=f"{path}: {error}", do="write one with `vivace calibrate`"
+        ) from error
