@@ -1,0 +1,197 @@
+"""Attention of the prefix and of SigLIP in Triton, reading and writing the layouts that the products around it use.
+
+Prefix: 8 query heads share one key/value head, so the queries of a group, taken token by token, are simply the rows of one
+matrix [T * 8, 256] in memory, and so are the results. A key mask costs one byte per key; cuDNN and flash take no boolean
+mask together with grouped queries.
+
+SigLIP: head dim 72 is no power of two. It is read as 64 + 16 columns, of which the last 8 are zero: 80 in place of 128.
+q, k, v are strided views of the packed projection, and the result lands where the output projection reads it.
+
+Numerics: scores and softmax stay float32 (the eager reference rounds scores to bfloat16); probabilities are rounded to
+the values' dtype before the second product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .prefill_gemm import cast_out
+
+LOG2_E = 1.4426950408889634
+# finite, so that a block of masked keys gives numbers; the next block with a valid key rescales them to zero
+MASKED = tl.constexpr(-1.0e30)
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """block_m rows (token x head) by block_n keys."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _attention_kernel(  # noqa: ANN202
+    q, k, v, mask, out, out_inverse, q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch,  # noqa: ANN001
+    rows_in_all, keys, score_scale,  # noqa: ANN001
+    KEY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (row blocks, B * KV_HEADS).  Row r of a group is head r % GROUP of token r // GROUP."""
+    batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = rows < rows_in_all
+    columns = tl.arange(0, HEAD_DIM)
+    token, head = rows // GROUP, kv_head * GROUP + rows % GROUP
+    if PDL:
+        gdc_wait()
+    at = (token * q_token + head * HEAD_DIM)[:, None] + columns[None, :]
+    queries = tl.load(q + batch * q_batch + at, mask=in_rows[:, None], other=0.0)
+    k_base = k + batch * k_batch + kv_head * HEAD_DIM
+    v_base = v + batch * v_batch + kv_head * HEAD_DIM
+    top = tl.full((BLOCK_M,), MASKED, dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
+    for block in tl.range(0, KEY_BLOCKS):
+        key = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = key < keys
+        block_k = tl.load(k_base + key[:, None] * k_token + columns[None, :], mask=inside[:, None], other=0.0)
+        scores = tl.dot(queries, block_k.T, input_precision=PRECISION) * score_scale
+        if MASKED_KEYS:
+            inside = inside & (tl.load(mask + batch * keys + key, mask=inside, other=0) != 0)
+        scores = tl.where(inside[None, :], scores, MASKED)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        correction = tl.exp2(top - new_top)
+        weights = tl.exp2(scores - new_top[:, None])
+        total = total * correction + tl.sum(weights, 1)
+        block_v = tl.load(v_base + key[:, None] * v_token + columns[None, :], mask=key[:, None] < keys, other=0.0)
+        acc = tl.dot(
+            weights.to(block_v.dtype), block_v, acc * correction[:, None], input_precision=PRECISION
+        )
+        top = new_top
+    if PDL:
+        gdc_launch_dependents()
+    acc = acc / total[:, None]
+    tl.store(out + batch * out_batch + rows[:, None] * HEAD_DIM + columns[None, :] if KV_HEADS == 1 else
+             out + batch * out_batch + ((token * KV_HEADS * GROUP + head) * HEAD_DIM)[:, None] + columns[None, :],
+             cast_out(acc, out, out_inverse), mask=in_rows[:, None])
+
+
+@triton.jit
+def _vision_kernel(  # noqa: ANN202
+    qkv, out, out_inverse, view_stride, token_stride, out_view, out_token, tokens, score_scale,  # noqa: ANN001
+    KEY_BLOCKS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (row blocks, V * HEADS).  HEAD_DIM = MAIN + a part of REST; MAIN and REST are powers of two."""
+    view, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    base = qkv + view * view_stride + head * HEAD_DIM
+    width: tl.constexpr = HEADS * HEAD_DIM
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    main, rest = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
+    in_rows, in_rest = (rows < tokens)[:, None], (rest < HEAD_DIM)[None, :]
+    if PDL:
+        gdc_wait()
+    q_main = tl.load(base + rows[:, None] * token_stride + main[None, :], mask=in_rows, other=0.0)
+    q_rest = tl.load(base + rows[:, None] * token_stride + rest[None, :], mask=in_rows & in_rest, other=0.0)
+    top = tl.full((BLOCK_M,), MASKED, dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc_main = tl.zeros((BLOCK_M, MAIN), dtype=tl.float32)
+    acc_rest = tl.zeros((BLOCK_M, REST), dtype=tl.float32)
+    for block in tl.range(0, KEY_BLOCKS):
+        key = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (key < tokens)[:, None]
+        at = base + width + key[:, None] * token_stride
+        k_main = tl.load(at + main[None, :], mask=inside, other=0.0)
+        k_rest = tl.load(at + rest[None, :], mask=inside & in_rest, other=0.0)
+        scores = tl.dot(q_main, k_main.T, input_precision=PRECISION)
+        scores = tl.dot(q_rest, k_rest.T, scores, input_precision=PRECISION) * score_scale
+        scores = tl.where((key < tokens)[None, :], scores, MASKED)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        correction = tl.exp2(top - new_top)
+        weights = tl.exp2(scores - new_top[:, None])
+        total = total * correction + tl.sum(weights, 1)
+        top = new_top
+        v_main = tl.load(at + width + main[None, :], mask=inside, other=0.0)
+        v_rest = tl.load(at + width + rest[None, :], mask=inside & in_rest, other=0.0)
+        rounded = weights.to(v_main.dtype)
+        acc_main = tl.dot(rounded, v_main, acc_main * correction[:, None], input_precision=PRECISION)
+        acc_rest = tl.dot(rounded, v_rest, acc_rest * correction[:, None], input_precision=PRECISION)
+    if PDL:
+        gdc_launch_dependents()
+    to = out + view * out_view + head * HEAD_DIM + rows[:, None] * out_token
+    tl.store(to + main[None, :], cast_out(acc_main / total[:, None], out, out_inverse), mask=in_rows)
+    tl.store(to + rest[None, :], cast_out(acc_rest / total[:, None], out, out_inverse), mask=in_rows & in_rest)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    tile: AttentionTile,
+    mask: Tensor | None = None,
+    out_inverse: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """q [B, T, N, d], k and v [B, S, K, d], mask bool [B, S] or None, out [B, T, N * d]; heads contiguous in each."""
+    B, T, N, head_dim = q.shape
+    S, K = k.shape[1], k.shape[2]
+    rows = T * (N // K)
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    _attention_kernel[(triton.cdiv(rows, tile.block_m), B * K)](
+        q, k, v, mask.view(torch.uint8) if mask is not None else q, out, out_inverse,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0),
+        rows, S, head_dim**-0.5 * LOG2_E,
+        KEY_BLOCKS=triton.cdiv(S, tile.block_n), GROUP=N // K, KV_HEADS=K, HEAD_DIM=head_dim, BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n, MASKED_KEYS=mask is not None, PRECISION=_precision(q), PDL=pdl,
+        num_warps=tile.warps, num_stages=tile.stages, **options,
+    )  # fmt: skip
+    return out
+
+
+def vision_attention(
+    qkv: Tensor,
+    out: Tensor,
+    *,
+    heads: int,
+    tile: AttentionTile,
+    out_inverse: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """qkv [V, T, 3 D] = q | k | v, out [V, T, D]; every view sees itself alone."""
+    V, T, packed = qkv.shape
+    head_dim = packed // 3 // heads
+    main, rest = split_head_dim(head_dim)
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    _vision_kernel[(triton.cdiv(T, tile.block_m), V * heads)](
+        qkv, out, out_inverse, qkv.stride(0), qkv.stride(1), out.stride(0), out.stride(1), T,
+        head_dim**-0.5 * LOG2_E,
+        KEY_BLOCKS=triton.cdiv(T, tile.block_n), HEADS=heads, HEAD_DIM=head_dim, MAIN=main, REST=rest,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, PRECISION=_precision(qkv), PDL=pdl,
+        num_warps=tile.warps, num_stages=tile.stages, **options,
+    )  # fmt: skip
+    return out
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Largest power of two below `head_dim`, and one >= 16 that holds the rest: 72 -> (64, 16)."""
+    main = 1 << (head_dim.bit_length() - 1)
+    if main == head_dim:
+        main //= 2
+    return main, max(16, triton.next_power_of_2(head_dim - main))
+
+
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"

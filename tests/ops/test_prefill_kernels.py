@@ -1,0 +1,196 @@
+"""Prefill kernels against float32 formulas, through Triton's interpreter on a CPU, and at real shapes on a GPU.
+
+Interpreted runs are float32: the interpreter multiplies raw codes in a bfloat16 product.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.nn import functional
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton's first import: its own library is decorated then
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from vivace.errors import ShapeError  # noqa: E402
+from vivace.ops import prefill_attention, prefill_gemm, prefill_pointwise  # noqa: E402
+from vivace.ops.layers import Linear  # noqa: E402
+from vivace.ops.prefill_attention import AttentionTile  # noqa: E402
+from vivace.ops.prefill_gemm import Rotation, Tile, gemm  # noqa: E402
+
+KEEP = Linear(1, 1, name="float32")
+DEVICE = torch.device("cuda" if GPU else "cpu")
+SMALL = Tile(block_m=16, block_n=16, block_k=16, warps=4, stages=2)
+WALKING = Tile(block_m=16, block_n=16, block_k=16, warps=4, stages=2, persistent=True)
+# float32 sums of up to 100 unit-variance products, added in another order
+TIGHT = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def randn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def poisoned(*shape: int) -> torch.Tensor:
+    return torch.full(shape, float("nan"), device=DEVICE)
+
+
+@pytest.mark.parametrize("tile", [SMALL, WALKING], ids=["one-tile", "persistent"])
+@pytest.mark.parametrize("shape", [(32, 32, 32), (37, 40, 52), (1, 16, 16)])
+def test_plain_product_with_every_epilogue(shape, tile):
+    M, N, K = shape
+    x, w, bias = randn(M, K, seed=0), randn(N, K, seed=1), randn(N, seed=2)
+    out = gemm(x, w, poisoned(M, N), tile=tile, processors=3)
+    torch.testing.assert_close(out, x @ w.T, **TIGHT)
+    out = gemm(x, w, poisoned(M, N), tile=tile, bias=bias, gelu=True, processors=3)
+    torch.testing.assert_close(out, functional.gelu(x @ w.T + bias, approximate="tanh"), **TIGHT)
+
+
+@pytest.mark.parametrize("split", [2, 3])
+@pytest.mark.parametrize("mean", [False, True], ids=["rms", "layer-norm"])
+def test_parts_of_a_split_product_are_added_once_inside_the_norm(split, mean):
+    M, N, K = 37, 40, 100
+    x, w, bias, old = randn(M, K, seed=0), randn(N, K, seed=1), randn(N, seed=2), randn(M, N, seed=3)
+    gain, shift, scale = randn(N, seed=4), randn(N, seed=5), randn(N, seed=6)
+    parts = gemm(x, w, poisoned(split, M, N), tile=Tile(16, 16, 16, warps=4, stages=2, split_k=split))
+    total = poisoned(M, N)
+    out = prefill_pointwise.residual_norm(
+        old, gain, poisoned(M, N), shift=shift if mean else None, parts=parts, channel_scale=scale, bias=bias, total=total
+    )
+    wanted = old + (x @ w.T) * scale + bias
+    torch.testing.assert_close(total, wanted, **TIGHT)
+    torch.testing.assert_close(out, norm_of(wanted, gain, shift if mean else None), rtol=1e-4, atol=1e-4)
+
+
+def norm_of(x, gain, shift):
+    if shift is not None:
+        return functional.layer_norm(x, (x.shape[-1],), gain, shift, 1e-6)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + gain)
+
+
+def test_operands_that_do_not_fit_are_refused():
+    x, w = randn(32, 32, seed=0), randn(32, 32, seed=1)
+    with pytest.raises(ShapeError, match="parts"):
+        gemm(x, w, poisoned(32, 32), tile=Tile(16, 16, 16, warps=4, stages=2, split_k=2))
+    with pytest.raises(ShapeError, match="operands"):
+        gemm(x, w[:, :16], poisoned(32, 32), tile=SMALL)
+
+
+@pytest.mark.parametrize("tile", [SMALL, WALKING], ids=["one-tile", "persistent"])
+def test_gated_product(tile):
+    M, F, K = 37, 48, 36
+    x, w = randn(M, K, seed=0), randn(2 * F, K, seed=1)
+    gate, up = (x @ w.T).chunk(2, dim=-1)
+    out = gemm(x, w, poisoned(M, F), tile=tile, epilogue="geglu", processors=2)
+    torch.testing.assert_close(out, functional.gelu(gate, approximate="tanh") * up, **TIGHT)
+
+
+@pytest.mark.parametrize("tile", [SMALL, WALKING], ids=["one-tile", "persistent"])
+@pytest.mark.parametrize("epilogue", ["plain", "geglu"])
+def test_scales_multiply_the_sum_and_an_output_scale_divides_and_clamps(tile, epilogue):
+    M, N, K = 37, 40, 36
+    rows = N if epilogue == "plain" else 2 * N
+    x, w, scale = randn(M, K, seed=0), randn(rows, K, seed=1), randn(rows, seed=3).abs()
+    wide = (x @ w.T) * scale
+    if epilogue == "geglu":
+        gate, up = wide.chunk(2, dim=-1)
+        wide = functional.gelu(gate, approximate="tanh") * up
+    inverse = torch.full((1,), 100.0, device=DEVICE)
+    out = gemm(
+        x, w, poisoned(M, N), tile=tile, epilogue=epilogue, channel_scale=scale, out_inverse=inverse, processors=2
+    )
+    wanted = (wide * 100.0).clamp(-448.0, 448.0)
+    assert (wanted.abs() == 448.0).any(), "no value was clamped: the test would not see a missing clamp"
+    torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-3)
+
+
+@pytest.mark.parametrize("heads", [(4, 1, 32), (4, 2, 32), (0, 1, 32)], ids=["mqa", "gqa", "keys-values"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_projection_with_rotation(heads, batch):
+    from vivace.ops import reference
+
+    num_heads, kv_heads, head_dim = heads
+    T, K = 19, 36
+    x, w = randn(batch * T, K, seed=0), randn((num_heads + 2 * kv_heads) * head_dim, K, seed=1)
+    cos, sin = randn(1, T, head_dim // 2, seed=2), randn(1, T, head_dim // 2, seed=3)
+    packed = (x @ w.T).view(batch, T, -1, head_dim)
+    q, k, v = packed.split([num_heads, kv_heads, kv_heads], dim=2)
+    wanted = [reference.rotate(q, (cos, sin)), reference.rotate(k, (cos, sin)), v]
+    # keys and values go into the rows of a wider cache
+    cache = poisoned(2, batch * T, kv_heads * head_dim + 8)
+    k_out, v_out = cache[0, :, : kv_heads * head_dim], cache[1, :, : kv_heads * head_dim]
+    q_out = poisoned(batch * T, num_heads * head_dim) if num_heads else k_out
+    rotation = Rotation(k=k_out, v=v_out, cos=cos[0], sin=sin[0], heads=heads)
+    for tile in (SMALL, WALKING):
+        cache.fill_(float("nan"))
+        gemm(x, w, q_out, tile=tile, epilogue="qkv_rope", rotation=rotation, processors=2)
+        got = [q_out, k_out, v_out] if num_heads else [k_out, v_out]
+        for mine, want in zip(got, wanted if num_heads else wanted[1:], strict=True):
+            torch.testing.assert_close(mine.reshape(want.shape), want, **TIGHT)
+        assert cache[:, :, kv_heads * head_dim :].isnan().all(), "wrote outside its columns"
+    cache.fill_(float("nan"))
+    scale = randn(w.shape[0], seed=4).abs() + 0.5
+    prefill_pointwise.rope_split(
+        (x @ w.T) / scale, q_out if num_heads else None, k_out, v_out,
+        tables=(cos[0], sin[0]), heads=heads, channel_scale=scale,
+    )  # fmt: skip
+    for mine, want in zip(got, wanted if num_heads else wanted[1:], strict=True):
+        torch.testing.assert_close(mine.reshape(want.shape), want, **TIGHT)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("masked", [False, True], ids=["all-keys", "mask"])
+def test_attention(kv_heads, masked):
+    from vivace.ops import reference
+
+    B, T, N, head_dim = 2, 21, 4, 16
+    q, k, v = randn(B, T, N, head_dim, seed=0), randn(B, T, kv_heads, head_dim, seed=1), randn(B, T, kv_heads, head_dim, seed=2)
+    mask = None
+    if masked:
+        mask = torch.rand(B, T, generator=torch.Generator().manual_seed(3)).to(DEVICE) > 0.4
+        mask[0, :17] = False  # a whole first block without a valid key
+    wanted = reference.attention(q, k, v, mask, None, KEEP)
+    out = prefill_attention.attention(
+        q, k, v, poisoned(B, T, N * head_dim), tile=AttentionTile(16, 16, warps=4, stages=1), mask=mask
+    )
+    torch.testing.assert_close(out, wanted, **TIGHT)
+    if masked:
+        unmasked = reference.attention(q, k, v, None, None, KEEP)
+        assert (unmasked - wanted).abs().max() > 0.05, "the mask changes nothing: the test would not see a lost mask"
+
+
+@pytest.mark.parametrize("head_dim", [24, 20, 32])
+def test_vision_attention_of_odd_head_dims(head_dim):
+    from vivace.ops import reference
+
+    V, T, heads = 2, 21, 3
+    qkv = randn(V, T, 3 * heads * head_dim, seed=0)
+    out = prefill_attention.vision_attention(
+        qkv, poisoned(V, T, heads * head_dim), heads=heads, tile=AttentionTile(16, 16, warps=4, stages=1)
+    )
+    torch.testing.assert_close(out, reference.vision_attention(qkv, heads, KEEP), **TIGHT)
+
+
+def test_head_dim_72_is_cut_into_64_and_16():
+    assert prefill_attention.split_head_dim(72) == (64, 16)
+
+
+@pytest.mark.parametrize("width", [16, 40])
+def test_norms(width):
+    x, gain, shift = randn(5, width, seed=0) * 3 + 1, randn(width, seed=1), randn(width, seed=2)
+    for offset in (None, shift):
+        got = prefill_pointwise.residual_norm(x, gain, poisoned(5, width), shift=offset)
+        torch.testing.assert_close(got, norm_of(x, gain, offset), **TIGHT)
+    inverse = torch.full((1,), 300.0, device=DEVICE)
+    got = prefill_pointwise.residual_norm(x, gain, poisoned(5, width), out_inverse=inverse)
+    torch.testing.assert_close(got, (norm_of(x, gain, None) * 300).clamp(-448, 448), rtol=2e-5, atol=1e-3)
+
+
+def test_geglu_of_a_packed_product():
+    x, scale = randn(5, 40, seed=0), randn(40, seed=1).abs()
+    gate, up = (x * scale).chunk(2, dim=-1)
+    got = prefill_pointwise.geglu(x, poisoned(5, 20), channel_scale=scale)
+    torch.testing.assert_close(got, functional.gelu(gate, approximate="tanh") * up, **TIGHT)
