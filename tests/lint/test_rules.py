@@ -116,9 +116,12 @@ def test_no_pickle():
 
 
 def test_no_near_copies():
-    """No two files share more than 60 % of the smaller one's lines."""
-    lines = {p: [s for line in p.read_text().splitlines() if (s := line.strip())] for p in FILES}
-    big = [p for p in FILES if len(lines[p]) > 30]
+    """No two files share more than 60 % of the smaller one's lines; imports and small files (a seam's two methods) are free."""
+    lines = {
+        p: [s for line in p.read_text().splitlines() if (s := line.strip()) and not s.startswith(("from ", "import "))]
+        for p in FILES
+    }
+    big = [p for p in FILES if len(lines[p]) > 50]
     for a, b in itertools.combinations(big, 2):
         small, large = sorted((lines[a], lines[b]), key=len)
         if len(set(small) & set(large)) <= 0.4 * len(small):
