@@ -96,16 +96,3 @@ def test_its_api_key(digest_policy: Any, openpi: Any) -> None:
             openpi(handle.port, api_key="wrong")
         with pytest.raises(Exception, match="401"):
             openpi(handle.port)
-
-
-def test_a_default_prompt(digest_policy: Any, openpi: Any) -> None:
-    from vivace.serving.default_prompt import WithDefaultPrompt
-
-    bare = {key: value for key, value in OBSERVATION.items() if key != "prompt"}
-    with serve_in_thread(WithDefaultPrompt(digest_policy, prompt="tidy up")) as handle:
-        client = openpi(handle.port)
-        wanted = digest_policy.infer({**bare, "prompt": "tidy up"}).actions
-        np.testing.assert_array_equal(client.infer(bare)["actions"], wanted)
-        own = digest_policy.infer(OBSERVATION).actions
-        np.testing.assert_array_equal(client.infer(OBSERVATION)["actions"], own)
-        assert client.get_server_metadata()["reset_pose"]

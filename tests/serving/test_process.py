@@ -37,11 +37,6 @@ class Gated:
             self.gate.acquire()
         return ActionChunk(np.ones((10, 7)), np.zeros((10, 32), np.float32), None, 0.0, {"total": 1.0}, self.engine)
 
-class Io:
-    class embodiment:
-        prompt_key = "prompt"
-Gated.io = Io
-
 def load_policy(path, **options):
     print("loaded", path.name, {k: str(v) for k, v in options.items()}, file=sys.stderr)
     return Gated()
@@ -99,7 +94,7 @@ def test_ready_line_answer_and_clean_stop(start: Any, open_client: Any, wait_unt
     assert event["engine"]["backend"] == "eager"
     client = open_client(event["port"])
     assert client.metadata["robot"] == "test"
-    assert client.ask({})["actions"].shape == (10, 7)
+    assert client.ask({"prompt": "short"})["actions"].shape == (10, 7)
     client.send({"prompt": "long"})
     wait_until(lambda: "started long" in process.log.read_text())
     process.inner.send_signal(signal.SIGTERM)
@@ -112,11 +107,11 @@ def test_ready_line_answer_and_clean_stop(start: Any, open_client: Any, wait_unt
     assert closed.value.rcvd.code == 1001
     assert process.inner.wait(20) == 0
     log = process.log.read_text()
-    assert "started tidy up" in log
     assert f"listening on ws://127.0.0.1:{event['port']}" in log
     assert "Traceback" not in log
     assert log.index("loaded checkpoint") < log.index("warm") < log.index("listening on ws://")
-    assert "'embodiment': 'droid'" in log
+    for option in ("'embodiment': 'droid'", "'default_prompt': 'tidy up'", "num_denoise_steps=None"):
+        assert option in log
     assert "precision='float32'" in log
 
 

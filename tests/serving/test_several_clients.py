@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +164,14 @@ class NeverReads:
         assert len(data) < 126
         self.socket.sendall(bytes([0x82, 0x80 | len(data)]) + bytes(4) + data)
 
+    def rest_bytes(self) -> int:
+        """What still arrives before the connection ends."""
+        total = 0
+        with contextlib.suppress(ConnectionResetError):
+            while data := self.socket.recv(2**20):
+                total += len(data)
+        return total
+
 
 def test_a_client_that_never_reads_holds_up_nobody(
     digest_policy: Any, open_client: Any, wait_until: Any, counted: Any
@@ -179,6 +188,7 @@ def test_a_client_that_never_reads_holds_up_nobody(
         wait_until(lambda: counted(handle.port, 'vivace_lost_connections_total{reason="slow_reader"}') == 1)
         wait_until(lambda: counted(handle.port, "vivace_connections") == 1)
         assert fast.ask(request_of(1, 1))["actions"].shape == (4000, 256)
+        assert slow.rest_bytes() < 4000 * 256 * 8  # cut in the middle of its answer, which is not kept for it
         slow.socket.close()
 
 

@@ -8,14 +8,13 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from ..config import EngineConfig
 from ..errors import ConfigError
-from ..serving.default_prompt import WithDefaultPrompt
-from ..serving.server import PolicyServer, ServedPolicy
+from ..serving.server import PolicyServer
 from .output import OK, console
 
 if TYPE_CHECKING:
@@ -47,8 +46,8 @@ class Args:
     """float32, bfloat16, or auto = what the checkpoint declares."""
     device: str = _ENGINE.device
     """auto = cuda if there is one, else cpu."""
-    num_steps: int = _ENGINE.num_denoise_steps
-    """Denoise steps."""
+    num_steps: int | None = _ENGINE.num_denoise_steps
+    """Denoise steps; None = what the checkpoint says, else 10."""
     seed: int | None = _ENGINE.seed
     """Noise is a function of seed and request; None draws fresh noise for every request."""
     horizon: int | None = None
@@ -57,6 +56,8 @@ class Args:
     """Attention heads of the vision tower, where the checkpoint does not say."""
     asset_id: str | None = None
     """Which normalisation statistics of an openpi checkpoint."""
+    lerobot_version: Literal["auto", "0.4", "0.5", "0.6"] = "auto"
+    """Which LeRobot wrote the folder; 0.4 differs in prompt and letterbox."""
     default_prompt: str | None = None
     """Instruction for clients that send none."""
     api_key_file: Path | None = None
@@ -76,7 +77,7 @@ def run(args: Args) -> int:
     _log_to_stderr(debug=args.debug)
     api_key = None if args.api_key_file is None else _read_key(args.api_key_file)
     with console.status(f"loading {args.path}"):
-        policy = _served(_load(args), args)
+        policy = _load(args)
     server = PolicyServer(
         policy,
         host=args.host,
@@ -119,22 +120,17 @@ def _load(args: Args) -> Policy:
         num_denoise_steps=args.num_steps,
         seed=args.seed,
     )
-    is_file = args.embodiment is not None and args.embodiment.endswith(".toml")
     return load_policy(
         args.path,
-        embodiment=Path(args.embodiment) if is_file and args.embodiment else args.embodiment,
+        embodiment=args.embodiment,
         tokenizer=args.tokenizer,
         config=config,
         asset_id=args.asset_id,
         horizon=args.horizon,
         vision_heads=args.vision_heads,
+        default_prompt=args.default_prompt,
+        lerobot_version=args.lerobot_version,
     )
-
-
-def _served(policy: Policy, args: Args) -> ServedPolicy:
-    if args.default_prompt is None:
-        return policy
-    return WithDefaultPrompt(policy, prompt=args.default_prompt, key=policy.io.embodiment.prompt_key)
 
 
 def _read_key(path: Path) -> str:
