@@ -1,0 +1,49 @@
+# The only door. `make demo` and `make test` install what they need into .venv on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= demo-out
+# 2 workers: the suite is sized for 2 cores; more threads inside a worker would only fight each other
+PYTEST := OMP_NUM_THREADS=1 VIVACE_CACHE=$(CURDIR)/.cache/vivace $(BIN)/python -m pytest
+
+.PHONY: setup system demo test lint test-gpu fmt check bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/dev.txt
+	# openpi's client pins numpy < 2 without needing it
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps openpi-client==0.1.2
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+system:  ## Debian/Ubuntu packages that torch.compile needs on a CPU
+	apt-get update && apt-get install -y g++ python3-venv
+
+demo: setup  ## the main job on a small random checkpoint: make, inspect, check, bench, serve, drive, report
+	VIVACE_CACHE=$(CURDIR)/.cache/vivace $(BIN)/python examples/demo.py --out $(OUT)
+
+test: lint  ## everything that runs without a GPU
+	$(PYTEST) -n 2 --dist loadfile -m "not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-gpu:  ## kernels and conformance on this machine's NVIDIA GPU, with the torch that is installed
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+
+fmt: setup
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format .
+
+check: setup  ## PATH_=checkpoint folder: is the engine still the same policy?
+	$(BIN)/vivace check $(PATH_)
+
+bench: setup  ## PATH_=checkpoint folder: engines side by side
+	$(BIN)/vivace bench $(PATH_)
+
+clean:
+	rm -rf $(VENV) .cache $(OUT)
