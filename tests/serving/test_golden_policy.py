@@ -1,4 +1,4 @@
-"""The whole road: openpi's client, the wire, a checkpoint that openpi wrote, and the actions that openpi itself computed."""
+"""The whole road: openpi's client, the wire, a checkpoint that openpi wrote, the actions that openpi itself computed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from vivace import load_policy
 from vivace.config import EngineConfig
 from vivace.serving import serve_in_thread
 
-websocket_client_policy = pytest.importorskip("openpi_client.websocket_client_policy")
-
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_openpis_observation_gives_openpis_actions_over_the_wire(golden_dir: Path) -> None:
+def test_openpis_observation_gives_openpis_actions_over_the_wire(golden_dir: Path, openpi_module: Any) -> None:
     folder = golden_dir / "openpi_pytorch_pi05_fp32"
     case: dict[str, Any] = json.loads((folder / "case.json").read_text())
     recorded, wanted = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")["actions"]
@@ -33,7 +31,7 @@ def test_openpis_observation_gives_openpis_actions_over_the_wire(golden_dir: Pat
         config=EngineConfig(backend="eager", device="cpu", precision="float32"),
     )
     with serve_in_thread(policy) as server:
-        client = websocket_client_policy.WebsocketClientPolicy("127.0.0.1", server.port)
+        client = openpi_module("websocket_client_policy").WebsocketClientPolicy("127.0.0.1", server.port)
         result = client.infer(request)
         changed = client.infer({**request, "observation/joint_position": request["observation/joint_position"] + 0.3})
         again = client.infer(request)

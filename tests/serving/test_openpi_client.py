@@ -11,9 +11,6 @@ import pytest
 
 from vivace.serving import ServerHandle, serve_in_thread
 
-websocket_client_policy = pytest.importorskip("openpi_client.websocket_client_policy")
-action_chunk_broker = pytest.importorskip("openpi_client.action_chunk_broker")
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's own use of its websocket library
 
 OBSERVATION = {
@@ -26,14 +23,15 @@ OBSERVATION = {
 
 
 @pytest.fixture
-def openpi(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+def openpi(openpi_module: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Makes clients and closes what the client class itself has no method to close."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    client_class = openpi_module("websocket_client_policy").WebsocketClientPolicy
     made: list[Any] = []
 
     def make(port: int, **options: Any) -> Any:
-        made.append(websocket_client_policy.WebsocketClientPolicy(host="127.0.0.1", port=port, **options))
+        made.append(client_class(host="127.0.0.1", port=port, **options))
         return made[-1]
 
     yield make
@@ -41,7 +39,8 @@ def openpi(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         client._ws.close()
 
 
-def test_it_is_the_released_package() -> None:
+def test_it_is_the_released_package(openpi_module: Any) -> None:
+    openpi_module("base_policy")
     assert version("openpi-client") == "0.1.2"
 
 
@@ -70,10 +69,11 @@ def test_the_observation_arrives_bit_for_bit(server: ServerHandle, digest_policy
 
 
 def test_the_action_chunk_broker_hands_out_one_action_per_tick(
-    server: ServerHandle, digest_policy: Any, openpi: Any, counted: Any
+    server: ServerHandle, digest_policy: Any, openpi: Any, openpi_module: Any, counted: Any
 ) -> None:
     """It slices every array of the result by time: any array without a time axis would break it here."""
-    broker = action_chunk_broker.ActionChunkBroker(openpi(server.port), action_horizon=10)
+    broker_class = openpi_module("action_chunk_broker").ActionChunkBroker
+    broker = broker_class(openpi(server.port), action_horizon=10)
     wanted = digest_policy.infer(OBSERVATION).actions
     for tick in range(25):
         result = broker.infer(OBSERVATION)
