@@ -102,9 +102,9 @@ def _blend(a: NDArray[Any], weight_a: NDArray[Any], b: NDArray[Any], weight_b: N
 
     A float64 product of two float32 numbers is exact, so the sum rounded once to float32 is the fused multiply-add.
     """
-    out = np.multiply(a, weight_a, dtype=np.float64)
-    out += b * weight_b
-    return out.astype(np.float32)
+    total: NDArray[np.float64] = np.multiply(a, weight_a, dtype=np.float64)
+    total += b * weight_b
+    return total.astype(np.float32)
 
 
 def resize_jax(
@@ -120,7 +120,7 @@ def resize_jax(
     size = fit(image.shape[-2], image.shape[-1], into=(height, width))
     rows = _triangle_weights(image.shape[-2], size[0])
     columns = _triangle_weights(image.shape[-1], size[1])
-    small = np.einsum("oh,chw,pw->cop", rows, image.astype(np.float64), columns)
+    small = rows.astype(np.float64) @ image.astype(np.float64) @ columns.astype(np.float64).T
     if image.dtype == np.uint8:
         small = np.rint(small)
     return _centre(np.clip(small, low, high).astype(image.dtype), height=height, width=width, pad=pad)
