@@ -217,24 +217,24 @@ def summarise(rows: Sequence[Parity]) -> Summary:
 
 
 def judge(summary: Summary, marks: PassMarks, *, vision_layers: int, layers: int) -> tuple[Mark, ...]:
-    """Hold a summary against its marks. Depths count rounded layers: K and V of layer i come after vision + i + 1."""
-    row = summary.worst
+    """Hold a summary against its marks. Depths count rounded blocks: K and V of layer i come after vision + i + 1."""
+    row, vision = summary.worst, vision_layers + 2
 
     def bound(depth: int) -> float:
         return marks.rel_l2 * (math.sqrt(depth) if marks.grows_with_depth else 1.0)
 
     found = []
     if row.vision is not None:
-        found.append(_below("vision tokens, relative L2", row.vision.rel_l2, bound(vision_layers)))
+        found.append(_below("vision tokens, relative L2", row.vision.rel_l2, bound(vision)))
     if row.embeds is not None:
-        found.append(_below("prefix embeddings, relative L2", row.embeds.rel_l2, bound(vision_layers)))
+        found.append(_below("prefix embeddings, relative L2", row.embeds.rel_l2, bound(vision)))
     for name, rows in (("K", row.k), ("V", row.v)):
         for i, layer in enumerate(rows):
             found.append(_above(f"{name} layer {i}, cosine", layer.cosine, marks.kv_cosine))
-            found.append(_below(f"{name} layer {i}, relative L2", layer.rel_l2, bound(vision_layers + i + 1)))
+            found.append(_below(f"{name} layer {i}, relative L2", layer.rel_l2, bound(vision + i + 1)))
     for i, step in enumerate(row.velocity):
-        found.append(_below(f"velocity step {i}, relative L2", step.rel_l2, bound(vision_layers + 2 * layers)))
-    found.append(_below("actions, relative L2", row.actions.rel_l2, bound(vision_layers + 2 * layers)))
+        found.append(_below(f"velocity step {i}, relative L2", step.rel_l2, bound(vision + 2 * layers)))
+    found.append(_below("actions, relative L2", row.actions.rel_l2, bound(vision + 2 * layers)))
     found.append(_above("actions, mean cosine", summary.actions_cosine_mean, marks.actions_cosine))
     found.append(_above("actions, worst cosine", row.actions.cosine, marks.actions_cosine_worst))
     return tuple(found)

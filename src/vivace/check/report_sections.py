@@ -54,6 +54,8 @@ def setting(document: Document) -> str:
 
 def bench(document: Document) -> str:
     """Latency of engines: percentiles, stages, distributions."""
+    if "error" in document:
+        return f"<p>{esc(document['error'])}</p>"
     engines: Mapping[str, Any] = document["engines"]
     fastest = min(engines, key=lambda name: number(engines[name]["total"]["p50_ms"]))
     row = engines[fastest]

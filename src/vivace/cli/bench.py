@@ -20,8 +20,8 @@ from ..check.metrics import at_least, cosine, rel_l2
 from ..check.parity import marks_for
 from ..check.results import result, write_result
 from ..check.setting import setting_of
-from ..errors import ConfigError
-from .output import OK, console, emit
+from ..errors import ConfigError, NumericsError
+from .output import FAILED, OK, console, emit
 from .policy_args import PolicyArgs, load
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Args:
 
 
 def run(args: Args) -> int:
-    """Load every engine, check its output, time them interleaved. An engine with other actions raises NumericsError."""
+    """Load every engine, check its output, time them interleaved. Exit code 1: an engine gives other actions."""
     names = _names(args.engines)
     wanted, request = _reference(args)
     policies = {name: _load(args, name) for name in names}
@@ -68,9 +68,28 @@ def run(args: Args) -> int:
         return None if good else f"cosine {outputs[name]['cosine']:.6f}, wanted at least {limits.actions_cosine_worst}"
 
     before = environment.snapshot()
+    try:
+        times = _measure(args, policies, request, refcheck)
+    except NumericsError as error:
+        console.print(str(error), style="red", markup=False)
+        document = result("bench", {"passed": False, "error": str(error), "output": outputs})
+    else:
+        engines = {name: _engine(policies[name], times[name], outputs[name]) for name in names}
+        speedups = [bench.speedup(times[name], times[names[0]]) for name in names[1:]]
+        document = _document(args, policies[names[0]], request, {"engines": engines, "speedups": speedups}, before)
+        _show(document)
+    if args.output is not None:
+        write_result(args.output, document)
+    emit(document)
+    return OK if document["passed"] else FAILED
+
+
+def _measure(
+    args: Args, policies: dict[str, Policy], request: Any, refcheck: Callable[[str, Any], str | None]
+) -> dict[str, bench.EngineTimes]:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("warming up", total=None)
-        times = bench.measure(
+        return bench.measure(
             {name: _call(policy, request) for name, policy in policies.items()},
             samples=args.samples,
             seed=args.policy.seed,
@@ -78,28 +97,28 @@ def run(args: Args) -> int:
             refcheck=refcheck,
             stages=lambda chunk: {k: v for k, v in chunk.milliseconds.items() if k != "total"},
             device=bench.CudaTimer() if _on_gpu(policies) else None,
-            progress=_Teller(bar, task, args.samples * len(names)),
+            progress=_Teller(bar, task, args.samples * len(policies)),
         )
-    first = policies[names[0]]
-    body: dict[str, Any] = {
+
+
+def _document(
+    args: Args, baseline: Policy, request: Any, found: dict[str, Any], before: dict[str, Any]
+) -> dict[str, Any]:
+    body = {
+        "passed": True,
         "checkpoint": str(args.path),
         "boundary": BOUNDARY,
-        "setting": setting_of(first, first.prepare(request)),
+        "setting": setting_of(baseline, baseline.prepare(request)),
         "observation": "recorded" if args.observations else "synthetic",
         "method": "interleaved rounds in random order; garbage collected before the samples, off while they are taken",
-        "engines": {name: _engine(policies[name], times[name], outputs[name]) for name in names},
-        "speedups": [bench.speedup(times[name], times[names[0]]) for name in names[1:]],
+        **found,
         "state_before": before,
         "state_after": environment.snapshot(),
     }
     document = result("bench", body, environment=environment.collect())
     if args.target_hz is not None:
-        document["budgets"] = _budgets(document, names, args.target_hz)
-    _show(document)
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
-    return OK
+        document["budgets"] = _budgets(document, list(found["engines"]), args.target_hz)
+    return document
 
 
 class _Teller:

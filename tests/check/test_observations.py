@@ -1,0 +1,72 @@
+"""Made-up observations fit the robot they were made for; recorded ones are read as they are."""
+
+import numpy as np
+import pytest
+
+from vivace.check import observations
+from vivace.errors import ConfigError
+from vivace.types import Camera, Embodiment, Normalization, NormStats, RobotIO, StatePart
+
+ROBOT = Embodiment(
+    name="two arms",
+    cameras=(Camera("top", "images/top"), Camera("wrist", "images/wrist", chw=True)),
+    state=(StatePart("state/joints", 3), StatePart("state/gripper", 1)),
+    action_dim=4,
+    prompt_key="task",
+)
+
+
+def robot_io(stats):
+    return RobotIO(
+        embodiment=ROBOT,
+        normalization=Normalization("openpi", "quantiles", "quantiles", stats, NormStats(), 1e-6),
+        prompt="openpi_pi05",
+        image="pil",
+    )
+
+
+def test_requests_fit_the_robot_and_its_statistics():
+    stats = NormStats(q01=np.array([0.0, 10, 20, 30]), q99=np.array([1.0, 11, 21, 31]))
+    first, second = observations.synthetic(robot_io(stats), 2, seed=3)
+    assert set(first) == {"images/top", "images/wrist", "state/joints", "state/gripper", "task"}
+    assert first["images/top"].shape == (240, 320, 3)
+    assert first["images/wrist"].shape == (3, 240, 320)
+    assert first["images/top"].dtype == np.uint8
+    state = np.concatenate([first["state/joints"], first["state/gripper"]])
+    assert ((state > [0, 10, 20, 30]) & (state < [1, 11, 21, 31])).all()
+    assert first["task"] != second["task"]
+    assert not np.array_equal(first["images/top"], second["images/top"])
+
+
+def test_the_same_seed_gives_the_same_bytes():
+    a, b, c = (observations.synthetic(robot_io(NormStats()), 1, seed=seed)[0] for seed in (0, 0, 1))
+    assert np.array_equal(a["images/wrist"], b["images/wrist"])
+    assert np.array_equal(a["state/joints"], b["state/joints"])
+    assert not np.array_equal(a["images/wrist"], c["images/wrist"])
+
+
+def test_images_have_structure_that_noise_has_not():
+    image = observations.scene(np.random.default_rng(0), 240, 320).astype(float)
+    neighbours = np.corrcoef(image[:, 1:].ravel(), image[:, :-1].ravel())[0, 1]
+    assert neighbours > 0.9, "neighbouring pixels of a camera image are alike"
+    assert np.abs(np.diff(image, axis=1)).max() > 40, "and there are edges"
+    assert image.std() > 20
+
+
+def test_recorded_requests_are_read_in_name_order(tmp_path):
+    for name, prompt in (("b", "second"), ("a", "first")):
+        np.savez(
+            tmp_path / f"{name}.npz", **{"observation/image": np.zeros((4, 4, 3), np.uint8), "prompt": np.array(prompt)}
+        )
+    rows = observations.recorded(tmp_path)
+    assert [row["prompt"] for row in rows] == ["first", "second"]
+    assert isinstance(rows[0]["prompt"], str)
+    assert rows[0]["observation/image"].dtype == np.uint8
+
+
+def test_pickles_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"\.npz"):
+        observations.recorded(tmp_path)
+    np.savez(tmp_path / "x.npz", evil=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ConfigError, match="pickled"):
+        observations.recorded(tmp_path)
