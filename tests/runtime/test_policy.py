@@ -1,0 +1,180 @@
+"""The policy as a user meets it: from a checkpoint folder to actions in robot units."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import vivace
+from vivace.checkpoints.make import Recipe, make_checkpoint
+from vivace.config import EngineConfig
+from vivace.runtime import noise as noise_source
+from vivace.types import PreviousChunk, Trace
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    made = {}
+    for kind in ("pi0", "pi05"):
+        made[kind] = root / kind
+        make_checkpoint(made[kind], Recipe(size="tiny", kind=kind, format="lerobot", horizon=10))
+    return made
+
+
+@pytest.fixture(scope="module", params=["pi0", "pi05"])
+def policy(request, folders):
+    return vivace.load_policy(folders[request.param])
+
+
+def request_for(policy, seed=0, task="pick up the cube"):
+    rng = np.random.default_rng(seed)
+    robot = policy.io.embodiment
+    views = {camera.view: rng.integers(0, 256, (64, 80, 3), dtype=np.uint8) for camera in robot.cameras}
+    state = rng.uniform(-0.5, 0.5, sum(part.size for part in robot.state)).astype(np.float32)
+    return vivace.Observation(views=views, state=state, prompt=task, t_obs=12.5)
+
+
+def test_a_chunk_is_complete(policy):
+    chunk = policy.infer(request_for(policy))
+    assert chunk.actions.shape == (policy.engine.horizon, policy.engine.action_dim)
+    assert chunk.actions_normalized.shape == (policy.engine.horizon, 32)
+    assert chunk.t_obs == 12.5
+    assert chunk.engine is policy.engine
+    parts = ("preprocess", "vision", "prefix", "denoise", "postprocess")
+    assert all(chunk.milliseconds[part] > 0 for part in parts)
+    assert sum(chunk.milliseconds[part] for part in parts) <= chunk.milliseconds["total"]
+
+
+def test_the_same_request_gets_the_same_answer_whatever_came_before(policy):
+    first = policy.infer(request_for(policy, 1)).actions
+    policy.infer(request_for(policy, 2))
+    assert np.array_equal(policy.infer(request_for(policy, 1)).actions, first)
+
+
+def test_seed_and_noise_decide(policy, folders):
+    request = request_for(policy)
+    folder = folders[policy.engine.policy_kind]
+    other = vivace.load_policy(folder, config=EngineConfig(seed=1))
+    fresh = vivace.load_policy(folder, config=EngineConfig(seed=None))
+    first = policy.infer(request).actions
+    assert not np.array_equal(other.infer(request).actions, first)
+    assert not np.array_equal(fresh.infer(request).actions, fresh.infer(request).actions)
+    noise = np.random.default_rng(3).standard_normal((policy.engine.horizon, 32)).astype(np.float32)
+    assert np.array_equal(fresh.infer(request, noise=noise).actions, policy.infer(request, noise=noise).actions)
+
+
+def test_every_part_of_the_request_matters_to_the_noise(policy):
+    prepared = policy.prepare(request_for(policy))
+    base = noise_source.fingerprint(prepared)
+    pixels = prepared.images.copy()
+    pixels[0, 0, 0, 0] += 1
+    assert noise_source.fingerprint(replace(prepared, images=pixels)) != base
+    assert noise_source.fingerprint(replace(prepared, tokens=prepared.tokens[:-1])) != base
+    assert noise_source.fingerprint(replace(prepared, state=prepared.state + 1)) != base
+
+
+def test_noise_is_standard_normal(policy):
+    draws = np.stack([
+        noise_source.draw(seed, policy.prepare(request_for(policy)), horizon=50, width=32) for seed in range(40)
+    ])  # fmt: skip
+    assert abs(draws.mean()) < 4 / np.sqrt(draws.size)
+    assert abs(draws.std() - 1) < 4 / np.sqrt(2 * draws.size)
+
+
+def test_bad_noise_is_refused(policy):
+    request = request_for(policy)
+    with pytest.raises(vivace.ShapeError, match="noise"):
+        policy.infer(request, noise=np.zeros((3, 32), dtype=np.float32))
+    with pytest.raises(vivace.ShapeError, match="finite"):
+        policy.infer(request, noise=np.full((policy.engine.horizon, 32), np.nan, dtype=np.float32))
+
+
+def test_a_batch_answers_each_as_alone(policy):
+    """Different prompt lengths, and one request without its second camera."""
+    requests = [
+        request_for(policy, seed, task)
+        for seed, task in ((1, "a"), (2, "pick up the very large red cube now"), (3, "b"))
+    ]
+    first_view = policy.io.embodiment.cameras[0].view
+    requests[2] = replace(requests[2], views={first_view: requests[2].views[first_view]})
+    together = policy.infer_batch(requests)
+    for request, chunk in zip(requests, together, strict=True):
+        alone = policy.infer(request).actions
+        assert np.abs(chunk.actions - alone).max() <= 1e-5 * np.abs(alone).max()
+    assert policy.infer_batch([]) == []
+
+
+def test_threads_do_not_mix(policy):
+    expected = {seed: policy.infer(request_for(policy, seed)).actions for seed in range(4)}
+    wrong = []
+
+    def worker(seed):
+        for _ in range(5):
+            if not np.array_equal(policy.infer(request_for(policy, seed)).actions, expected[seed]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=worker, args=(seed,)) for seed in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert wrong == []
+
+
+def test_real_time_chunking_through_the_policy(policy):
+    request = request_for(policy)
+    older = policy.infer(request).actions_normalized
+    previous = PreviousChunk(torch.from_numpy(older + 0.5)[None], 3, "trained")
+    chunk = policy.infer(request, previous=previous)
+    assert np.allclose(chunk.actions_normalized[:3], older[:3] + 0.5)
+
+
+def test_trace_shows_the_inside(policy):
+    trace = Trace()
+    chunk = policy.infer(request_for(policy), trace=trace)
+    assert len(trace.velocity) == policy.engine.num_denoise_steps
+    assert np.array_equal(trace.x[-1][0].numpy(), chunk.actions_normalized)
+    assert trace.cache is not None
+    assert trace.prepared is not None
+
+
+def test_a_policy_that_produces_nan_says_so(folders):
+    broken = vivace.load_policy(folders["pi05"])
+    with torch.no_grad():
+        broken.model.action_out.bias.fill_(float("nan"))
+    with pytest.raises(vivace.NumericsError, match="vivace check"):
+        broken.infer(request_for(broken))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"precision": "float8"}, "float32 or bfloat16"), ({"device": "gpu"}, "cuda"), ({"backend": "eagr"}, "eager"),
+])  # fmt: skip
+def test_wrong_settings_are_named(folders, change, message):
+    with pytest.raises(vivace.ConfigError, match=message):
+        vivace.load_policy(folders["pi05"], config=EngineConfig(**change))
+
+
+def test_warmup_runs_and_leaves_no_trace(policy):
+    before = policy.infer(request_for(policy)).actions
+    policy.warmup()
+    assert np.array_equal(policy.infer(request_for(policy)).actions, before)
+
+
+def test_steps_come_from_the_engine_then_the_checkpoint(folders):
+    assert vivace.load_policy(folders["pi05"]).engine.num_denoise_steps == 10
+    assert vivace.load_policy(folders["pi05"], config=EngineConfig(num_denoise_steps=3)).engine.num_denoise_steps == 3
+
+
+def test_bfloat16_is_near_float32_but_not_equal(folders):
+    exact = vivace.load_policy(folders["pi05"], config=EngineConfig(precision="float32"))
+    low = vivace.load_policy(folders["pi05"], config=EngineConfig(precision="bfloat16"))
+    request = request_for(exact)
+    a, b = exact.infer(request).actions_normalized, low.infer(request).actions_normalized
+    error = np.linalg.norm(a - b) / np.linalg.norm(a)
+    assert 0 < error < 2e-2
+    assert low.engine.precision == "bfloat16"
