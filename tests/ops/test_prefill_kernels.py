@@ -17,7 +17,7 @@ if not GPU:
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vivace.errors import ShapeError  # noqa: E402
-from vivace.ops import prefill_attention, prefill_gemm, prefill_pointwise  # noqa: E402
+from vivace.ops import prefill_attention, prefill_pointwise  # noqa: E402
 from vivace.ops.layers import Linear  # noqa: E402
 from vivace.ops.prefill_attention import AttentionTile  # noqa: E402
 from vivace.ops.prefill_gemm import Rotation, Tile, gemm  # noqa: E402
@@ -58,7 +58,14 @@ def test_parts_of_a_split_product_are_added_once_inside_the_norm(split, mean):
     parts = gemm(x, w, poisoned(split, M, N), tile=Tile(16, 16, 16, warps=4, stages=2, split_k=split))
     total = poisoned(M, N)
     out = prefill_pointwise.residual_norm(
-        old, gain, poisoned(M, N), shift=shift if mean else None, parts=parts, channel_scale=scale, bias=bias, total=total
+        old,
+        gain,
+        poisoned(M, N),
+        shift=shift if mean else None,
+        parts=parts,
+        channel_scale=scale,
+        bias=bias,
+        total=total,
     )
     wanted = old + (x @ w.T) * scale + bias
     torch.testing.assert_close(total, wanted, **TIGHT)
@@ -147,7 +154,11 @@ def test_attention(kv_heads, masked):
     from vivace.ops import reference
 
     B, T, N, head_dim = 2, 21, 4, 16
-    q, k, v = randn(B, T, N, head_dim, seed=0), randn(B, T, kv_heads, head_dim, seed=1), randn(B, T, kv_heads, head_dim, seed=2)
+    q, k, v = (
+        randn(B, T, N, head_dim, seed=0),
+        randn(B, T, kv_heads, head_dim, seed=1),
+        randn(B, T, kv_heads, head_dim, seed=2),
+    )
     mask = None
     if masked:
         mask = torch.rand(B, T, generator=torch.Generator().manual_seed(3)).to(DEVICE) > 0.4

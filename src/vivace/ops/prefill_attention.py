@@ -1,3 +1,6 @@
+# kernels have no annotations: their arguments are Triton's, and one name serves tensors and pointers
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Attention of the prefix and of SigLIP in Triton, reading and writing the layouts that the products around it use.
 
 Prefix: 8 query heads share one key/value head, so the queries of a group, taken token by token, are simply the rows of one
@@ -40,9 +43,9 @@ class AttentionTile:
 
 
 @triton.jit
-def _attention_kernel(  # noqa: ANN202
-    q, k, v, mask, out, out_inverse, q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch,  # noqa: ANN001
-    rows_in_all, keys, score_scale,  # noqa: ANN001
+def _attention_kernel(
+    q, k, v, mask, out, out_inverse, q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch,
+    rows_in_all, keys, score_scale,
     KEY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_KEYS: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -75,21 +78,23 @@ def _attention_kernel(  # noqa: ANN202
         weights = tl.exp2(scores - new_top[:, None])
         total = total * correction + tl.sum(weights, 1)
         block_v = tl.load(v_base + key[:, None] * v_token + columns[None, :], mask=key[:, None] < keys, other=0.0)
-        acc = tl.dot(
-            weights.to(block_v.dtype), block_v, acc * correction[:, None], input_precision=PRECISION
-        )
+        acc = tl.dot(weights.to(block_v.dtype), block_v, acc * correction[:, None], input_precision=PRECISION)
         top = new_top
     if PDL:
         gdc_launch_dependents()
     acc = acc / total[:, None]
-    tl.store(out + batch * out_batch + rows[:, None] * HEAD_DIM + columns[None, :] if KV_HEADS == 1 else
-             out + batch * out_batch + ((token * KV_HEADS * GROUP + head) * HEAD_DIM)[:, None] + columns[None, :],
-             cast_out(acc, out, out_inverse), mask=in_rows[:, None])
+    tl.store(
+        out + batch * out_batch + rows[:, None] * HEAD_DIM + columns[None, :]
+        if KV_HEADS == 1
+        else out + batch * out_batch + ((token * KV_HEADS * GROUP + head) * HEAD_DIM)[:, None] + columns[None, :],
+        cast_out(acc, out, out_inverse),
+        mask=in_rows[:, None],
+    )
 
 
 @triton.jit
-def _vision_kernel(  # noqa: ANN202
-    qkv, out, out_inverse, view_stride, token_stride, out_view, out_token, tokens, score_scale,  # noqa: ANN001
+def _vision_kernel(
+    qkv, out, out_inverse, view_stride, token_stride, out_view, out_token, tokens, score_scale,
     KEY_BLOCKS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

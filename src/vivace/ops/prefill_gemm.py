@@ -1,3 +1,6 @@
+# kernels have no annotations: their arguments are Triton's, and one name serves tensors and pointers
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """One Triton matrix product for M = 256..1024 rows, whose epilogue does what would otherwise be a second kernel.
 
     plain     x W^T (+ bias) (gelu)                  SigLIP's linears; o and down, whose sum and norm follow in one kernel
@@ -65,13 +68,13 @@ class Rotation:
 
 
 @triton.jit
-def gelu_tanh(x):  # noqa: ANN001, ANN201
+def gelu_tanh(x):
     """Tanh-approximated GELU, written as x * sigmoid(2 z)."""
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
 @triton.jit
-def cast_out(y, out, out_inverse):  # noqa: ANN001, ANN201
+def cast_out(y, out, out_inverse):
     """Float32 to the output's dtype; with `out_inverse` (float32 [1] = 1 / scale) scaled and clamped to e4m3's range."""
     if out_inverse is not None:
         y = tl.clamp(y * tl.load(out_inverse), -E4M3_MAX, E4M3_MAX)
@@ -79,7 +82,7 @@ def cast_out(y, out, out_inverse):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def _weight_rows(tile_n, N, BLOCK_N: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr):  # noqa: ANN001, ANN202
+def _weight_rows(tile_n, N, BLOCK_N: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr):
     """First weight row of both accumulators of a tile: two halves of a head, or a gate and its up."""
     if EPILOGUE == "qkv_rope":
         per_half: tl.constexpr = HALF // BLOCK_N
@@ -90,8 +93,8 @@ def _weight_rows(tile_n, N, BLOCK_N: tl.constexpr, EPILOGUE: tl.constexpr, HALF:
 
 
 @triton.jit
-def _store_rotated(  # noqa: ANN202
-    first, second, rows, in_rows, q, k, v, strides, tables, head, column,  # noqa: ANN001
+def _store_rotated(
+    first, second, rows, in_rows, q, k, v, strides, tables, head, column,
     BLOCK_N: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Rotate both halves of a head's columns and write them to q, k or v."""
@@ -115,9 +118,9 @@ def _store_rotated(  # noqa: ANN202
 
 
 @triton.jit(do_not_specialize=["M", "rope_rows"])
-def _gemm_kernel(  # noqa: ANN202
-    x, weight, out, out_stride, k_out, k_stride, v_out, v_stride, channel_scale, bias, out_inverse,  # noqa: ANN001
-    cos_table, sin_table, rope_rows, M, N,  # noqa: ANN001
+def _gemm_kernel(
+    x, weight, out, out_stride, k_out, k_stride, v_out, v_stride, channel_scale, bias, out_inverse,
+    cos_table, sin_table, rope_rows, M, N,
     K_TILES: tl.constexpr, TILES_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EPILOGUE: tl.constexpr, GELU: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -188,7 +191,7 @@ def gemm(
     """Launch the product; returns `out`, completely written.
 
     x              [M, K]; weight [N, K], geglu [2N, K]; one dtype
-    out            [M, N], row stride free; split_k > 1: float32 [split_k, M, N] contiguous; qkv_rope: q, or k without queries
+    out            [M, N], any row stride; split_k > 1: float32 [split_k, M, N]; qkv_rope: q, or k if there are no queries
     channel_scale  float32, one per weight row
     out_inverse    float32 [1] = 1 / scale of an e4m3 output
     """
@@ -224,4 +227,6 @@ def check_operands(x: Tensor, weight: Tensor, out: Tensor, *, tile: Tile, plain:
     wanted = (tile.split_k, x.shape[0], weight.shape[0])
     if tile.split_k > 1 and not (plain and tuple(out.shape) == wanted and out.dtype == torch.float32):
         got = f"out {tuple(out.shape)} {out.dtype}, plain epilogue: {plain}"
-        raise ShapeError("a split product writes float32 parts", got=got, wanted=f"{wanted} float32 and no bias or gelu")
+        raise ShapeError(
+            "a split product writes float32 parts", got=got, wanted=f"{wanted} float32 and no bias or gelu"
+        )

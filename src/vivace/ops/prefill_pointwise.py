@@ -1,3 +1,6 @@
+# kernels have no annotations: their arguments are Triton's, and one name serves tensors and pointers
+# ruff: noqa: ANN001, ANN202, SIM108
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Row-wise kernels between the products of the prefill: residual + norm (+ quantise), GeGLU, rotary embedding.
 
 One program owns one row (or a piece of it), reads it once, keeps it in float32 registers, and writes once. With
@@ -20,8 +23,8 @@ from .reference import NORM_EPS
 
 
 @triton.jit(do_not_specialize=["M"])
-def _norm_kernel(  # noqa: ANN202
-    parts, channel_scale, bias, residual, total, gain, shift, out, out_inverse, M, D, eps,  # noqa: ANN001
+def _norm_kernel(
+    parts, channel_scale, bias, residual, total, gain, shift, out, out_inverse, M, D, eps,
     PARTS: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Row: sum of parts in order, scaled, + bias, rounded to the residual's dtype, + residual, stored; then the norm."""
@@ -54,7 +57,7 @@ def _norm_kernel(  # noqa: ANN202
 
 
 @triton.jit
-def _geglu_kernel(packed, channel_scale, out, out_inverse, F, BLOCK: tl.constexpr, PDL: tl.constexpr):  # noqa: ANN001, ANN202
+def _geglu_kernel(packed, channel_scale, out, out_inverse, F, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row, columns = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < F
     if PDL:
@@ -70,8 +73,8 @@ def _geglu_kernel(packed, channel_scale, out, out_inverse, F, BLOCK: tl.constexp
 
 
 @triton.jit(do_not_specialize=["rope_rows"])
-def _rope_kernel(  # noqa: ANN202
-    packed, channel_scale, q, k, v, cos_table, sin_table, q_stride, k_stride, v_stride, rope_rows,  # noqa: ANN001
+def _rope_kernel(
+    packed, channel_scale, q, k, v, cos_table, sin_table, q_stride, k_stride, v_stride, rope_rows,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, ROUND_HEADS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """One program per token: all heads as a block [heads, half]; half a power of two."""

@@ -1,0 +1,392 @@
+"""The operations of the prefill on an NVIDIA GPU: an OpTable for 256 to 1,024 rows, in bfloat16 and E4M3.
+
+Every product has two ways to run, and `prefill_tuning` says which measurement chose one per shape and number of rows:
+
+    triton   `prefill_gemm`: the epilogue does GELU, GeGLU, rotary embedding, biases and scales
+    blas     cuBLASLt through torch, then one row-wise kernel for what is left
+
+The table is made for one model: its FP8 constants (input scale times weight scale per channel, inverse input scales) are
+computed here once, so a captured graph holds none of that arithmetic. Nothing falls back: what cannot run is named by
+`why_not` before, and by Unsupported if it is asked for all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import ShapeError, Unsupported
+from . import prefill_attention, prefill_pointwise
+from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
+from .prefill_gemm import Rotation, gemm
+from .prefill_tuning import TUNED, Choice, Tuning
+from .table import OpTable
+
+AnyLinear = Linear | Fp8Linear
+Recorder = Callable[[str, str, str], None]
+E4M3 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Fp8Constants:
+    """What never changes of one E4M3 layer.  channel float32 [out] = input scale * weight scale; inverse float32 [1]."""
+
+    channel: Tensor
+    inverse: Tensor
+
+
+def why_not(*, device: str, model: nn.Module | None = None) -> str | None:
+    """Return why the prefill kernels cannot run on `device` (with `model`'s layers), or None if they can."""
+    if not device.startswith("cuda"):
+        return f"the prefill kernels need an NVIDIA GPU, not {device}"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"bfloat16 matrix units need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    for layer in [] if model is None else [m for m in model.modules() if isinstance(m, Linear | Fp8Linear)]:
+        if reason := why_not_layer(layer, capability=capability):
+            return f"{layer.name}: {reason}"
+    return None
+
+
+def why_not_layer(layer: AnyLinear, *, capability: tuple[int, int]) -> str | None:
+    """Return why one linear cannot run here, or None. float32 layers run as torch's own linear and are always fine."""
+    if isinstance(layer, Fp8Linear):
+        if capability < (8, 9):
+            return f"E4M3 needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
+        if layer.dtype != torch.bfloat16:
+            return f"E4M3 products return bfloat16, not {layer.dtype}"
+        multiple = 16
+    elif layer.weight.dtype == torch.bfloat16:
+        multiple = 8
+    elif layer.weight.dtype == torch.float32:
+        return None
+    else:
+        return f"no product for {layer.weight.dtype}"
+    rows, columns = layer.weight.shape
+    if rows % multiple or columns % multiple:
+        return f"weight {rows} x {columns} is no multiple of {multiple}, the bulk copy engine's 16 bytes"
+    return None
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The operations as methods; `prefill_ops` puts them into a table. Contracts: `ops.reference`.
+
+    ones        float32 [most rows, 1]: the row scales that cuBLAS asks for beside channel scales
+    kv_buffers  {layer name: (k, v)}, each [M, K * head_dim] with any row stride: where that layer's keys and values go
+    record      called with (layer, operation, kernel) whenever a kernel is launched
+    """
+
+    constants: Mapping[str, Fp8Constants]
+    ones: Tensor
+    tuning: Tuning = TUNED
+    kv_buffers: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    record: Recorder | None = None
+    pdl: bool = False
+    processors: int = 132
+
+    # --- norms ----------------------------------------------------------------------------------------------------
+
+    def layer_norm(self, x: Tensor, norm: LayerNorm, into: AnyLinear) -> Tensor:
+        """`reference.layer_norm`."""
+        return self._norm(x, norm, into)
+
+    def rms_norm(self, x: Tensor, norm: RmsNorm, modulation: Tensor | None, into: AnyLinear) -> Tensor:
+        """`reference.rms_norm` without modulation."""
+        _refuse_modulation(modulation, norm.name)
+        return self._norm(x, norm, into)
+
+    def linear_residual_norm(
+        self,
+        x: Tensor,
+        layer: AnyLinear,
+        residual: Tensor,
+        gate: Tensor | None,
+        norm: RmsNorm | LayerNorm,
+        modulation: Tensor | None,
+        into: AnyLinear,
+    ) -> tuple[Tensor, Tensor]:
+        """`reference.linear_residual_norm` without gate and modulation; parts of a split product meet inside the norm."""
+        _refuse_modulation(gate, layer.name)
+        _refuse_modulation(modulation, norm.name)
+        rows, old = self._rows(x, layer), residual.flatten(0, -2)
+        choice = self._choose("parts", layer, rows, "linear_residual_norm")
+        if choice.tile is None:
+            parts = self._blas(rows, layer)[None]
+        else:
+            split = choice.tile.split_k
+            dtype = layer.dtype if split == 1 else torch.float32
+            parts = torch.empty(split, rows.shape[0], layer.weight.shape[0], dtype=dtype, device=x.device)
+            out = parts[0] if split == 1 else parts
+            gemm(rows, layer.weight, out, tile=choice.tile, processors=self.processors, pdl=self.pdl)
+        total, out = torch.empty_like(old), self._for(into, old, old.shape[1])
+        prefill_pointwise.residual_norm(
+            old, _gain(norm), out, shift=_shift(norm), parts=parts, channel_scale=self._channel(layer), bias=layer.bias,
+            total=total, out_inverse=self._inverse(into), pdl=self.pdl,
+        )  # fmt: skip
+        return total.view(residual.shape), out.view(residual.shape)
+
+    def _norm(self, x: Tensor, norm: RmsNorm | LayerNorm, into: AnyLinear) -> Tensor:
+        rows = x.flatten(0, -2).contiguous()
+        out = self._for(into, rows, rows.shape[1])
+        prefill_pointwise.residual_norm(
+            rows, _gain(norm), out, shift=_shift(norm), out_inverse=self._inverse(into), pdl=self.pdl
+        )
+        return out.view(x.shape)
+
+    # --- products -------------------------------------------------------------------------------------------------
+
+    def linear(self, x: Tensor, layer: AnyLinear) -> Tensor:
+        """`reference.linear`; float32 layers (the patches) are torch's own linear."""
+        if layer.dtype == torch.float32:
+            return functional.linear(x, layer.weight, layer.bias)
+        rows = self._rows(x, layer)
+        choice = self._choose("plain", layer, rows, "linear")
+        if choice.tile is None:
+            return self._blas(rows, layer, finished=True).view(*x.shape[:-1], -1)
+        out = prefill_pointwise.new_rows(rows, layer.weight.shape[0], layer.dtype)
+        gemm(
+            rows, layer.weight, out, tile=choice.tile, channel_scale=self._channel(layer), bias=layer.bias,
+            processors=self.processors, pdl=self.pdl,
+        )  # fmt: skip
+        return out.view(*x.shape[:-1], -1)
+
+    def linear_gelu(self, x: Tensor, layer: AnyLinear, into: AnyLinear) -> Tensor:
+        """`reference.linear_gelu`."""
+        rows = self._rows(x, layer)
+        choice = self._choose("gelu", layer, rows, "linear_gelu")
+        if choice.tile is None:
+            if isinstance(layer, Fp8Linear) or isinstance(into, Fp8Linear) or layer.bias is None:
+                raise Unsupported("cuBLAS' GELU epilogue is bfloat16 in and out", got=layer.name, do="tune a tile")
+            done: Tensor = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
+            return done.view(*x.shape[:-1], -1)
+        out = self._for(into, rows, layer.weight.shape[0])
+        gemm(
+            rows, layer.weight, out, tile=choice.tile, channel_scale=self._channel(layer), bias=layer.bias, gelu=True,
+            out_inverse=self._inverse(into), processors=self.processors, pdl=self.pdl,
+        )  # fmt: skip
+        return out.view(*x.shape[:-1], -1)
+
+    def geglu(self, x: Tensor, layer: AnyLinear, into: AnyLinear) -> Tensor:
+        """`reference.geglu`."""
+        rows = self._rows(x, layer)
+        choice = self._choose("geglu", layer, rows, "geglu")
+        out = self._for(into, rows, layer.weight.shape[0] // 2)
+        scale, inverse = self._channel(layer), self._inverse(into)
+        if choice.tile is None:
+            packed = self._blas(rows, layer)
+            prefill_pointwise.geglu(packed, out, channel_scale=scale, out_inverse=inverse, pdl=self.pdl)
+        else:
+            gemm(
+                rows, layer.weight, out, tile=choice.tile, epilogue="geglu", channel_scale=scale, out_inverse=inverse,
+                processors=self.processors, pdl=self.pdl,
+            )  # fmt: skip
+        return out.view(*x.shape[:-1], -1)
+
+    def qkv_rope(
+        self, x: Tensor, layer: AnyLinear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`reference.qkv_rope`; keys and values go to this layer's `kv_buffers` if there are some."""
+        rows = self._rows(x, layer)
+        num_heads, _, head_dim = heads
+        q = prefill_pointwise.new_rows(rows, num_heads * head_dim, layer.dtype)
+        k, v = self._rotated(rows, layer, rope, heads, q)
+        B, T = x.shape[:2]
+        return q.view(B, T, num_heads, head_dim), _headed(k, B, heads), _headed(v, B, heads)
+
+    def kv_rope(
+        self, x: Tensor, layer: AnyLinear, rope: tuple[Tensor, Tensor], heads: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """`reference.kv_rope`; keys and values as in `qkv_rope`."""
+        k, v = self._rotated(self._rows(x, layer), layer, rope, (0, *heads), None)
+        return _headed(k, x.shape[0], (0, *heads)), _headed(v, x.shape[0], (0, *heads))
+
+    def _rotated(
+        self,
+        rows: Tensor,
+        layer: AnyLinear,
+        rope: tuple[Tensor, Tensor],
+        heads: tuple[int, int, int],
+        q: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        columns = heads[1] * heads[2]
+        if layer.name in self.kv_buffers:
+            k, v = self.kv_buffers[layer.name]
+        else:
+            k, v = (prefill_pointwise.new_rows(rows, columns, layer.dtype) for _ in range(2))
+        cos, sin = (table.reshape(-1, table.shape[-1]) for table in rope)
+        choice = self._choose("qkv_rope", layer, rows, "kv_rope" if q is None else "qkv_rope")
+        if choice.tile is None:
+            prefill_pointwise.rope_split(
+                self._blas(rows, layer), q, k, v, tables=(cos, sin), heads=heads, channel_scale=self._channel(layer),
+                pdl=self.pdl,
+            )  # fmt: skip
+        else:
+            gemm(
+                rows, layer.weight, k if q is None else q, tile=choice.tile, epilogue="qkv_rope",
+                channel_scale=self._channel(layer), rotation=Rotation(k=k, v=v, cos=cos, sin=sin, heads=heads),
+                processors=self.processors, pdl=self.pdl,
+            )  # fmt: skip
+        return k, v
+
+    # --- attention ------------------------------------------------------------------------------------------------
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
+        into: AnyLinear,
+    ) -> Tensor:
+        """`reference.attention`; a past (pi0's state token, one row) is first joined with the own keys."""
+        B, T, N, head_dim = q.shape
+        if head_dim & (head_dim - 1) or head_dim < 16:
+            raise Unsupported("no prefill attention", got=f"head dim {head_dim}", wanted="a power of two >= 16")
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+        out = self._for(into, q.flatten(0, 1), N * head_dim).view(B, T, N * head_dim)
+        self._note(into.name, "attention", "triton")
+        return prefill_attention.attention(
+            q, k, v, out, tile=self.tuning.attention_tile(rows=T * N), mask=mask, out_inverse=self._inverse(into),
+            pdl=self.pdl,
+        )  # fmt: skip
+
+    def vision_attention(self, qkv: Tensor, num_heads: int, into: AnyLinear) -> Tensor:
+        """`reference.vision_attention`, any head dim that is a multiple of 8."""
+        V, T, packed = qkv.shape
+        if packed % (24 * num_heads):
+            got = f"{num_heads} heads in {packed // 3} columns"
+            raise Unsupported("no vision attention", got=got, wanted="a head dim of a multiple of 8")
+        out = self._for(into, qkv.flatten(0, 1), packed // 3).view(V, T, packed // 3)
+        self._note(into.name, "vision_attention", "triton")
+        return prefill_attention.vision_attention(
+            qkv, out, heads=num_heads, tile=self.tuning.vision_tile, out_inverse=self._inverse(into), pdl=self.pdl
+        )
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _choose(self, epilogue: str, layer: AnyLinear, rows: Tensor, operation: str) -> Choice:
+        """The tuned way to run this product, noted for coverage."""
+        fp8 = isinstance(layer, Fp8Linear)
+        choice = self.tuning.choose(epilogue, rows=rows.shape[0], shape=tuple(layer.weight.shape), fp8=fp8)
+        self._note(layer.name, operation, "cublas" if choice.tile is None else "triton")
+        return choice
+
+    def _note(self, layer: str, operation: str, kernel: str) -> None:
+        if self.record is not None:
+            self.record(layer, operation, kernel)
+
+    def _rows(self, x: Tensor, layer: AnyLinear) -> Tensor:
+        """x [..., K] as [M, K], in the dtype that `layer` takes."""
+        wanted = E4M3 if isinstance(layer, Fp8Linear) else layer.dtype
+        if x.dtype != wanted:
+            raise ShapeError(f"{layer.name} was handed another format", got=x.dtype, wanted=wanted)
+        return x.flatten(0, -2)
+
+    def _blas(self, rows: Tensor, layer: AnyLinear, *, finished: bool = False) -> Tensor:
+        """cuBLASLt: bfloat16 [M, N]. `finished`: with bias and channel scales; else both are left to the next kernel."""
+        if not isinstance(layer, Fp8Linear):
+            return functional.linear(rows, layer.weight, layer.bias if finished else None)
+        one, M = self.ones[0], rows.shape[0]
+        channel = self.constants[layer.name].channel[None]
+        out: Tensor = torch._scaled_mm(
+            rows, layer.weight.t(), out_dtype=layer.dtype, use_fast_accum=True, bias=layer.bias if finished else None,
+            scale_a=self.ones[:M] if finished else one, scale_b=channel if finished else one,
+        )  # fmt: skip
+        return out
+
+    def _channel(self, layer: AnyLinear) -> Tensor | None:
+        return self.constants[layer.name].channel if isinstance(layer, Fp8Linear) else None
+
+    def _inverse(self, into: AnyLinear) -> Tensor | None:
+        return self.constants[into.name].inverse if isinstance(into, Fp8Linear) else None
+
+    def _for(self, into: AnyLinear, like: Tensor, columns: int) -> Tensor:
+        return prefill_pointwise.new_rows(like, columns, E4M3 if isinstance(into, Fp8Linear) else into.dtype)
+
+
+def prefill_ops(
+    model: nn.Module,
+    *,
+    tuning: Tuning = TUNED,
+    kv_buffers: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    record: Recorder | None = None,
+    most_rows: int = 8192,
+) -> OpTable:
+    """The table for `model`'s vision tower and prefix. FP8 constants are computed now.
+
+    most_rows  largest M that an E4M3 product will see
+    Raises     Unsupported with the reason of `why_not`
+    """
+    device = next(model.parameters()).device
+    if reason := why_not(device=str(device), model=model):
+        raise Unsupported("the prefill kernels cannot run", got=reason, do="choose another --backend")
+    properties = torch.cuda.get_device_properties(device)
+    ops = Prefill(
+        constants=fp8_constants(model),
+        ones=torch.ones(most_rows, 1, dtype=torch.float32, device=device),
+        tuning=tuning,
+        kv_buffers=kv_buffers or {},
+        record=record,
+        pdl=properties.major >= 9,
+        processors=properties.multi_processor_count,
+    )
+    return table_of(ops)
+
+
+def table_of(ops: Prefill) -> OpTable:
+    """The methods of `ops` as an operation table."""
+    return OpTable(
+        layer_norm=ops.layer_norm,
+        rms_norm=ops.rms_norm,
+        linear=ops.linear,
+        linear_gelu=ops.linear_gelu,
+        linear_residual_norm=ops.linear_residual_norm,
+        geglu=ops.geglu,
+        qkv_rope=ops.qkv_rope,
+        kv_rope=ops.kv_rope,
+        attention=ops.attention,
+        vision_attention=ops.vision_attention,
+    )
+
+
+def fp8_constants(model: nn.Module) -> dict[str, Fp8Constants]:
+    """{layer name: constants} of every E4M3 layer."""
+    return {
+        layer.name: Fp8Constants((layer.input_scale * layer.weight_scale).contiguous(), 1.0 / layer.input_scale)
+        for layer in model.modules()
+        if isinstance(layer, Fp8Linear)
+    }
+
+
+def _gain(norm: RmsNorm | LayerNorm) -> Tensor:
+    assert norm.weight is not None, f"{norm.name} has no weight and was given no modulation"
+    gain: Tensor = norm.weight
+    return gain
+
+
+def _shift(norm: RmsNorm | LayerNorm) -> Tensor | None:
+    if not isinstance(norm, LayerNorm):
+        return None
+    shift: Tensor = norm.bias
+    return shift
+
+
+def _headed(rows: Tensor, batch: int, heads: tuple[int, int, int]) -> Tensor:
+    """[M, K * d] of any row stride as [B, T, K, d]."""
+    return rows.unflatten(0, (batch, -1)).unflatten(-1, (heads[1], heads[2]))
+
+
+def _refuse_modulation(value: Tensor | None, name: str) -> None:
+    if value is not None:
+        raise Unsupported(
+            "the prefill has plain norms and no gates", got=f"modulation at {name}", do="use the suffix ops"
+        )

@@ -1,0 +1,146 @@
+"""The whole table on a tiny network against the reference operations: same calls, same results, nothing silent.
+
+On a CPU the kernels run in Triton's interpreter, in float32.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton's first import: its own library is decorated then
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from vivace.config import GemmaConfig, ModelConfig, VisionConfig  # noqa: E402
+from vivace.errors import ShapeError, Unsupported  # noqa: E402
+from vivace.model.pi import Pi  # noqa: E402
+from vivace.ops import prefill  # noqa: E402
+from vivace.ops.layers import Fp8Linear, Linear, RmsNorm  # noqa: E402
+from vivace.ops.prefill_tuning import Choice, Key, Tile, Tuning  # noqa: E402
+from vivace.ops.table import reference_ops  # noqa: E402
+from vivace.precision.quantize import quantise_layer  # noqa: E402
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+CONFIG = ModelConfig(
+    vision=VisionConfig(width=48, layers=2, mlp_width=40, num_heads=2, patch_size=14, image_size=28),
+    prefix=GemmaConfig(width=32, layers=3, mlp_width=48, num_heads=8, num_kv_heads=1, head_dim=16),
+    expert=GemmaConfig(width=16, layers=3, mlp_width=28, num_heads=8, num_kv_heads=1, head_dim=16),
+    vocab_size=64,
+)
+SMALL = Choice(Tile(16, 16, 16, warps=4, stages=2))
+
+
+class EverythingTriton(Tuning):
+    """No product goes to cuBLAS; the heads of the tiny network have 8 columns a half."""
+
+    def choose(self, epilogue, *, rows, shape, fp8):
+        if epilogue == "parts":
+            return Choice(Tile(16, 16, 16, warps=4, stages=2, split_k=2))
+        return Choice(None) if epilogue == "qkv_rope" else SMALL
+
+
+class EverythingBlas(Tuning):
+    """Products of the BLAS wherever that exists."""
+
+    def choose(self, epilogue, *, rows, shape, fp8):
+        return SMALL if epilogue == "gelu" else Choice(None)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    made = Pi(CONFIG).to(DEVICE).requires_grad_(False)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+    return made
+
+
+def table(model, tuning, **options):
+    ones = torch.ones(256, 1, device=DEVICE)
+    return prefill.Prefill(prefill.fp8_constants(model), ones, tuning=tuning, **options)
+
+
+def run(model, ops, mask):
+    model.ops = ops
+    images = torch.randn(1, 2, 3, 28, 28, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    views = model.embed_views(images)
+    prompt = model.embed_prompt(torch.arange(5, device=DEVICE)[None])
+    cache = model.prefill(torch.cat([views, prompt], dim=1), mask)
+    return views, cache
+
+
+@pytest.mark.parametrize("tuning", [EverythingTriton(), EverythingBlas()], ids=["triton", "blas"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all-keys", "mask"])
+def test_vision_and_prefix_equal_the_reference(model, tuning, masked):
+    mask = None
+    if masked:
+        mask = torch.ones(1, 13, dtype=torch.bool, device=DEVICE)
+        mask[:, 6:9] = False
+    launched = set()
+    ops = prefill.table_of(table(model, tuning, record=lambda *row: launched.add(row)))
+    views, cache = run(model, ops, mask)
+    wanted_views, wanted = run(model, reference_ops(), mask)
+    torch.testing.assert_close(views, wanted_views, rtol=1e-4, atol=1e-4)
+    for mine, want in zip((*cache.k, *cache.v), (*wanted.k, *wanted.v), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4)
+    layers = {layer for layer, _, _ in launched}
+    assert {"prefix.layers.0.attn.o", "prefix.layers.1.mlp.gate_up", "prefix.layers.2.attn.qkv"} <= layers, launched
+
+
+def test_keys_and_values_go_into_the_buffers_of_their_layer(model):
+    room = torch.full((2, 16, 24), float("nan"), device=DEVICE)
+    k, v = room[0, :13, :16], room[1, :13, :16]
+    ops = prefill.table_of(table(model, EverythingBlas(), kv_buffers={"prefix.layers.1.attn.qkv": (k, v)}))
+    _, cache = run(model, ops, None)
+    assert cache.k[1].data_ptr() == k.data_ptr()
+    _, wanted = run(model, reference_ops(), None)
+    torch.testing.assert_close(k, wanted.k[1][0, :, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(v, wanted.v[1][0, :, 0], rtol=1e-4, atol=1e-4)
+    assert room[:, 13:].isnan().all()
+    assert room[:, :, 16:].isnan().all()
+
+
+def test_what_cannot_run_is_named(model):
+    ops = table(model, EverythingBlas())
+    norm, layer = RmsNorm(32, name="n"), Linear(32, 32, name="l")
+    x = torch.zeros(1, 2, 32, device=DEVICE)
+    with pytest.raises(Unsupported, match="modulation"):
+        ops.rms_norm(x, norm, torch.zeros(1, 96, device=DEVICE), layer)
+    with pytest.raises(ShapeError, match="another format"):
+        ops.geglu(x.to(torch.float8_e4m3fn), layer, layer)
+    with pytest.raises(Unsupported, match="head dim 24"):
+        q = torch.zeros(1, 2, 1, 24, device=DEVICE)
+        ops.attention(q, q, q, None, None, layer)
+    quantised = quantise_layer(Linear(32, 32, name="q").to(DEVICE), amax=1.0)
+    with pytest.raises(Unsupported, match="GELU"):
+        table(model, Blas()).linear_gelu(x, Linear(32, 32, name="l").to(DEVICE), quantised)
+
+
+class Blas(Tuning):
+    def choose(self, epilogue, *, rows, shape, fp8):
+        return Choice(None)
+
+
+def test_why_not_names_device_alignment_and_capability():
+    assert "NVIDIA" in prefill.why_not(device="cpu")
+    odd = Linear(36, 40, name="odd").bfloat16()
+    assert "multiple of 8" in prefill.why_not_layer(odd, capability=(9, 0))
+    assert prefill.why_not_layer(Linear(48, 40, name="even").bfloat16(), capability=(8, 0)) is None
+    fp8 = quantise_layer(Linear(48, 48, name="f").bfloat16(), amax=1.0)
+    assert isinstance(fp8, Fp8Linear)
+    assert "8.9" in prefill.why_not_layer(fp8, capability=(8, 6))
+    assert prefill.why_not_layer(fp8, capability=(9, 0)) is None
+    assert prefill.why_not_layer(Linear(3, 5, name="float32"), capability=(8, 0)) is None
+
+
+def test_tuning_picks_the_first_row_that_is_large_enough():
+    small, large = Choice(Tile(64, 64, 64, 4, 3)), Choice(None)
+    tuning = Tuning(products={Key("geglu", 64, 32, False): ((300, small), (1000, large))})
+    assert tuning.choose("geglu", rows=300, shape=(64, 32), fp8=False) is small
+    assert tuning.choose("geglu", rows=301, shape=(64, 32), fp8=False) is large
+    assert tuning.choose("geglu", rows=5000, shape=(64, 32), fp8=False) is large
+    assert tuning.choose("geglu", rows=300, shape=(64, 32), fp8=True) is not small
