@@ -189,7 +189,10 @@ def test_robot_facts_of_openpi(golden_dir, name):
 
 
 def test_numerics_follow_the_origin(golden_dir):
-    seen = {name: load(golden_dir, name)[1].model for name in ("lerobot_pi05_bf16", "openpi_jax_pi05", "openpi_pytorch_pi0_fp32")}
+    seen = {
+        name: load(golden_dir, name)[1].model
+        for name in ("lerobot_pi05_bf16", "openpi_jax_pi05", "openpi_pytorch_pi0_fp32")
+    }
     facts = {name: (m.time_grid, m.time_embedding, m.declared_dtype, m.flavour) for name, m in seen.items()}
     assert facts == {
         "lerobot_pi05_bf16": ("direct", "float64", "bfloat16", "lerobot"),

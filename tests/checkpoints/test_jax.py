@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vivace.checkpoints.openpi_jax import merge_lora
 from vivace.checkpoints.open import open_checkpoint
+from vivace.checkpoints.openpi_jax import merge_lora
 from vivace.errors import CheckpointError, Unsupported
 
 ts = pytest.importorskip("tensorstore", reason="the extra jax-checkpoints is not installed")
@@ -51,7 +51,9 @@ def test_layout_equals_a_conversion_written_with_numpy(golden_dir):
         want[f"vision.layers.{i}.mlp.fc2.bias"] = a(f"{block}/MlpBlock_0/Dense_1/bias")[i]
         for suffix, stack, width in (("", "prefix", 64), ("_1", "expert", 32)):
             ours = f"{stack}.layers.{i}"
-            want[f"{ours}.attn.q.weight"] = a(f"{layers}/attn/q_einsum{suffix}/w")[i].transpose(0, 2, 1).reshape(128, width)
+            want[f"{ours}.attn.q.weight"] = (
+                a(f"{layers}/attn/q_einsum{suffix}/w")[i].transpose(0, 2, 1).reshape(128, width)
+            )
             want[f"{ours}.attn.k.weight"] = a(f"{layers}/attn/kv_einsum{suffix}/w")[i, 0, 0].T
             want[f"{ours}.attn.v.weight"] = a(f"{layers}/attn/kv_einsum{suffix}/w")[i, 1, 0].T
             want[f"{ours}.attn.o.weight"] = a(f"{layers}/attn/attn_vec_einsum{suffix}/w")[i].reshape(128, width).T

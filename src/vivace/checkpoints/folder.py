@@ -64,6 +64,31 @@ def tokenizer_dir(folder: Path) -> Path | None:
     return None
 
 
+def as_table(value: Any, what: str) -> dict[str, Any]:
+    """A settings value that must be a table; None counts as empty. Raises CheckpointError."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} cannot be used", got=repr(value)[:60], wanted="a table")
+    return value
+
+
+def as_strings(value: Any, what: str) -> list[str]:
+    """A settings value that must be a list of texts; None counts as empty. Raises CheckpointError."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise CheckpointError(f"{what} cannot be used", got=repr(value)[:60], wanted="a list of texts")
+    return value
+
+
+def as_flag(value: Any, what: str) -> bool:
+    """A settings value that must be true or false; None counts as false. Raises CheckpointError."""
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise CheckpointError(f"{what} cannot be used", got=repr(value)[:60], wanted="true or false")
+
+
 def whole(table: Mapping[str, Any], key: str, *, where: Path) -> int | None:
     """An optional positive whole number of a settings file. Raises CheckpointError for anything else."""
     value = table.get(key)

@@ -18,12 +18,11 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, Unsupported
 from . import names
 from .dialects import Translated, translate
-from .folder import read_json, read_weights, whole
+from .folder import as_flag, as_table, read_json, read_weights, whole
 from .lerobot_robot import RELATIVE_STEPS, Processors, read_processors, robot_facts
-from .settings import Asked, LeRobotVersion, choose_horizon, declared_dtype, period
+from .settings import Asked, LeRobotVersion, choose_horizon, declared_dtype, positive
 from .source import Checkpoint, RtcFacts
 
-KINDS = {"pi0": "pi0", "pi05": "pi05"}
 SCHEDULES = ("LINEAR", "EXP", "ONES", "ZEROS")
 
 
@@ -62,11 +61,13 @@ def open_lerobot(folder: Path, asked: Asked) -> Checkpoint:
 
 
 def _refuse(config: dict[str, Any], file: Path) -> None:
-    if config.get("type") not in KINDS:
+    if config.get("type") not in ("pi0", "pi05"):
         raise CheckpointError(
             f"{file} is of another policy", got=f"type {config.get('type')!r}", wanted="type 'pi0' or 'pi05'"
         )
-    memory = [key for key in ("use_visual_memory", "use_proprioceptive_memory") if config.get(key)]
+    memory = [
+        key for key in ("use_visual_memory", "use_proprioceptive_memory") if as_flag(config.get(key), f"{file}: {key}")
+    ]
     if memory:
         raise Unsupported(
             f"{file}: this policy remembers earlier observations, which vivace does not run",
@@ -102,8 +103,8 @@ def _numerics(model: ModelConfig, config: dict[str, Any], version: LeRobotVersio
         declared_dtype=declared_dtype(config, ("dtype",), "float32", where=file),
         # 0.4 keeps the same few parameters in float32 as openpi; 0.5 began to keep the whole vision tower there.
         flavour="openpi_torch" if version == "0.4" else "lerobot",
-        min_period=period(config, "min_period", model.min_period, where=file),
-        max_period=period(config, "max_period", model.max_period, where=file),
+        min_period=positive(config, "min_period", model.min_period, where=file),
+        max_period=positive(config, "max_period", model.max_period, where=file),
     )
 
 
@@ -119,7 +120,7 @@ def _check_agreement(config: dict[str, Any], model: ModelConfig, file: Path) -> 
             got=f"max_action_dim {width}, but action_in_proj takes {model.action_width}",
         )
     size = config.get("image_resolution")
-    if size is not None and list(size) != [model.vision.image_size] * 2:
+    if size is not None and size != [model.vision.image_size] * 2:
         raise CheckpointError(
             f"{file} contradicts the weights",
             got=f"image_resolution {size}, but the position table is for {model.vision.image_size} pixels",
@@ -127,13 +128,10 @@ def _check_agreement(config: dict[str, Any], model: ModelConfig, file: Path) -> 
 
 
 def _rtc(config: dict[str, Any], file: Path) -> RtcFacts | None:
-    table = config.get("rtc_config")
     trained = config.get("rtc_training_max_delay") or 0
-    if table is None and not trained:
+    if config.get("rtc_config") is None and not trained:
         return None
-    table = {} if table is None else table
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{file}: rtc_config cannot be used", got=type(table).__name__, wanted="a table or null")
+    table = as_table(config.get("rtc_config"), f"{file}: rtc_config")
     mode, schedule = table.get("mode", "guided"), str(table.get("prefix_attention_schedule", "LINEAR")).upper()
     if mode not in ("guided", "trained") or schedule not in SCHEDULES:
         raise CheckpointError(
@@ -143,12 +141,12 @@ def _rtc(config: dict[str, Any], file: Path) -> RtcFacts | None:
         )
     try:
         return RtcFacts(
-            enabled=bool(table.get("enabled", bool(table))),
+            enabled=as_flag(table.get("enabled", bool(table)), f"{file}: rtc_config.enabled"),
             mode=mode,
             schedule=schedule,
             max_guidance=float(table.get("max_guidance_weight", 10.0)),
             execution_horizon=int(table.get("execution_horizon", 10)),
             training_max_delay=int(trained),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{file}: rtc_config cannot be used", got=str(error)[:100]) from error

@@ -17,9 +17,9 @@ import torch
 
 from ..errors import CheckpointError
 from ..types import NormMode, NormStats, PolicyKind, PromptFlavour, RobotFacts
-from .folder import read_json, tokenizer_dir, whole
+from .folder import as_flag, as_strings, as_table, read_json, tokenizer_dir, whole
 from .safetensors_io import read_header, read_tensor
-from .settings import LeRobotVersion
+from .settings import LeRobotVersion, positive
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 RELATIVE_STEPS = ("relative_actions_processor", "delta_actions_processor")  # 0.5.1 called it delta
@@ -106,7 +106,7 @@ def robot_facts(
         stats=stats,
         state_mode=_mode(normalizer, config, "STATE", kind),
         action_mode=_mode(unnormalizer or normalizer, config, "ACTION", kind),
-        eps=float(normalizer.config.get("eps", 1e-8)) if normalizer else 1e-8,
+        eps=positive(normalizer.config if normalizer else {}, "eps", 1e-8, where=folder / PRE),
         prompt=flavour,
         image_pad=-1.0 if old else 0.0,
         pad_state_to=(whole(config, "max_state_dim", where=file) or 32) if old and kind == "pi05" else 0,
@@ -151,8 +151,8 @@ def _find(steps: tuple[Step, ...], name: str) -> Step | None:
 
 
 def _features(config: Mapping[str, Any], key: str, file: Path) -> dict[str, dict[str, Any]]:
-    table = config.get(key) or {}
-    if not isinstance(table, dict) or not all(isinstance(v, dict) and "type" in v for v in table.values()):
+    table = as_table(config.get(key), f"{file}: {key}")
+    if not all(isinstance(v, dict) and "type" in v for v in table.values()):
         raise CheckpointError(f"{file}: {key} cannot be used", got=str(table)[:80], wanted="{name: {type, shape}}")
     return table
 
@@ -173,8 +173,8 @@ def _prompt_flavour(kind: PolicyKind, version: LeRobotVersion) -> PromptFlavour:
 
 
 def _mode(step: Step | None, config: Mapping[str, Any], what: str, kind: PolicyKind) -> NormMode:
-    table = step.config.get("norm_map") if step else None
-    table = table or config.get("normalization_mapping") or {}
+    table = as_table(step.config.get("norm_map"), "norm_map") if step else {}
+    table = table or as_table(config.get("normalization_mapping"), "normalization_mapping")
     told = str(table.get(what, DEFAULT_MODES[kind])).rsplit(".", 1)[-1]
     if told not in MODES:
         raise CheckpointError(
@@ -230,14 +230,15 @@ def _relative_mask(
     """Per action dim: True = relative to the state. A joint is kept absolute if an excluded word is part of its name."""
     step = next((step for step in processors.pre if step.name in RELATIVE_STEPS), None)
     back = _find(processors.post, "absolute_actions_processor")
-    enabled, undone = bool(step and step.config.get("enabled")), bool(back and back.config.get("enabled"))
+    enabled = step is not None and as_flag(step.config.get("enabled"), f"{PRE}: {step.name}.enabled")
+    undone = back is not None and as_flag(back.config.get("enabled"), f"{POST}: {back.name}.enabled")
     if enabled != undone:
         raise CheckpointError(
             "the pipelines disagree about relative actions",
             got=f"enabled before: {enabled}, after: {undone}",
             wanted="both or neither",
         )
-    if bool(config.get("use_relative_actions")) != enabled and processors.pre:
+    if as_flag(config.get("use_relative_actions"), "use_relative_actions") != enabled and processors.pre:
         notes.append(
             f"config.json says use_relative_actions {config.get('use_relative_actions')}, the steps say {enabled}"
         )
@@ -245,18 +246,18 @@ def _relative_mask(
         return ()
     if action_dim is None:
         raise CheckpointError("relative actions need the action's size", wanted="output_features.action in config.json")
-    joints = step.config.get("action_names") or config.get("action_feature_names")
-    excluded = [str(word).lower() for word in step.config.get("exclude_joints") or ()]
+    joints = as_strings(step.config.get("action_names") or config.get("action_feature_names"), "action_names")
+    excluded = [word.lower() for word in as_strings(step.config.get("exclude_joints"), "exclude_joints")]
     if not joints:
         return (True,) * action_dim
     if len(joints) != action_dim:
         raise CheckpointError("relative actions: names do not fit", got=f"{len(joints)} names", wanted=f"{action_dim}")
-    return tuple(not any(word in str(joint).lower() for word in excluded) for joint in joints)
+    return tuple(not any(word in joint.lower() for word in excluded) for joint in joints)
 
 
 def _rename(step: Step | None) -> dict[str, str]:
-    table = step.config.get("rename_map") if step else None
-    return {str(key): str(value) for key, value in (table or {}).items()}
+    table = as_table(step.config.get("rename_map"), "rename_map") if step else {}
+    return {key: str(value) for key, value in table.items()}
 
 
 def _max_tokens(step: Step | None, config: Mapping[str, Any], file: Path) -> int | None:

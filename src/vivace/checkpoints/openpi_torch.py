@@ -14,7 +14,7 @@ from . import names
 from .dialects import translate
 from .folder import read_json, read_weights, whole
 from .norm_stats import openpi_facts
-from .settings import Asked, choose_horizon, declared_dtype, period
+from .settings import Asked, choose_horizon, declared_dtype, positive
 from .source import Checkpoint
 
 
@@ -43,8 +43,8 @@ def open_openpi_torch(folder: Path, asked: Asked) -> Checkpoint:
             config, ("precision", "dtype"), "float32" if transformers else "bfloat16", where=file
         ),
         flavour="openpi_torch",
-        min_period=period(config, "min_period", model.min_period, where=file),
-        max_period=period(config, "max_period", model.max_period, where=file),
+        min_period=positive(config, "min_period", model.min_period, where=file),
+        max_period=positive(config, "max_period", model.max_period, where=file),
     )
     robot = openpi_facts(folder, model.kind)
     return Checkpoint(

@@ -99,12 +99,7 @@ def read_tensor(stored: StoredTensor, device: torch.device) -> Tensor:
         with stored.file.open("rb", buffering=0) as handle:
             if device.type == "cpu":
                 return _read_into(handle, stored)
-            aligned = stored.begin - stored.begin % mmap.ALLOCATIONGRANULARITY
-            skip = stored.begin - aligned
-            mapped = mmap.mmap(handle.fileno(), skip + stored.nbytes, access=mmap.ACCESS_COPY, offset=aligned)
-        count = math.prod(stored.shape)
-        host = torch.frombuffer(mapped, dtype=stored.dtype, count=count, offset=skip)
-        return host.reshape(stored.shape).to(device)
+            return map_tensor(handle, stored).to(device)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read tensor {stored.key!r} of {stored.file}", got=str(error)) from error
 
@@ -138,6 +133,15 @@ def write_safetensors(
             handle.write(_bytes_of(block.contiguous()))
         written = handle.tell() - 8 - len(header)
     assert written == offset, f"{file}: {written} bytes of data written, the header promises {offset}"
+
+
+def map_tensor(handle: Any, stored: StoredTensor) -> Tensor:
+    """The tensor as a private mapping of its part of the file; pages are read when they are touched."""
+    aligned = stored.begin - stored.begin % mmap.ALLOCATIONGRANULARITY
+    skip = stored.begin - aligned
+    mapped = mmap.mmap(handle.fileno(), skip + stored.nbytes, access=mmap.ACCESS_COPY, offset=aligned)
+    host = torch.frombuffer(mapped, dtype=stored.dtype, count=math.prod(stored.shape), offset=skip)
+    return host.reshape(stored.shape)
 
 
 def _read_into(handle: Any, stored: StoredTensor) -> Tensor:

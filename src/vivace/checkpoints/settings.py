@@ -44,8 +44,8 @@ def choose_horizon(asked: int | None, told: int | None, file: str) -> tuple[int,
     return DEFAULT_HORIZON, [f"horizon: {guess}"], {"horizon": guess}
 
 
-def period(config: Mapping[str, Any], key: str, default: float, *, where: Path) -> float:
-    """A period of the time embedding: a positive number, or the default."""
+def positive(config: Mapping[str, Any], key: str, default: float, *, where: Path) -> float:
+    """A positive number of a settings file, or the default."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise CheckpointError(f"{where}: {key} cannot be used", got=repr(value)[:60], wanted="a positive number")

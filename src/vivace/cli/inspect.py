@@ -167,7 +167,8 @@ def _print(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
         "state": f"{robot.state_dim or '?'} values, {facts['state_use']}",
         "normalisation": f"state {robot.state_mode}, action {robot.action_mode}, {robot.source} arithmetic; "
         f"{assets or 'no statistics'}",
-        "prompt": f"{robot.prompt}, up to {robot.max_prompt_tokens} tokens, tokenizer {facts['tokenizer'] or 'not included'}",
+        "prompt": f"{robot.prompt}, up to {robot.max_prompt_tokens} tokens; "
+        f"tokenizer {facts['tokenizer'] or 'not included'}",
         "relative actions": str(sum(robot.relative_mask)) + " dims" if robot.relative_mask else "no",
         "real-time chunking": _rtc(checkpoint),
         "dead tensors": f"{len(checkpoint.dead)}",
