@@ -49,14 +49,14 @@ def test_openpi_defaults(openpi_facts: RobotFacts, toml: Path) -> None:
 
 
 def test_openpi_needs_an_embodiment(openpi_facts: RobotFacts) -> None:
-    with pytest.raises(ConfigError, match="which robot.*'so101'.*aloha.*droid.*libero"):
+    with pytest.raises(ConfigError, match=r"which robot.*'so101'.*aloha.*droid.*libero"):
         resolve(openpi_facts, "pi05")
 
 
 def test_openpi_chooses_statistics(openpi_facts: RobotFacts, toml: Path) -> None:
     robot = from_toml(toml)
     several = with_assets(openpi_facts, "so101", "other")
-    with pytest.raises(ConfigError, match="several robots.*'other', 'so101'"):
+    with pytest.raises(ConfigError, match=r"several robots.*'other', 'so101'"):
         resolve(several, "pi05", embodiment=robot)
     with pytest.raises(ConfigError, match="several robots"):
         resolve(several, "pi05")
@@ -83,7 +83,7 @@ def test_sizes_must_fit_the_statistics(openpi_facts: RobotFacts) -> None:
 
 def test_missing_statistics_are_found_at_once(openpi_facts: RobotFacts, toml: Path) -> None:
     facts = replace(openpi_facts, stats={"x": (NormStats(), replace(wide_enough(6)[0], q99=None))})
-    with pytest.raises(ConfigError, match="statistics of action lack .*q01 and q99"):
+    with pytest.raises(ConfigError, match=r"statistics of action lack .*q01 and q99"):
         resolve(facts, "pi05", embodiment=toml)
 
 

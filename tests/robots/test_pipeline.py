@@ -111,7 +111,7 @@ def test_pre_tokenised_prompts_need_no_tokenizer(pipeline: RobotPipeline, reques
     assert prepared.tokens.dtype == np.int32
     observation = Observation({"base_0_rgb": ZEROS}, np.zeros(6), tokens=np.array([2, 9], dtype=np.int32))
     assert bare.prepare(observation).tokens.tolist() == [2, 9]
-    with pytest.raises(ConfigError, match="no tokenizer found.*paligemma_tokenizer.model"):
+    with pytest.raises(ConfigError, match=r"no tokenizer found.*paligemma_tokenizer.model"):
         bare.prepare(request_of())
 
 
@@ -165,7 +165,7 @@ def test_lerobot_cameras(lerobot_facts: RobotFacts, characters) -> None:
     assert prepared.views == ("wrist",)
     assert prepared.images.dtype == np.float32
     assert prepared.state_normalized.dtype == np.float32
-    with pytest.raises(ObservationError, match="unknown camera 'observation.images.wirst'"):
+    with pytest.raises(ObservationError, match=r"unknown camera 'observation\.images\.wirst'"):
         pipeline.prepare(
             {"observation.images.front": ZEROS, "observation.images.wirst": ZEROS, "state": state, "task": ""}
         )

@@ -130,9 +130,7 @@ def unnormalize_lerobot(x: NDArray[Any], stats: NormStats, *, mode: NormMode, ep
     if mode == "mean_std":
         plain: NDArray[Any] = x * second + first
         return plain
-    span = _range(first, second, eps)
-    # The originals multiply and halve in another order for the quantile modes; one rounding apart, kept.
-    ranged: NDArray[Any] = (x + 1) / 2 * span + first if mode == "min_max" else (x + 1) * span / 2 + first
+    ranged: NDArray[Any] = (x + 1) / 2 * _range(first, second, eps) + first
     return ranged
 
 
