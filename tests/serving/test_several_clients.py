@@ -226,3 +226,12 @@ def test_a_stop_does_not_wait_for_ever(gated_policy: Any, open_client: Any) -> N
         handle.stop()
         with pytest.raises(ConnectionClosed):
             stuck.socket.recv(timeout=20)
+
+
+def test_a_silent_client_is_noticed(digest_policy: Any, wait_until: Any, counted: Any) -> None:
+    """A robot that lost its network sends nothing, not even a goodbye: only unanswered pings tell."""
+    with serve_in_thread(digest_policy, ping_interval_s=0.1, send_timeout_s=0.5) as handle:
+        silent = NeverReads(handle.port)
+        wait_until(lambda: counted(handle.port, "vivace_connections") == 1)
+        wait_until(lambda: counted(handle.port, "vivace_connections") == 0)
+        silent.socket.close()

@@ -64,11 +64,11 @@ def test_an_idle_worker_keeps_no_request_alive() -> None:
         seen = weakref.ref(image)
         await worker.submit(lambda image=image: None).future
         del image
-        for _ in range(1000):
+        for _ in range(20):
             gc.collect()
             if seen() is None:
                 break
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
         assert seen() is None
         assert worker.stop(timeout_s=20)
 
