@@ -1,0 +1,43 @@
+"""What every Triton launch of vivace needs to know about its surroundings.
+
+Programmatic dependent launch (Hopper and later): a kernel may start while its predecessor drains. The rules that keep it
+correct, which every kernel of a chain obeys:
+
+* before `gdc_wait` only constants are read, or data that was complete before the predecessor began;
+* every kernel waits, also one that reads nothing of its predecessor, else the chain behind it breaks;
+* `gdc_launch_dependents` comes after the own wait and after the main loop: an early successor would take shared memory
+  and issue slots from its predecessor (measured: no gain or a loss).
+
+Triton's interpreter (CPU, tests) knows neither the wait nor the launch option, and multiplies the raw bits of 16-bit
+operands in a dot; kernels take PDL and INTERPRET as compile-time switches for that.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRET: bool = bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _programmatic(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def programmatic(x: Tensor) -> bool:
+    """Whether kernels on x's device may be launched programmatically."""
+    return x.is_cuda and not INTERPRET and _programmatic(x.device.index)
+
+
+def options(x: Tensor, *, warps: int, stages: int = 1) -> dict[str, Any]:
+    """Launch keywords of one kernel; `PDL` and `INTERPRET` are its compile-time switches."""
+    if INTERPRET:
+        return {"PDL": False, "INTERPRET": True}
+    pdl = programmatic(x)
+    more = {"launch_pdl": True} if pdl else {}
+    return {"num_warps": warps, "num_stages": stages, "PDL": pdl, "INTERPRET": False, **more}
