@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,11 +245,22 @@ def _resize_pil(params: Values, inputs: Values) -> Values:
     return {"image": resize_pil(inputs["image"], height=params["height"], width=params["width"])}
 
 
-def _resize_torch(params: Values, inputs: Values) -> Values:
-    low, high = params["value_range"]
-    pixels = _scaled(inputs["image"], low, high)
-    out = resize_torch(pixels, height=params["height"], width=params["width"], pad=params["pad"], low=low, high=high)
-    return {"image": np.moveaxis(out, 0, -1)}
+def _resize_torch(low: float, high: float) -> Callable[[Values, Values], Values]:
+    """low, high: the range that the caller of this flavour maps pixels to first; `value_range` is what it clamps to."""
+
+    def replay(params: Values, inputs: Values) -> Values:
+        clamp_low, clamp_high = params["value_range"]
+        out = resize_torch(
+            _scaled(inputs["image"], low, high),
+            height=params["height"],
+            width=params["width"],
+            pad=params["pad"],
+            low=clamp_low,
+            high=clamp_high,
+        )
+        return {"image": np.moveaxis(out, 0, -1)}
+
+    return replay
 
 
 def _resize_jax(params: Values, inputs: Values) -> Values:
@@ -280,7 +292,8 @@ def _unnormalize(params: Values, inputs: Values) -> Values:
 
 
 def _scale(params: Values, inputs: Values, functions: Mapping[str, Callable[..., NDArray[Any]]]) -> NDArray[Any]:
-    stats = NormStats(**{key: value.astype(np.float64) for key, value in inputs.items() if key != "x"})
+    known = {key: value for key, value in inputs.items() if key != "x" and value is not None}
+    stats = NormStats(**{key: value.astype(np.float64) for key, value in known.items()})
     return functions[params["flavour"]](inputs["x"], stats, mode=MODES[params["mode"]], eps=params["eps"])
 
 
@@ -302,8 +315,6 @@ def _relative(params: Values, inputs: Values) -> Values:
 
 def _robot(name: str, params: Values) -> Embodiment:
     """A known robot as the record was made with: `adapt_to_pi` False takes ALOHA's signs and gripper away."""
-    from dataclasses import replace
-
     robot = embodiment(name, params.get("model_type", "pi0"))
     if params.get("adapt_to_pi") is False:
         return replace(robot, joint_signs=(), gripper_dims=(), gripper_adapter="none")
@@ -343,8 +354,8 @@ def _pad(params: Values, inputs: Values) -> Values:
 
 OPERATIONS: dict[str, Callable[[Values, Values], Values]] = {
     "resize_with_pad_pil": _resize_pil,
-    "resize_with_pad_torch_openpi": _resize_torch,
-    "resize_with_pad_torch_lerobot": _resize_torch,
+    "resize_with_pad_torch_openpi": _resize_torch(-1.0, 1.0),
+    "resize_with_pad_torch_lerobot": _resize_torch(0.0, 1.0),
     "resize_with_pad_jax_openpi": _resize_jax,
     "resize_with_pad_jax_openpi_uint8": _resize_jax,
     "normalize": _normalize,
