@@ -205,3 +205,20 @@ def test_bounds_grow_with_depth_only_where_stated():
     assert wide["velocity step 0, relative L2"] == pytest.approx(5e-3 * math.sqrt(2 + 2 + 6))
     assert set(v for k, v in wanted("float32").items() if "L2" in k) == {1e-5}
     assert wide["K layer 0, cosine"] == 0.99
+
+
+def test_two_error_rule():
+    """Twice the error of plain bfloat16 is the limit: a better or equal engine passes, a sloppier one does not."""
+    rows = [(inputs(seed), noise(seed)) for seed in range(2)]
+    plain = parity.summarise([parity.compare(engine(), engine(precision="bfloat16"), *row) for row in rows])
+    assert all(mark.passed for mark in parity.judge_against_plain(plain, plain, name="bfloat16"))
+
+    def coarse(inner, given, trace):
+        cache = inner.prefill(given, trace=trace)
+        return dataclasses.replace(cache, v=tuple(v * 1.03 for v in cache.v))
+
+    sloppy = Wrong(engine(precision="bfloat16"), prefill=coarse)
+    found = parity.summarise([parity.compare(engine(), sloppy, *row) for row in rows])
+    wrong = [mark.what for mark in parity.judge_against_plain(found, plain, name="bfloat16") if not mark.passed]
+    assert {f"V layer {i}, relative L2 against plain bfloat16" for i in range(3)} <= set(wrong)
+    assert not [what for what in wrong if what.startswith("K")]

@@ -51,11 +51,19 @@ for i in range(torch.cuda.device_count() if cuda else 0):
                         "multiprocessors": p.multi_processor_count})
 print(json.dumps(out))
 """
+_IMPORT_PROBE = """
+import importlib, json, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    print(json.dumps({"name": name}), flush=True)
+"""
 _BACKEND_PROBE = """
 import json, sys
-from vivace.backends.base import why_not
-reasons = {device: why_not(sys.argv[1], device=device) for device in sys.argv[2:]}
-print(json.dumps(reasons))
+from vivace.backends.base import BACKENDS, why_not
+for name in sys.argv[1:] or BACKENDS:
+    print(json.dumps({"name": name, "all": list(BACKENDS)}), flush=True)
+    reasons = {device: why_not(name, device=device) for device in ("cpu", "cuda")}
+    print(json.dumps({"name": name, "reasons": reasons}), flush=True)
 """
 
 
@@ -136,23 +144,35 @@ def nvidia_smi(fields: str = "name,driver_version,compute_cap,memory.total,clock
 
 
 def broken_imports(modules: Mapping[str, str]) -> dict[str, str]:
-    """Which modules cannot be imported, with the last line of the reason. Keys are distribution names."""
+    """Which modules cannot be imported, with the last line of the reason. Keys are distribution names.
+
+    One child imports them one after the other; the one at which it dies is broken, and the next child goes on behind it.
+    """
     broken: dict[str, str] = {}
-    for name, module in modules.items():
-        answer = probe(f"import {module}, json; print(json.dumps({{}}))")
-        if "error" in answer:
-            broken[name] = str(answer["error"])
+    left = list(modules.items())
+    while left:
+        lines, error = _child(_IMPORT_PROBE, *(module for _, module in left))
+        if error is None:
+            return broken
+        name, _ = left[min(len(lines), len(left) - 1)]
+        broken[name] = error
+        left = left[len(lines) + 1 :]
     return broken
 
 
 def backends() -> dict[str, dict[str, Any]]:
     """Per registered backend, the reason why it cannot run on "cpu" and on "cuda"; None = it can."""
-    names = probe(
-        "import json\nfrom vivace.backends.base import BACKENDS\nprint(json.dumps({'names': list(BACKENDS)}))"
-    )
-    if "error" in names:
-        return {"eager": names}
-    return {name: probe(_BACKEND_PROBE, name, "cpu", "cuda") for name in names["names"]}
+    found: dict[str, dict[str, Any]] = {}
+    left: list[str] = []
+    while True:
+        lines, error = _child(_BACKEND_PROBE, *left)
+        if not lines:
+            return found or {"eager": {"error": error or "the registry is empty"}}
+        for line in lines:
+            found[line["name"]] = line.get("reasons", {"error": error})
+        left = [name for name in lines[0]["all"] if name not in found]
+        if not left:
+            return found
 
 
 def writable(folder: Path) -> str | None:
@@ -165,23 +185,41 @@ def writable(folder: Path) -> str | None:
     return None if os.access(there, os.W_OK | os.X_OK) else f"{there} is not writable"
 
 
-def probe(code: str, *arguments: str) -> dict[str, Any]:
+def probe(code: str) -> dict[str, Any]:
     """Run Python code in a child that prints one JSON object as its last line; {"error": reason} when it does not."""
+    lines, error = _child(code)
+    if error is not None:
+        return {"error": error}
+    return lines[-1] if lines else {"error": "the probe printed no JSON"}
+
+
+def _child(code: str, *arguments: str) -> tuple[list[dict[str, Any]], str | None]:
+    """The JSON objects that a child printed, one a line, and why it did not end well; None = it did."""
     command = [sys.executable, "-c", code, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {CHILD_TIMEOUT_S:.0f} s"}
+    except subprocess.TimeoutExpired as late:
+        printed = late.stdout or b""
+        return _objects(
+            printed.decode() if isinstance(printed, bytes) else printed
+        ), f"no answer in {CHILD_TIMEOUT_S:g} s"
     except OSError as error:
-        return {"error": str(error)}
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
-        return {"error": "the probe printed no JSON"}
-    return answer
+        return [], str(error)
+    said = done.stderr.strip().splitlines()
+    error_line = None if done.returncode == 0 else (said[-1] if said else f"exit code {done.returncode}")
+    return _objects(done.stdout), error_line
+
+
+def _objects(text: str) -> list[dict[str, Any]]:
+    found = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a library that prints while it is imported
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def _gpus(torch: Mapping[str, Any]) -> list[dict[str, Any]]:

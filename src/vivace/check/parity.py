@@ -88,6 +88,8 @@ class PassMarks:
 
 FLOAT32_MARKS = PassMarks(rel_l2=1e-5, grows_with_depth=False, actions_cosine=0.999999, actions_cosine_worst=0.999999)
 BFLOAT16_MARKS = PassMarks()
+PLAIN_FACTOR = 2.0
+"""Two-error rule: how many times worse than plain PyTorch in the same precision an engine may be."""
 
 
 @dataclass(frozen=True)
@@ -184,10 +186,10 @@ def compare_snapshots(
 
 
 def robot_errors(got: Tensor, wanted: Tensor, robot_units: RobotUnits, units: Sequence[str]) -> RobotErrors:
-    """Differences after un-normalising; the whole action transform of the robot is applied to both."""
-    a, b = (
-        np.stack([np.asarray(robot_units(chunk.numpy()), np.float64) for chunk in x.float()]) for x in (got, wanted)
-    )
+    """Differences after un-normalising, by the robot's whole action transform; NaN if the actions are not finite."""
+    b = _in_robot_units(wanted, robot_units)
+    finite = bool(got.isfinite().all())  # a robot refuses other numbers
+    a = _in_robot_units(got, robot_units) if finite else np.full_like(b, np.nan)
     difference, dims = np.abs(a - b), tuple(range(a.ndim - 1))
     names = [*units, *[""] * a.shape[-1]][: a.shape[-1]]
     return RobotErrors(
@@ -196,6 +198,10 @@ def robot_errors(got: Tensor, wanted: Tensor, robot_units: RobotUnits, units: Se
         reference_range=tuple(map(float, b.max(axis=dims) - b.min(axis=dims))),
         units=tuple(names),
     )
+
+
+def _in_robot_units(chunks: Tensor, robot_units: RobotUnits) -> NDArray[np.float64]:
+    return np.stack([np.asarray(robot_units(chunk.numpy()), np.float64) for chunk in chunks.float()])
 
 
 def summarise(rows: Sequence[Parity]) -> Summary:
@@ -238,6 +244,28 @@ def judge(summary: Summary, marks: PassMarks, *, vision_layers: int, layers: int
     found.append(_above("actions, mean cosine", summary.actions_cosine_mean, marks.actions_cosine))
     found.append(_above("actions, worst cosine", row.actions.cosine, marks.actions_cosine_worst))
     return tuple(found)
+
+
+def judge_against_plain(summary: Summary, plain: Summary, *, name: str) -> tuple[Mark, ...]:
+    """The two-error rule: an engine may be at most twice as far from float32 as plain PyTorch in the same precision.
+
+    Args:
+        summary: the candidate against the float32 reference.
+        plain: the eager engine in the candidate's precision against the same reference.
+        name: that precision, for the marks.
+    """
+    pairs: list[tuple[str, Errors | None, Errors | None]] = [
+        ("vision tokens", summary.worst.vision, plain.worst.vision),
+        ("prefix embeddings", summary.worst.embeds, plain.worst.embeds),
+        ("actions", summary.worst.actions, plain.worst.actions),
+    ]
+    for letter, ours, theirs in (("K", summary.worst.k, plain.worst.k), ("V", summary.worst.v, plain.worst.v)):
+        pairs += [(f"{letter} layer {i}", a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=True))]
+    return tuple(
+        _below(f"{what}, relative L2 against plain {name}", a.rel_l2, PLAIN_FACTOR * b.rel_l2 + FLOAT32_MARKS.rel_l2)
+        for what, a, b in pairs
+        if a is not None and b is not None
+    )
 
 
 def _below(what: str, got: float, limit: float) -> Mark:

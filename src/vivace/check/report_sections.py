@@ -95,6 +95,8 @@ def bench(document: Document) -> str:
 
 def check(document: Document) -> str:
     """Accuracy against the float32 reference."""
+    if "error" in document:
+        return f"<p>{esc(document['error'])}</p>"
     worst, marks = document["summary"]["worst"], document["marks"]
     failed = [mark for mark in marks if not mark["passed"]]
     engine, seen = document["engine"], document["observations"]

@@ -17,6 +17,7 @@ from ..check import environment, observations, parity
 from ..check.metrics import Errors
 from ..check.results import result, write_result
 from ..check.setting import setting_of
+from ..errors import ShapeError
 from .output import FAILED, OK, console, emit
 from .policy_args import PolicyArgs, load
 
@@ -44,46 +45,85 @@ class Args:
     policy: tyro.conf.OmitArgPrefixes[PolicyArgs] = field(default_factory=PolicyArgs)
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What was run: the reference's facts, and snapshots per observation of reference, candidate and plain engine."""
+
+    candidate: Policy
+    requests: Sequence[Any]
+    source: str
+    facts: dict[str, Any]
+    wanted: list[parity.Snapshot]
+    got: list[parity.Snapshot]
+    plain: list[parity.Snapshot]
+
+
 def run(args: Args) -> int:
-    """Run the reference, then the candidate, on the same observations and noise."""
+    """Run the reference, then the candidate, on the same observations and noise; judge; print."""
+    found = _gather(args)
+    body: dict[str, Any] = {
+        "checkpoint": str(args.path),
+        "engine": found.candidate.engine.to_json(),
+        **found.facts,
+        "observations": {"source": found.source, "count": len(found.requests), "seed": args.policy.seed},
+    }
+    try:
+        summary, marks = _judge(found)
+    except ShapeError as error:
+        body |= {"passed": False, "error": str(error)}
+        console.print(str(error), style="red", markup=False)
+    else:
+        body |= {
+            "passed": all(mark.passed for mark in marks),
+            "limits": parity.marks_for(found.candidate.engine.precision),
+        }
+        body |= {"marks": marks, "summary": summary, "remarks": _remarks(found.candidate)}
+        _show(summary, marks, found.candidate, found.source)
+        for remark in body["remarks"]:
+            console.print(escape(remark), style="dim", highlight=False)
+    document = result("check", body, environment=environment.collect())
+    if args.output is not None:
+        write_result(args.output, document)
+    emit(document)
+    return OK if body["passed"] else FAILED
+
+
+def _gather(args: Args) -> Evidence:
+    """One engine after the other: a full model in float32 is 13 GB, so two are never held."""
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("reference: loading", total=None)
         reference = load(args.path, args.policy, backend="eager", precision="float32")
         requests, source = _requests(args.observations, reference, args.policy.seed)
         bar.update(task, total=2 * len(requests), description="reference: eager float32")
         wanted = _run_all(reference, requests, bar, task)
-        facts = {
-            "reference": reference.engine.to_json(),
-            "setting": setting_of(reference, reference.prepare(requests[0])),
-        }
-        del reference  # a full model in float32 is 13 GB: never hold two
+        setting = setting_of(reference, reference.prepare(requests[0]))
+        facts = {"reference": reference.engine.to_json(), "setting": setting}
+        del reference
         gc.collect()
         candidate = load(args.path, args.policy, backend=args.backend, precision=args.precision)
-        bar.update(task, description=f"candidate: {candidate.engine.backend} {candidate.engine.precision}")
+        engine = candidate.engine
+        bar.update(task, description=f"candidate: {engine.backend} {engine.precision}")
         got = _run_all(candidate, requests, bar, task)
-    rows = [_compare(candidate, request, a, b) for request, a, b in zip(requests, got, wanted, strict=True)]
-    summary = parity.summarise(rows)
-    limits = parity.marks_for(candidate.engine.precision)
-    config = candidate.model.config
-    marks = parity.judge(summary, limits, vision_layers=config.vision.layers, layers=config.prefix.layers)
-    passed = all(mark.passed for mark in marks)
-    body = {
-        "checkpoint": str(args.path),
-        "engine": candidate.engine.to_json(),
-        **facts,
-        "observations": {"source": source, "count": len(requests), "seed": args.policy.seed},
-        "passed": passed,
-        "limits": limits,
-        "marks": marks,
-        "summary": summary,
-        "remarks": ["velocities are open loop: each engine on its own trajectory"],
-    }
-    document = result("check", body, environment=environment.collect())
-    _show(summary, marks, candidate, source)
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
-    return OK if passed else FAILED
+        plain = []
+        if engine.backend != "eager" and engine.precision != "float32":
+            bar.update(task, total=3 * len(requests), description=f"yardstick: eager {engine.precision}")
+            other = load(args.path, args.policy, backend="eager", precision=engine.precision)
+            plain = _run_all(other, requests, bar, task)
+    return Evidence(candidate, requests, source, facts, wanted, got, plain)
+
+
+def _judge(found: Evidence) -> tuple[parity.Summary, tuple[parity.Mark, ...]]:
+    def summary_of(snapshots: list[parity.Snapshot]) -> parity.Summary:
+        triples = zip(found.requests, snapshots, found.wanted, strict=True)
+        return parity.summarise([_compare(found.candidate, request, a, b) for request, a, b in triples])
+
+    summary, precision = summary_of(found.got), found.candidate.engine.precision
+    config = found.candidate.model.config
+    depths = {"vision_layers": config.vision.layers, "layers": config.prefix.layers}
+    marks = parity.judge(summary, parity.marks_for(precision), **depths)
+    if found.plain:
+        marks += parity.judge_against_plain(summary, summary_of(found.plain), name=precision)
+    return summary, marks
 
 
 def _requests(text: str, policy: Policy, seed: int) -> tuple[Sequence[Any], str]:
@@ -115,6 +155,13 @@ def _compare(policy: Policy, request: Any, got: parity.Snapshot, wanted: parity.
     return parity.compare_snapshots(
         got, wanted, robot_units=lambda chunk: policy.pipeline.finish(chunk, row), units=robot.action_units
     )
+
+
+def _remarks(candidate: Policy) -> list[str]:
+    remarks = ["velocities are open loop: each engine on its own trajectory"]
+    if (candidate.engine.backend, candidate.engine.precision) == ("eager", "float32"):
+        remarks.append("the candidate is the reference itself: this run shows determinism, not accuracy")
+    return remarks
 
 
 def _show(summary: parity.Summary, marks: Sequence[parity.Mark], candidate: Policy, source: str) -> None:

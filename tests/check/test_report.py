@@ -1,0 +1,209 @@
+"""The page: self-contained, escaped, complete for every kind of result, and honest about what it does not know."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from vivace.check import bench, parity, results
+from vivace.check.budget import budget, read_run
+from vivace.check.metrics import errors
+from vivace.check.report import TITLES, build
+from vivace.check.report_html import num
+from vivace.errors import ConfigError
+
+ENVIRONMENT = {
+    "cpu": {"model": "Some CPU", "cores_usable": 2},
+    "packages": {"torch": "2.13"},
+    "python": "3.11.7",
+    "gpus": [],
+}
+EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
+
+
+def bench_document(name="eager"):
+    times = bench.EngineTimes(
+        name, 50.0, 10, False, total_ms=[10.0, 11, 12, 13],
+        stages_ms={"vision": [2.0] * 4, "prefix": [4.0] * 4, "denoise": [3.0] * 4},
+    )  # fmt: skip
+    row = {
+        "precision": "float32", "engine": {}, "output": {"cosine": 1.0}, "cold_ms": 50.0, "warmup_calls": 10,
+        "stable": False, "total": bench.summary(times.total_ms), "rate_hz": 87.0, "split": bench.split(times),
+        "stages": {k: bench.summary(v) for k, v in times.stages_ms.items()}, "samples": {"total_ms": times.total_ms},
+    }  # fmt: skip
+    setting = {"kind": "pi05", "views": 2, "prompt_tokens": 20, "horizon": 10, "steps": 10, "batch": 1, "device": "cpu"}
+    body = {
+        "boundary": {"name": "B2", "what": "host to host"},
+        "setting": setting,
+        "engines": {name: row},
+        "speedups": [],
+    }
+    return results.result("bench", body, environment=ENVIRONMENT)
+
+
+def check_document(*, bad=False):
+    one = errors([1.0, 2.1 if bad else 2.0001], [1.0, 2.0])
+    robot = parity.RobotErrors((0.1, 0.0), (0.05, 0.0), (2.0, 0.0), ("rad", "m"))
+    row = parity.Parity(one, one, (one, one), (one, one), (one,) * 3, (one,) * 4, one, robot)
+    summary = parity.summarise([row])
+    marks = parity.judge(summary, parity.BFLOAT16_MARKS, vision_layers=2, layers=2)
+    body = {
+        "engine": {"backend": "eager", "precision": "bfloat16"},
+        "observations": {"source": "synthetic", "count": 1},
+        "summary": summary,
+        "marks": marks,
+        "passed": all(mark.passed for mark in marks),
+        "coverage": [{"layer": 0, "op": "mlp", "kernel": "reference"}],
+    }
+    return results.result("check", body, environment=ENVIRONMENT)
+
+
+def budget_document():
+    stages = {"vision": 17.2, "prefix": 47.4, "denoise": 10.1, "other": 8.8}
+    return results.result("budget", {"budget": budget(read_run({"stages_ms": stages}), target_hz=20)})
+
+
+def golden_document():
+    rows = [
+        {"case": "one", "stage": "tokens", "error": 0, "tolerance": 0, "passed": True, "note": ""},
+        {"case": "one", "stage": "actions", "error": 2e-5, "tolerance": 1e-5, "passed": False, "note": EVIL},
+    ]
+    return results.result("golden", {"rows": rows, "passed": False})
+
+
+def doctor_document():
+    checks = [{"name": "torch", "state": "problem", "found": EVIL, "do": "reinstall"}]
+    return results.result("doctor", {"healthy": False, "checks": checks})
+
+
+ALL = {
+    "bench": bench_document(),
+    "check": check_document(),
+    "budget": budget_document(),
+    "golden": golden_document(),
+    "doctor": doctor_document(),
+    "inspect": {"schema": 1, "kind": "inspect", "sizes": {"layers": 3}, "name": EVIL},
+    "serve-drive": {"schema": 1, "kind": "serve-drive", "p50_ms": 4.2},
+    "strange": {"kind": EVIL, "x": EVIL},
+}
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.seen, self.ids, self.open = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+
+def parse(page):
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    return tags
+
+
+@pytest.fixture(scope="module")
+def page():
+    return build([(f"{name}.json", document) for name, document in ALL.items()], title=f"title {EVIL}")
+
+
+def test_nothing_is_fetched(page):
+    names = {tag for tag, _ in parse(page).seen}
+    assert not names & {"script", "link", "img", "iframe", "object", "embed", "audio", "video", "base"}
+    for tag, attributes in parse(page).seen:
+        for name in ("src", "href", "srcset", "action", "data"):
+            assert attributes.get(name, "#").startswith("#"), f"<{tag} {name}={attributes[name]}>"
+    assert "http" not in page.replace("healthy", "")
+    assert "@import" not in page
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+
+
+def test_everything_is_escaped(page):
+    assert "<script" not in page
+    assert "onerror=alert(1)&gt;" in page, "the text is shown"
+    assert not [a for _, a in parse(page).seen if "onerror" in a]
+
+
+def test_ids_are_unique_and_references_resolve(page):
+    ids = parse(page).ids
+    assert len(ids) == len(set(ids))
+    targets = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    assert targets <= set(ids)
+
+
+def test_every_kind_has_its_section(page):
+    for text in TITLES.values():
+        assert f"<h2>{text}</h2>" in page
+    assert page.count("<svg") == 3 + 3 + 1
+    assert "Coverage: what ran where" in page
+    assert "not warm" in page
+    assert "no layout for kind" in page
+
+
+def test_figures_follow_the_theme(page):
+    assert "prefers-color-scheme: dark" in page
+    assert "var(--s0)" in page
+    assert "#0a0000" not in page
+    assert "#010101" not in page
+    assert "<text" in page, "text stays text"
+
+
+def test_phones_are_served():
+    page = build([("b", ALL["bench"])])
+    assert 'name="viewport"' in page
+    assert not re.search(r'<svg[^>]* width="', page)
+
+
+def test_a_failed_check_says_which_mark_failed():
+    page = build([("check.json", check_document(bad=True))])
+    assert "Marks that failed" in page
+    assert 'pill bad">fail' in page
+    assert "Marks that failed" not in build([("check.json", check_document())])
+
+
+def test_numbers_that_json_cannot_hold_are_shown():
+    document = check_document()
+    document["summary"]["worst"]["actions"]["sqnr_db"] = "inf"
+    document["summary"]["worst"]["k"][0]["sqnr_db"] = "inf"
+    document["summary"]["worst"]["k"][1]["rel_l2"] = "nan"
+    page = build([("check.json", document)])
+    assert "∞" in page
+    assert "NaN" in page
+    assert "1 layers identical" in page
+
+
+def test_the_page_is_the_same_every_time():
+    assert build([("b", ALL["bench"])]) == build([("b", ALL["bench"])])
+
+
+@pytest.mark.parametrize("kind", ["bench", "check", "budget", "doctor"])
+def test_a_result_without_its_content_is_an_error_that_names_the_file(kind):
+    with pytest.raises(ConfigError, match=f"x.json says it is a '{kind}' result"):
+        build([("x.json", {"schema": 1, "kind": kind})])
+
+
+def test_an_engine_that_was_refused_is_shown():
+    document = results.result("bench", {"passed": False, "error": "cosine 0.2"})
+    page = build([("b.json", document)])
+    assert "cosine 0.2" in page
+    assert 'pill bad">fail' in page
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (1234.5, "1234"), (0.01234, "0.0123"), (1e-9, "1.00e-09"), (None, "-"), ("inf", "∞"), ("nan", "NaN")],
+)
+def test_numbers_for_people(value, text):
+    assert num(value) == text

@@ -1,0 +1,75 @@
+"""`vivace bench` on a real tiny checkpoint."""
+
+import pytest
+
+from vivace.check import results
+from vivace.cli import bench as verb
+
+FAST = ("--samples", "6", "--warmup-seconds", "1", "--steps", "2")
+
+
+def test_two_engines_side_by_side(vivace, checkpoint, tmp_path):
+    out = tmp_path / "b.json"
+    code, document, text = vivace(
+        "bench", checkpoint, "--engines", "eager,eager:bfloat16", *FAST, "--target-hz", "0.01", "-o", out
+    )
+    assert code == 0
+    assert document == results.read_result(out)
+    assert set(document["engines"]) == {"eager", "eager:bfloat16"}
+    for row in document["engines"].values():
+        assert row["total"]["samples"] == len(row["samples"]["total_ms"]) == 6
+        total = row["total"]
+        assert 0 < total["min_ms"] <= total["p50_ms"] <= total["p95_ms"] <= total["p99_ms"] <= total["max_ms"]
+        parts = row["split"]["mean_ms"]
+        assert list(parts) == ["vision", "prefix", "denoise", "other"]
+        assert sum(parts.values()) == pytest.approx(total["mean_ms"], rel=1e-6)
+        assert {"vision", "prefix", "denoise", "preprocess", "postprocess"} <= set(row["stages"])
+        assert row["output"]["cosine"] > 0.995
+        assert row["engine"]["backend"] == "eager"
+        assert row["device"] is None
+    assert document["engines"]["eager:bfloat16"]["precision"] == "bfloat16"
+    (speedup,) = document["speedups"]
+    assert (speedup["engine"], speedup["baseline"]) == ("eager:bfloat16", "eager")
+    assert speedup["low"] <= speedup["ratio"] <= speedup["high"]
+    assert document["boundary"]["name"] == "B2"
+    assert document["setting"]["device"] == "cpu"
+    assert document["state_before"]["time_s"] < document["state_after"]["time_s"]
+    assert document["environment"]["cpu"]["model"]
+    assert document["budgets"]["eager"]["verdict"] == "met"
+    assert "eager:bfloat16 is" in text
+
+
+def test_its_result_feeds_budget_and_report(vivace, checkpoint, tmp_path):
+    out = tmp_path / "b.json"
+    assert vivace("bench", checkpoint, *FAST, "-o", out)[0] == 0
+    code, document, _ = vivace("budget", out, "--target-hz", "1000")
+    assert code == 0
+    assert document["budget"]["factor"] > 1
+    code, document, _ = vivace("report", out, "-o", tmp_path / "r.html")
+    assert code == 0
+    assert "<svg" in (tmp_path / "r.html").read_text()
+
+
+def test_an_engine_with_other_actions_exits_1_and_has_no_row(vivace, checkpoint, monkeypatch):
+    real = verb.load
+
+    def load(path, args, *, backend, precision):
+        policy = real(path, args, backend=backend, precision=precision)
+        if precision == "bfloat16":
+            inner = policy.backend.denoise
+            policy.backend.denoise = lambda *a, **k: -inner(*a, **k)
+        return policy
+
+    monkeypatch.setattr(verb, "load", load)
+    code, document, text = vivace("bench", checkpoint, "--engines", "eager,eager:bfloat16", *FAST)
+    assert code == 1
+    assert document["passed"] is False
+    assert "engines" not in document
+    assert document["output"]["eager:bfloat16"]["cosine"] < 0
+    assert "was not timed" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("engines", ["", "eager,eager", "warp", "eager:fp3"])
+def test_bad_engines_exit_2(vivace, checkpoint, engines):
+    code, document, _ = vivace("bench", checkpoint, "--engines", engines, *FAST)
+    assert (code, document) == (2, None)

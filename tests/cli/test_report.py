@@ -1,0 +1,24 @@
+"""`vivace report`: writes one page and says where."""
+
+import json
+
+
+def test_writes_the_page(vivace, tmp_path):
+    (tmp_path / "odd.json").write_text(json.dumps({"kind": "odd", "x": 1}))
+    out = tmp_path / "deep" / "page.html"
+    code, document, text = vivace("report", tmp_path / "odd.json", "-o", out, "--title", "A <b>run</b>")
+    assert code == 0
+    page = out.read_text(encoding="utf-8")
+    assert document["bytes"] == len(page.encode())
+    assert document["results"] == 1
+    assert "<title>A &lt;b&gt;run&lt;/b&gt;</title>" in page
+    assert "page.html" in text
+
+
+def test_what_is_no_result_exits_2(vivace, tmp_path):
+    (tmp_path / "bad.json").write_text("not json")
+    assert vivace("report", tmp_path / "bad.json", "-o", tmp_path / "p.html")[0] == 2
+    (tmp_path / "empty.json").write_text('{"kind": "check"}')
+    assert vivace("report", tmp_path / "empty.json", "-o", tmp_path / "p.html")[0] == 2
+    assert vivace("report", tmp_path / "none.json", "-o", tmp_path / "p.html")[0] == 2
+    assert not (tmp_path / "p.html").exists()
