@@ -31,6 +31,11 @@ def refuse(folder, match: str) -> str:
     return str(caught.value)
 
 
+def read_all(checkpoint) -> None:
+    for ref in checkpoint.tensors.values():
+        check_finite(ref, ref.read(CPU))
+
+
 def without(*keys: str):
     return lambda tensors: {key: value for key, value in tensors.items() if key not in keys}
 
@@ -53,8 +58,7 @@ def test_truncated_after_opening(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5_000])
     with pytest.raises(CheckpointError, match="ended inside tensor"):
-        for ref in checkpoint.tensors.values():
-            ref.read(CPU)
+        read_all(checkpoint)
 
 
 def test_missing_tensors_are_all_listed(rewritten):
@@ -150,15 +154,14 @@ def test_values_that_are_not_finite(rewritten, value):
 
     checkpoint = open_checkpoint(rewritten(poison, format="openpi"))
     with pytest.raises(CheckpointError, match="not finite") as caught:
-        for ref in checkpoint.tensors.values():
-            check_finite(ref, ref.read(CPU))
+        read_all(checkpoint)
     assert key in str(caught.value)
     assert f"flat index {3 * 24 + 5}" in str(caught.value)
 
 
 def test_folders_that_are_no_checkpoint(tmp_path):
     for path in (tmp_path, tmp_path / "nothing", tmp_path / "google/paligemma"):
-        with pytest.raises(CheckpointError, match="no checkpoint|not a checkpoint"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint|not a checkpoint"):
             open_checkpoint(path)
     (tmp_path / "params").mkdir()
     with pytest.raises(CheckpointError, match=r"manifest\.ocdbt"):
@@ -239,7 +242,7 @@ def test_a_thousand_corrupted_headers(folder):
     header, data = whole[8 : 8 + length], whole[8 + length :]
     rng = random.Random(20240611)
     outcomes = {"opened": 0, "refused": 0}
-    start = time.monotonic()
+    start, longest = time.monotonic(), 0
     for number in range(1000):
         new = corrupt(header, rng)
         claimed = (
@@ -253,10 +256,11 @@ def test_a_thousand_corrupted_headers(folder):
                 assert tuple(ref.read(CPU).shape) == ref.shape
             outcomes["opened"] += 1
         except CheckpointError as error:
-            assert 10 < len(str(error)) < 60_000
             outcomes["refused"] += 1
+            longest = max(longest, len(str(error)))
         assert time.monotonic() - began < 5, f"case {number} hung"
     assert time.monotonic() - start < 60
+    assert longest < 60_000
     assert outcomes["refused"] > 900, outcomes
 
 

@@ -119,6 +119,11 @@ def test_the_output_projection_is_not_merged_per_head(golden_dir):
     assert (right - per_head).norm() > 0.1 * (right - weight).norm()
 
 
+def read_all(folder) -> None:
+    for ref in open_checkpoint(folder).tensors.values():
+        ref.read(CPU)
+
+
 def damaged(made, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(made(format="jax"), folder)
@@ -142,10 +147,8 @@ def test_missing_data_files_are_an_error(made, tmp_path):
     folder = damaged(made, tmp_path)
     for file in (folder / "params" / "d").iterdir():
         file.unlink()
-    with pytest.raises(CheckpointError):
-        tensors = open_checkpoint(folder).tensors
-        for ref in tensors.values():
-            ref.read(CPU)
+    with pytest.raises(CheckpointError, match=r"damaged|cannot"):
+        read_all(folder)
 
 
 def test_a_broken_or_missing_manifest_is_an_error(made, tmp_path):

@@ -88,12 +88,15 @@ def make_checkpoint(
         from .write_jax import write_params
 
         write_params(out / "params", model, dtype=TORCH_DTYPES[recipe.dtype], values=values, progress=progress)
-        write_norm_stats(out, recipe.robot, seed=recipe.seed)
     else:
-        _write_weights(out / "model.safetensors", model, recipe, values, progress)
-    if recipe.format == "openpi":
-        write_json(out / "config.json", openpi_config(model, recipe.dtype))
-        write_norm_stats(out, recipe.robot, seed=recipe.seed)
+        _write_weights(out / "model.safetensors", recipe, values=values, progress=progress)
+    _write_settings(out, recipe)
+    return model
+
+
+def _write_settings(out: Path, recipe: Recipe) -> None:
+    """Everything but the weights."""
+    model = recipe.model()
     if recipe.format == "lerobot":
         write_lerobot_settings(
             out,
@@ -105,21 +108,20 @@ def make_checkpoint(
             seed=recipe.seed,
             tokenizer=recipe.tokenizer,
         )
+    else:
+        write_norm_stats(out, recipe.robot, seed=recipe.seed)
+    if recipe.format == "openpi":
+        write_json(out / "config.json", openpi_config(model, recipe.dtype))
     if recipe.tokenizer:
         (out / "tokenizer").mkdir()
         (out / "tokenizer" / "tokenizer.model").write_bytes(train_toy_tokenizer(model.vocab_size))
-    return model
 
 
 def _write_weights(
-    file: Path,
-    model: ModelConfig,
-    recipe: Recipe,
-    values: Callable[[str], Iterator[Tensor]],
-    progress: Callable[[int], None],
+    file: Path, recipe: Recipe, *, values: Callable[[str], Iterator[Tensor]], progress: Callable[[int], None]
 ) -> None:
     """model.safetensors; openpi stores the tied table as lm_head and notes the alias, LeRobot stores embed_tokens."""
-    dtype, lerobot = TORCH_DTYPES[recipe.dtype], recipe.format == "lerobot"
+    dtype, lerobot, model = TORCH_DTYPES[recipe.dtype], recipe.format == "lerobot", recipe.model()
     shapes = expected_shapes(model)
     prefix = "model." if lerobot else ""
     keys = {

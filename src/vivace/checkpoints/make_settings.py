@@ -67,11 +67,17 @@ def write_lerobot_settings(
     outputs = {"action": {"type": "ACTION", "shape": [action_dim]}}
     mode = "QUANTILES" if model.kind == "pi05" else "MEAN_STD"
     modes = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
-    config = {
+    features = {"input_features": inputs, "output_features": outputs, "normalization_mapping": modes}
+    write_json(folder / "config.json", {**_lerobot_config(model, dtype), **features})
+    _write_processors(folder, model.kind, features=features, tokenizer=tokenizer)
+    _write_state_files(folder, model.kind, state_dim=state_dim, action_dim=action_dim, seed=seed)
+
+
+def _lerobot_config(model: ModelConfig, dtype: Dtype) -> dict[str, Any]:
+    """What is the same for every robot; `vision_num_attention_heads` is our addition, which LeRobot tolerates."""
+    return {
         "type": model.kind,
         "n_obs_steps": 1,
-        "input_features": inputs,
-        "output_features": outputs,
         "device": "cpu",
         "paligemma_variant": "gemma_2b",
         "action_expert_variant": "gemma_300m",
@@ -85,15 +91,11 @@ def write_lerobot_settings(
         "max_period": model.max_period,
         "use_relative_actions": False,
         "rtc_config": None,
-        "image_resolution": size,
+        "image_resolution": [model.vision.image_size] * 2,
         "empty_cameras": 0,
         "tokenizer_max_length": PROMPT_TOKENS[model.kind],
-        "normalization_mapping": modes,
         "vision_num_attention_heads": model.vision.num_heads,
     }
-    write_json(folder / "config.json", config)
-    _write_processors(folder, model.kind, {**inputs, **outputs}, outputs, modes, tokenizer=tokenizer)
-    _write_state_files(folder, model.kind, state_dim, action_dim, seed)
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -105,14 +107,12 @@ def _normalizer_step(kind: str) -> int:
     return 3 if kind == "pi05" else 6
 
 
-def _write_processors(
-    folder: Path, kind: str, features: Any, outputs: Any, modes: dict[str, str], *, tokenizer: bool
-) -> None:
+def _write_processors(folder: Path, kind: str, *, features: dict[str, Any], tokenizer: bool) -> None:
     """The steps in the order of LeRobot 0.6, which differs between pi0 and pi0.5."""
-    k = _normalizer_step(kind)
+    k, modes, outputs = _normalizer_step(kind), features["normalization_mapping"], features["output_features"]
     normalizer = {
         "registry_name": "normalizer_processor",
-        "config": {"eps": 1e-8, "features": features, "norm_map": modes},
+        "config": {"eps": 1e-8, "features": {**features["input_features"], **outputs}, "norm_map": modes},
         "state_file": f"policy_preprocessor_step_{k}_normalizer_processor.safetensors",
     }
     relative = _step("relative_actions_processor", enabled=False, exclude_joints=["gripper"], action_names=None)
@@ -145,7 +145,7 @@ def _step(name: str, **config: Any) -> dict[str, Any]:
     return {"registry_name": name, "config": config}
 
 
-def _write_state_files(folder: Path, kind: str, state_dim: int, action_dim: int, seed: int) -> None:
+def _write_state_files(folder: Path, kind: str, *, state_dim: int, action_dim: int, seed: int) -> None:
     vectors = {"observation.state": _statistics(state_dim, seed), "action": _statistics(action_dim, seed + 1)}
     tensors = {
         f"{name}.{key}": torch.from_numpy(value.astype(np.float32))

@@ -85,14 +85,14 @@ def open_store(params: Path) -> dict[str, StoredArray]:
     if not found:
         raise CheckpointError(f"{params} holds no arrays", do="the folder is incomplete; copy it again")
     kept = Kept()
-    arrays = {}
-    for name, path in _paths(found).items():
-        arrays[path] = _open_array(ts, base, name, path, kept)
-    _check_chunks(params, dict(zip(_paths(found).values(), _paths(found), strict=True)), arrays, keys)
+    arrays, names = {}, _paths(found)
+    for name, path in names.items():
+        arrays[path] = _open_array(ts, base, name=name, path=path, kept=kept)
+    _check_chunks(params, {path: name for name, path in names.items()}, arrays, keys)
     return arrays
 
 
-def _open_array(ts: Any, base: Mapping[str, Any], name: str, path: str, kept: Kept) -> StoredArray:
+def _open_array(ts: Any, base: Mapping[str, Any], *, name: str, path: str, kept: Kept) -> StoredArray:
     try:
         handle = ts.open({"driver": "zarr", "kvstore": {**base, "path": f"{name}/"}}, open=True, read=True).result()
     except (ValueError, OSError) as error:
