@@ -58,6 +58,7 @@ def test_without_a_setting_there_is_no_roofline_and_no_guess():
     assert answer.verdict == "unknown"
     assert answer.total_ms == 60
     assert stages(answer)["other"].ms == 0
+    assert any("not in the table" in note for note in answer.notes)
     named = budget(read_run({**bare, "gpu": "h100"}), target_hz=20)
     assert any("no roofline" in note for note in named.notes)
 

@@ -152,6 +152,12 @@ def test_every_kind_has_its_section(page):
     assert "no layout for kind" in page
 
 
+def test_bare_facts_of_inspect_are_recognised():
+    page = build([("i.json", {"kind": "pi05", "stored_dtypes": {"float32": 3}, "origin": "lerobot"})])
+    assert "<h2>Checkpoint</h2>" in page
+    assert "lerobot" in page
+
+
 def test_figures_follow_the_theme(page):
     assert "prefers-color-scheme: dark" in page
     assert "var(--s0)" in page

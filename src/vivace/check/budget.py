@@ -248,6 +248,8 @@ def _notes(
     run: Run, gpu: Gpu | None, total: float, control_hz: float | None, execution_horizon: int | None
 ) -> list[str]:
     notes = []
+    if gpu is None:
+        notes.append("no roofline: the machine is not in the table of published peaks; --gpu names one that is")
     if gpu is not None:
         mark = "" if gpu.verified else " (partly derived)"
         notes.append(f"{gpu.label}: {gpu.source}{mark}" + (f"; {gpu.remark}" if gpu.remark else ""))

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .report_html import esc, fold, pairs, raw
-from .report_sections import machine, outcome, render
+from .report_sections import kind_of, machine, outcome, render
 from .report_style import CSS
 
 TITLES = {
@@ -70,7 +70,9 @@ def _section(index: int, name: str, document: Mapping[str, Any]) -> str:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _incomplete(name, document, error) from error
     made_by = (
-        f"vivace {document.get('vivace')}, {document.get('created_utc')}" if "vivace" in document else "written by hand"
+        f"vivace {document.get('vivace')}, {document.get('created_utc')}"
+        if "vivace" in document
+        else "no version recorded"
     )
     command = document.get("command")
     repeat = fold("how to repeat it", f"<p><code>{esc(command)}</code></p>") if command else ""
@@ -86,7 +88,7 @@ def _section(index: int, name: str, document: Mapping[str, Any]) -> str:
 
 
 def _title(document: Mapping[str, Any]) -> str:
-    kind = str(document.get("kind", "result"))
+    kind = kind_of(document)
     return TITLES.get(kind, kind)
 
 

@@ -27,18 +27,20 @@ _VARIABLES = {
 }  # fmt: skip
 STAGES = ("vision", "prefix", "denoise", "other")
 _RC = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.5, "text.color": INK, "axes.labelcolor": SOFT,
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11.5, "text.color": INK, "axes.labelcolor": SOFT,
     "xtick.color": SOFT, "ytick.color": SOFT, "axes.edgecolor": LINE, "grid.color": LINE, "grid.linewidth": 0.8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "legend.frameon": False, "legend.fontsize": 9.5, "axes.titlesize": 11, "axes.titleweight": "bold",
+    "axes.titlesize": 12, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.8,
 }  # fmt: skip
+
+_LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 10, "handlelength": 1.3}
 
 
 class Canvas:
     """One figure being drawn; `svg()` finishes it."""
 
-    def __init__(self, title: str, *, height: float = 2.9) -> None:
+    def __init__(self, title: str, *, height: float = 3.1) -> None:
         self._mpl = _matplotlib()
         with self._mpl.rc_context(_RC):
             self.figure = importlib.import_module("matplotlib.figure").Figure(
@@ -87,7 +89,7 @@ def latency_cdf(samples: Mapping[str, Sequence[float]], target_ms: float | None)
     if target_ms is not None and target_ms < right:
         canvas.axes.axvline(target_ms, color=BAD, linestyle="--", linewidth=1.4)
     canvas.axes.set(xlabel="milliseconds", ylabel="% finished", xlim=(0, right or 1), ylim=(0, 101))
-    canvas.axes.legend(loc="upper left")
+    canvas.axes.legend(loc="upper left", **_LEGEND)
     return canvas.svg()
 
 
@@ -99,7 +101,7 @@ def run_chart(samples: Mapping[str, Sequence[float]]) -> str:
         canvas.axes.plot(values, ".", color=SERIES[i % 5], markersize=3, label=name)
         top = max(top, float(np.percentile(values, 99.5)) * 1.15)
     canvas.axes.set(xlabel="round", ylabel="milliseconds", ylim=(0, top or 1))
-    canvas.axes.legend(loc="lower left", ncols=2)
+    canvas.axes.legend(loc="lower left", ncols=2, **_LEGEND)
     return canvas.svg()
 
 
@@ -115,7 +117,7 @@ def kv_sqnr(k: Sequence[Mapping[str, Any]], v: Sequence[Mapping[str, Any]], boun
         canvas.axes.plot(limit, "--", color=BAD, linewidth=1.3, label="pass mark")
     canvas.axes.set(xlabel="layer", ylabel="SQNR, dB (higher is better)")
     canvas.axes.xaxis.get_major_locator().set_params(integer=True)
-    canvas.axes.legend(ncols=3)
+    canvas.axes.legend(ncols=3, **_LEGEND)
     return canvas.svg()
 
 
@@ -129,7 +131,7 @@ def step_errors(velocity: Sequence[Mapping[str, Any]], x: Sequence[Mapping[str, 
         canvas.axes.axhline(bound, color=BAD, linestyle="--", linewidth=1.3, label="pass mark")
     canvas.axes.set(xlabel="step (0 = noise)", ylabel="relative L2 error", yscale="log")
     canvas.axes.xaxis.get_major_locator().set_params(integer=True)
-    canvas.axes.legend(ncols=3)
+    canvas.axes.legend(ncols=3, **_LEGEND)
     return canvas.svg()
 
 
@@ -164,7 +166,7 @@ def budget_bars(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _legend_below(canvas: Canvas, columns: int) -> None:
-    canvas.figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=1.2)
+    canvas.figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, **_LEGEND)
 
 
 def _equal(values: Sequence[float]) -> str:

@@ -15,9 +15,14 @@ Document = Mapping[str, Any]
 
 def render(document: Document) -> str:
     """The inside of one section. Raises KeyError or TypeError only for a document that lacks its kind's keys."""
-    kind = document.get("kind")
-    maker = SECTIONS.get(kind, unknown) if isinstance(kind, str) else unknown
-    return maker(document)
+    return SECTIONS.get(kind_of(document), unknown)(document)
+
+
+def kind_of(document: Document) -> str:
+    """Who wrote a result. `vivace inspect` prints bare facts, in which "kind" is the kind of policy."""
+    if "schema" not in document and "stored_dtypes" in document:
+        return "inspect"
+    return str(document.get("kind", "result"))
 
 
 def outcome(document: Document) -> str:
@@ -197,7 +202,7 @@ def doctor(document: Document) -> str:
 
 def facts(document: Document) -> str:
     """Names and values, for results that are a description (inspect, serve-drive)."""
-    hidden = {"schema", "kind", "vivace", "created_utc", "command", "environment"}
+    hidden = {"schema", "vivace", "created_utc", "command", "environment"}
     return pairs({key: value for key, value in document.items() if key not in hidden})
 
 
@@ -227,7 +232,9 @@ def _latency_table(engines: Mapping[str, Any]) -> str:
         cells = [num(value, 4) for value in (*times, row["rate_hz"], row["cold_ms"], *parts.values())]
         remark = "" if row["stable"] else pill("not warm", "warn")
         remark += "" if row["split"]["adds_up"] else pill("spans off by > 2 %", "warn")
-        rows.append([f"{esc(name)} {pill(row['precision'], 'plain')}{remark}", *cells, num(row["output"]["cosine"], 7)])
+        rows.append(
+            [f"{esc(name)} {pill(row['precision'], 'plain')}{remark}", *cells, f"{number(row['output']['cosine']):.7f}"]
+        )
     heads = [
         "engine",
         "p50",

@@ -46,8 +46,8 @@ td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line);
 tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
   td.text { white-space: normal; overflow-wrap: anywhere; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px),
-  1fr)); gap: 18px; margin: 14px 0 4px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr));
+  gap: 18px; margin: 14px 0 4px; }
 figure { margin: 0; min-width: 0; } figure svg { width: 100%; height: auto; display: block; }
 figure svg text { font-family: inherit !important; }
 figcaption { color: var(--soft); font-size: 0.82rem; margin-top: 2px; }
