@@ -17,7 +17,7 @@ if not GPU:
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vivace.errors import ShapeError  # noqa: E402
-from vivace.ops import prefill_attention, prefill_pointwise  # noqa: E402
+from vivace.ops import prefill_attention, prefill_patches, prefill_pointwise  # noqa: E402
 from vivace.ops.layers import Linear  # noqa: E402
 from vivace.ops.prefill_attention import AttentionTile  # noqa: E402
 from vivace.ops.prefill_gemm import Rotation, Tile, gemm  # noqa: E402
@@ -25,6 +25,7 @@ from vivace.ops.prefill_gemm import Rotation, Tile, gemm  # noqa: E402
 KEEP = Linear(1, 1, name="float32")
 DEVICE = torch.device("cuda" if GPU else "cpu")
 SMALL = Tile(block_m=16, block_n=16, block_k=16, warps=4, stages=2)
+BULK = Tile(block_m=16, block_n=16, block_k=16, warps=4, stages=2, bulk_store=True)
 WALKING = Tile(block_m=16, block_n=16, block_k=16, warps=4, stages=2, persistent=True)
 # float32 sums of up to 100 unit-variance products, added in another order
 TIGHT = {"rtol": 2e-5, "atol": 2e-5}
@@ -38,7 +39,7 @@ def poisoned(*shape: int) -> torch.Tensor:
     return torch.full(shape, float("nan"), device=DEVICE)
 
 
-@pytest.mark.parametrize("tile", [SMALL, WALKING], ids=["one-tile", "persistent"])
+@pytest.mark.parametrize("tile", [SMALL, WALKING, BULK], ids=["one-tile", "persistent", "bulk"])
 @pytest.mark.parametrize("shape", [(32, 32, 32), (37, 40, 52), (1, 16, 16)])
 def test_plain_product_with_every_epilogue(shape, tile):
     M, N, K = shape
@@ -86,7 +87,7 @@ def test_operands_that_do_not_fit_are_refused():
         gemm(x, w[:, :16], poisoned(32, 32), tile=SMALL)
 
 
-@pytest.mark.parametrize("tile", [SMALL, WALKING], ids=["one-tile", "persistent"])
+@pytest.mark.parametrize("tile", [SMALL, WALKING, BULK], ids=["one-tile", "persistent", "bulk"])
 def test_gated_product(tile):
     M, F, K = 37, 48, 36
     x, w = randn(M, K, seed=0), randn(2 * F, K, seed=1)
@@ -95,7 +96,7 @@ def test_gated_product(tile):
     torch.testing.assert_close(out, functional.gelu(gate, approximate="tanh") * up, **TIGHT)
 
 
-@pytest.mark.parametrize("tile", [SMALL, WALKING], ids=["one-tile", "persistent"])
+@pytest.mark.parametrize("tile", [SMALL, WALKING, BULK], ids=["one-tile", "persistent", "bulk"])
 @pytest.mark.parametrize("epilogue", ["plain", "geglu"])
 def test_scales_multiply_the_sum_and_an_output_scale_divides_and_clamps(tile, epilogue):
     M, N, K = 37, 40, 36
@@ -183,6 +184,32 @@ def test_vision_attention_of_odd_head_dims(head_dim):
         qkv, poisoned(V, T, heads * head_dim), heads=heads, tile=AttentionTile(16, 16, warps=4, stages=1)
     )
     torch.testing.assert_close(out, reference.vision_attention(qkv, heads, KEEP), **TIGHT)
+
+
+def test_keys_inside_a_wider_cache_are_read_in_place():
+    from vivace.ops import reference
+
+    B, T, N, head_dim = 2, 21, 4, 16
+    q, room = randn(B, T, N, head_dim, seed=0), randn(2, B, 30, 1, 40, seed=1)
+    k, v = room[0, :, :T, :, :head_dim], room[1, :, :T, :, :head_dim]
+    tile = AttentionTile(16, 16, warps=4, stages=1)
+    out = prefill_attention.attention(q, k, v, poisoned(B, T, N * head_dim), tile=tile)
+    torch.testing.assert_close(out, reference.attention(q, k, v, None, None, KEEP), **TIGHT)
+    with pytest.raises(ShapeError, match="as rows"):
+        prefill_attention.attention(q, k.transpose(1, 3), v, out, tile=tile)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_pixels_to_tokens(kind):
+    from vivace.model import vision
+
+    V, side, patch, width = 2, 28, 7, 24
+    images = torch.randint(0, 256, (V, 3, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images = images.to(DEVICE) if kind == "uint8" else vision.to_unit_range(images).to(DEVICE)
+    weight, bias, position = randn(width, 3 * patch**2, seed=1) * 0.1, randn(width, seed=2), randn(16, width, seed=3)
+    wanted = vision.patches(vision.to_unit_range(images), patch) @ weight.T + bias + position
+    got = prefill_patches.patch_embed(images, weight, bias, position, dtype=torch.float32, patch_size=patch)
+    torch.testing.assert_close(got, wanted, **TIGHT)
 
 
 def test_head_dim_72_is_cut_into_64_and_16():

@@ -112,8 +112,8 @@ def test_what_cannot_run_is_named(model):
         ops.rms_norm(x, norm, torch.zeros(1, 96, device=DEVICE), layer)
     with pytest.raises(ShapeError, match="another format"):
         ops.geglu(x.to(torch.float8_e4m3fn), layer, layer)
+    q = torch.zeros(1, 2, 1, 24, device=DEVICE)
     with pytest.raises(Unsupported, match="head dim 24"):
-        q = torch.zeros(1, 2, 1, 24, device=DEVICE)
         ops.attention(q, q, q, None, None, layer)
     quantised = quantise_layer(Linear(32, 32, name="q").to(DEVICE), amax=1.0)
     with pytest.raises(Unsupported, match="GELU"):

@@ -382,7 +382,8 @@ def _shift(norm: RmsNorm | LayerNorm) -> Tensor | None:
 
 def _headed(rows: Tensor, batch: int, heads: tuple[int, int, int]) -> Tensor:
     """[M, K * d] of any row stride as [B, T, K, d]."""
-    return rows.unflatten(0, (batch, -1)).unflatten(-1, (heads[1], heads[2]))
+    headed: Tensor = rows.unflatten(0, (batch, -1)).unflatten(-1, (heads[1], heads[2]))
+    return headed
 
 
 def _refuse_modulation(value: Tensor | None, name: str) -> None:

@@ -24,8 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .prefill_gemm import cast_out
+from ..errors import ShapeError
+from .prefill_gemm import scaled_out
 
 LOG2_E = 1.4426950408889634
 # finite, so that a block of masked keys gives numbers; the next block with a valid key rescales them to zero
@@ -44,13 +46,12 @@ class AttentionTile:
 
 @triton.jit
 def _attention_kernel(
-    q, k, v, mask, out, out_inverse, q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch,
-    rows_in_all, keys, score_scale,
+    q, k, v, mask, out, out_inverse, q_batch, q_token, k_rows, v_rows, out_batch, rows_in_all, keys, score_scale,
     KEY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_KEYS: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, B * KV_HEADS).  Row r of a group is head r % GROUP of token r // GROUP."""
+    """Grid (row blocks, B * KV_HEADS).  Row r of a group is head r % GROUP of token r // GROUP; k, v are descriptors."""
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < rows_in_all
@@ -60,36 +61,34 @@ def _attention_kernel(
         gdc_wait()
     at = (token * q_token + head * HEAD_DIM)[:, None] + columns[None, :]
     queries = tl.load(q + batch * q_batch + at, mask=in_rows[:, None], other=0.0)
-    k_base = k + batch * k_batch + kv_head * HEAD_DIM
-    v_base = v + batch * v_batch + kv_head * HEAD_DIM
+    first_key, first_value, column = batch * k_rows, batch * v_rows, kv_head * HEAD_DIM
+    key = tl.arange(0, BLOCK_N)
+    seen = key < keys
+    if MASKED_KEYS:
+        seen = tl.load(mask + batch * keys + key, mask=seen, other=0) != 0
     top = tl.full((BLOCK_M,), MASKED, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
     for block in tl.range(0, KEY_BLOCKS):
-        key = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = key < keys
-        block_k = tl.load(k_base + key[:, None] * k_token + columns[None, :], mask=inside[:, None], other=0.0)
-        scores = tl.dot(queries, block_k.T, input_precision=PRECISION) * score_scale
+        scores = tl.dot(queries, k.load([first_key + block * BLOCK_N, column]).T, input_precision=PRECISION)
+        scores = tl.where(seen[None, :], scores * score_scale, MASKED)
+        # which keys the next block shows is read now: in the next turn it would be waited for
+        key += BLOCK_N
+        seen = key < keys
         if MASKED_KEYS:
-            inside = inside & (tl.load(mask + batch * keys + key, mask=inside, other=0) != 0)
-        scores = tl.where(inside[None, :], scores, MASKED)
+            seen = tl.load(mask + batch * keys + key, mask=seen, other=0) != 0
         new_top = tl.maximum(top, tl.max(scores, 1))
         correction = tl.exp2(top - new_top)
         weights = tl.exp2(scores - new_top[:, None])
         total = total * correction + tl.sum(weights, 1)
-        block_v = tl.load(v_base + key[:, None] * v_token + columns[None, :], mask=key[:, None] < keys, other=0.0)
-        acc = tl.dot(weights.to(block_v.dtype), block_v, acc * correction[:, None], input_precision=PRECISION)
         top = new_top
+        values = v.load([first_value + block * BLOCK_N, column])
+        acc = tl.dot(weights.to(values.dtype), values, acc * correction[:, None], input_precision=PRECISION)
     if PDL:
         gdc_launch_dependents()
-    acc = acc / total[:, None]
-    tl.store(
-        out + batch * out_batch + rows[:, None] * HEAD_DIM + columns[None, :]
-        if KV_HEADS == 1
-        else out + batch * out_batch + ((token * KV_HEADS * GROUP + head) * HEAD_DIM)[:, None] + columns[None, :],
-        cast_out(acc, out, out_inverse),
-        mask=in_rows[:, None],
-    )
+    acc = scaled_out(acc / total[:, None], out_inverse)
+    to = out + batch * out_batch + ((token * KV_HEADS * GROUP + head) * HEAD_DIM)[:, None] + columns[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=in_rows[:, None])
 
 
 @triton.jit
@@ -135,8 +134,10 @@ def _vision_kernel(
     if PDL:
         gdc_launch_dependents()
     to = out + view * out_view + head * HEAD_DIM + rows[:, None] * out_token
-    tl.store(to + main[None, :], cast_out(acc_main / total[:, None], out, out_inverse), mask=in_rows)
-    tl.store(to + rest[None, :], cast_out(acc_rest / total[:, None], out, out_inverse), mask=in_rows & in_rest)
+    acc_main = scaled_out(acc_main / total[:, None], out_inverse)
+    acc_rest = scaled_out(acc_rest / total[:, None], out_inverse)
+    tl.store(to + main[None, :], acc_main.to(out.dtype.element_ty), mask=in_rows)
+    tl.store(to + rest[None, :], acc_rest.to(out.dtype.element_ty), mask=in_rows & in_rest)
 
 
 def attention(
@@ -156,9 +157,9 @@ def attention(
     rows = T * (N // K)
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     _attention_kernel[(triton.cdiv(rows, tile.block_m), B * K)](
-        q, k, v, mask.view(torch.uint8) if mask is not None else q, out, out_inverse,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0),
-        rows, S, head_dim**-0.5 * LOG2_E,
+        q, _rows_of(k, tile.block_n), _rows_of(v, tile.block_n), mask.view(torch.uint8) if mask is not None else q,
+        out, out_inverse, q.stride(0), q.stride(1), k.stride(0) // k.stride(1), v.stride(0) // v.stride(1),
+        out.stride(0), rows, S, head_dim**-0.5 * LOG2_E,
         KEY_BLOCKS=triton.cdiv(S, tile.block_n), GROUP=N // K, KV_HEADS=K, HEAD_DIM=head_dim, BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n, MASKED_KEYS=mask is not None, PRECISION=_precision(q), PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, **options,
@@ -188,6 +189,16 @@ def vision_attention(
         num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
     return out
+
+
+def _rows_of(x: Tensor, block: int) -> TensorDescriptor:
+    """[B, S, K, d] as a descriptor of rows [.., K * d] in blocks of [block, d]; batch b starts at row b * S'."""
+    B, S, K, head_dim = x.shape
+    token = x.stride(1)
+    if x.stride(3) != 1 or (K > 1 and x.stride(2) != head_dim) or (B > 1 and x.stride(0) % token):
+        raise ShapeError("keys or values cannot be read as rows", got=x.stride(), wanted="heads contiguous in a token")
+    rows = (B - 1) * (x.stride(0) // token) + S
+    return TensorDescriptor(x, [rows, K * head_dim], [token, 1], [block, head_dim])
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:

@@ -41,6 +41,7 @@ class Tile:
 
     split_k      programs that share one output tile; each writes its own part
     persistent   one program per processor walks over several tiles, so that loads run on through the epilogues
+    bulk_store   whole tiles leave through the bulk copy engine (plain and geglu, unsplit)
     """
 
     block_m: int
@@ -50,6 +51,7 @@ class Tile:
     stages: int
     split_k: int = 1
     persistent: bool = False
+    bulk_store: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,11 @@ def gelu_tanh(x):
 
 
 @triton.jit
-def cast_out(y, out, out_inverse):
-    """Float32 to the output's dtype; with `out_inverse` (float32 [1] = 1 / scale) scaled and clamped to e4m3's range."""
+def scaled_out(y, out_inverse):
+    """With `out_inverse` (float32 [1] = 1 / scale): y / scale, clamped to e4m3's range."""
     if out_inverse is not None:
         y = tl.clamp(y * tl.load(out_inverse), -E4M3_MAX, E4M3_MAX)
-    return y.to(out.dtype.element_ty)
+    return y
 
 
 @triton.jit
@@ -123,7 +125,7 @@ def _gemm_kernel(
     cos_table, sin_table, rope_rows, M, N,
     K_TILES: tl.constexpr, TILES_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EPILOGUE: tl.constexpr, GELU: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    KV_HEADS: tl.constexpr, PRECISION: tl.constexpr, BULK_STORE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, split_k).  N = output columns of one accumulator (qkv_rope: all columns / 2)."""
     PAIRED: tl.constexpr = EPILOGUE != "plain"
@@ -169,8 +171,12 @@ def _gemm_kernel(
                 acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
             if GELU:
                 acc = gelu_tanh(acc)
-            to = out + (split * M + rows)[:, None] * out_stride + columns[None, :]
-            tl.store(to, cast_out(acc, out, out_inverse), mask=in_rows[:, None] & (columns < N)[None, :])
+            acc = scaled_out(acc, out_inverse)
+            if BULK_STORE:
+                out.store([row, tile_n * BLOCK_N], acc.to(out.dtype))
+            else:
+                to = out + (split * M + rows)[:, None] * out_stride + columns[None, :]
+                tl.store(to, acc.to(out.dtype.element_ty), mask=in_rows[:, None] & (columns < N)[None, :])
 
 
 def gemm(
@@ -201,11 +207,12 @@ def gemm(
     heads, kv_heads, head_dim = rotation.heads if rotation is not None else (0, 0, 2 * tile.block_n)
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(columns, tile.block_n)
     programs = min(tiles, processors) if tile.persistent else tiles
+    bulk = tile.bulk_store and epilogue != "qkv_rope" and tile.split_k == 1
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     _gemm_kernel[(programs, tile.split_k)](
         TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-        out, out.stride(-2),
+        TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n]) if bulk else out, out.stride(-2),
         rotation.k if rotation else None, rotation.k.stride(0) if rotation else 0,
         rotation.v if rotation else None, rotation.v.stride(0) if rotation else 0,
         channel_scale, bias, out_inverse,
@@ -214,7 +221,7 @@ def gemm(
         K_TILES=triton.cdiv(triton.cdiv(K, tile.block_k), tile.split_k), TILES_EACH=triton.cdiv(tiles, programs),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EPILOGUE=epilogue, GELU=gelu,
         HALF=head_dim // 2, HEADS=heads, KV_HEADS=kv_heads, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, **options,
+        BULK_STORE=bulk, PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
     return out
 

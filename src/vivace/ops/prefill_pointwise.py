@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .prefill_gemm import cast_out, gelu_tanh
+from .prefill_gemm import gelu_tanh, scaled_out
 from .reference import NORM_EPS
 
 
@@ -30,7 +30,12 @@ def _norm_kernel(
     """Row: sum of parts in order, scaled, + bias, rounded to the residual's dtype, + residual, stored; then the norm."""
     row, columns = tl.program_id(0), tl.arange(0, BLOCK)
     inside = columns < D
+    # weights do not depend on the kernel before: they may be read while it still runs
     weight = tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
+    if MEAN:
+        offset = tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        constant = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -42,7 +47,7 @@ def _norm_kernel(
         if channel_scale is not None:
             branch *= tl.load(channel_scale + columns, mask=inside, other=0.0)
         if bias is not None:
-            branch += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+            branch += constant
         rounded = (y + branch.to(residual.dtype.element_ty).to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + row * D + columns, rounded, mask=inside)
         y = rounded.to(tl.float32)
@@ -50,10 +55,10 @@ def _norm_kernel(
         y = tl.where(inside, y - tl.sum(y, 0) / D, 0.0)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps)
     if MEAN:
-        y = y * weight + tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
+        y = y * weight + offset
     else:
         y = y * (1.0 + weight)
-    tl.store(out + row * D + columns, cast_out(y, out, out_inverse), mask=inside)
+    tl.store(out + row * D + columns, scaled_out(y, out_inverse).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -69,7 +74,9 @@ def _geglu_kernel(packed, channel_scale, out, out_inverse, F, BLOCK: tl.constexp
     if channel_scale is not None:
         gate *= tl.load(channel_scale + columns, mask=inside, other=0.0)
         up *= tl.load(channel_scale + F + columns, mask=inside, other=0.0)
-    tl.store(out + row * F + columns, cast_out(gelu_tanh(gate) * up, out, out_inverse), mask=inside)
+    tl.store(
+        out + row * F + columns, scaled_out(gelu_tanh(gate) * up, out_inverse).to(out.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit(do_not_specialize=["rope_rows"])
