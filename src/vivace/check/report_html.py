@@ -80,7 +80,7 @@ def raw(document: Mapping[str, Any], title: str = "everything that was recorded,
 def pairs(facts: Mapping[str, Any]) -> str:
     """Names and values, one level deep; deeper values are written as short JSON."""
     rows = [[esc(name), _value(value)] for name, value in facts.items()]
-    return table(["what", "value"], rows, text_columns=(0, 1))
+    return table(["what", "value"], rows, text_columns=(1,))
 
 
 def _value(value: Any) -> str:
@@ -88,6 +88,8 @@ def _value(value: Any) -> str:
         return esc({True: "yes", False: "no", None: "-"}[value])
     if isinstance(value, float):
         return num(value)
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, (Mapping, list)):
         text = json.dumps(_short(value))
         return f"<code>{esc(text[:400])}{'…' if len(text) > 400 else ''}</code>"

@@ -34,17 +34,17 @@ _RC = {
     "axes.titlelocation": "left", "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.8,
 }  # fmt: skip
 
-_LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 10, "handlelength": 1.3}
+_LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 9.5, "handlelength": 1.2}
 
 
 class Canvas:
     """One figure being drawn; `svg()` finishes it."""
 
-    def __init__(self, title: str, *, height: float = 3.1) -> None:
+    def __init__(self, title: str, *, height: float = 2.9) -> None:
         self._mpl = _matplotlib()
         with self._mpl.rc_context(_RC):
             self.figure = importlib.import_module("matplotlib.figure").Figure(
-                figsize=(5.6, height), layout="constrained"
+                figsize=(4.7, height), layout="constrained"
             )
             self.axes = self.figure.subplots()
             self.axes.set_title(title)
@@ -60,7 +60,7 @@ class Canvas:
 
 def stage_stack(engines: Mapping[str, Mapping[str, Any]], target_ms: float | None) -> str:
     """Mean milliseconds of the four stages, one bar per engine, and the budget as a line."""
-    canvas = Canvas("Where the time goes", height=1.5 + 0.5 * len(engines))
+    canvas = Canvas("Where the time goes", height=max(2.4, 1.5 + 0.5 * len(engines)))
     names = list(engines)
     left = np.zeros(len(names))
     for i, stage in enumerate(STAGES):
@@ -69,7 +69,7 @@ def stage_stack(engines: Mapping[str, Mapping[str, Any]], target_ms: float | Non
         canvas.axes.barh(names, width, left=left, color=colour, height=0.62, label=stage)
         left = left + np.nan_to_num(width)
     if target_ms is not None:
-        canvas.axes.axvline(target_ms, color=BAD, linestyle="--", linewidth=1.4, label=f"budget {target_ms:.0f} ms")
+        canvas.axes.axvline(target_ms, color=BAD, linestyle="--", linewidth=1.4, label="budget")
     canvas.axes.invert_yaxis()
     canvas.axes.grid(visible=False, axis="y")
     canvas.axes.set_xlabel("milliseconds, mean")
@@ -150,12 +150,10 @@ def robot_dims(robot: Mapping[str, Any]) -> str:
 
 def budget_bars(stages: Sequence[Mapping[str, Any]]) -> str:
     """Per stage: now, what an even shrink needs, and the roofline floor."""
-    canvas = Canvas("Now, needed, possible", height=3.1)
+    canvas = Canvas("Now, needed, possible")
     names = [str(stage["stage"]) for stage in stages]
     position = np.arange(len(names))
-    for i, (key, label) in enumerate(
-        (("ms", "now"), ("evenly_ms", "needed, if all shrink evenly"), ("floor_ms", "roofline floor"))
-    ):
+    for i, (key, label) in enumerate((("ms", "now"), ("evenly_ms", "needed, evenly"), ("floor_ms", "roofline floor"))):
         values = [number(stage.get(key)) for stage in stages]
         canvas.axes.bar(position + (i - 1) * 0.27, np.nan_to_num(values), width=0.25, color=SERIES[i], label=label)
     canvas.axes.set_xticks(position, names)
@@ -166,7 +164,7 @@ def budget_bars(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _legend_below(canvas: Canvas, columns: int) -> None:
-    canvas.figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, **_LEGEND)
+    canvas.figure.legend(loc="outside lower center", ncols=columns, columnspacing=0.9, **_LEGEND)
 
 
 def _equal(values: Sequence[float]) -> str:

@@ -142,6 +142,8 @@ def budget(document: Document) -> str:
     rows = []
     for stage in answer["stages"]:
         alone = "impossible" if stage["alone_ms"] is None else num(stage["alone_ms"])
+        if number(stage["alone_ms"]) < number(stage["floor_ms"]):  # false where either is missing
+            alone += " (below its floor)"
         factor = "" if stage["alone_factor"] is None else f"{num(stage['alone_factor'])}x"
         floor = "-" if stage["floor_ms"] is None else f"{num(stage['floor_ms'])} ({esc(stage['bound'])})"
         share = f"{100 * number(stage['share']):.1f} %"
