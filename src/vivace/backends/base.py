@@ -65,6 +65,9 @@ class BackendEntry:
 BACKENDS: dict[str, BackendEntry] = {
     "eager": BackendEntry("vivace.backends.eager", "plain PyTorch, op by op; the reference"),
     "compiled": BackendEntry("vivace.backends.compiled", "torch.compile, static shapes per prompt bucket"),
+    "cuda_graph": BackendEntry(
+        "vivace.backends.cuda_graph", "Triton kernels, captured as CUDA graphs per shape bucket"
+    ),
 }
 
 

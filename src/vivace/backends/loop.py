@@ -24,12 +24,17 @@ def run_flow(
     *,
     previous: PreviousChunk | None,
     trace: Trace | None,
+    committed: Tensor | None = None,
 ) -> Tensor:
-    """Integrate from noise [B, H, 32] with `step` (same contract as `Pi.denoise_step`); see Backend.denoise."""
+    """Integrate from noise [B, H, 32] with `step` (same contract as `Pi.denoise_step`); see Backend.denoise.
+
+    committed  as in `flow.sample`; None = derive it from `previous`
+    """
     context = model.suffix_context(cache, noise.shape[1])
-    committed = flow.committed_mask(previous, noise.shape[1], noise.device)
+    if committed is None:
+        committed = flow.committed_mask(previous, noise.shape[1], noise.device)
 
     def velocity_at(x: Tensor, index: int) -> Tensor:
         return step(x, table.at(index, committed), cache, context)
 
-    return flow.sample(velocity_at, noise, list(table.times), previous=previous, trace=trace)
+    return flow.sample(velocity_at, noise, list(table.times), previous=previous, committed=committed, trace=trace)

@@ -98,11 +98,15 @@ def sample(
     times: list[float],
     *,
     previous: PreviousChunk | None = None,
+    committed: Tensor | None = None,
     trace: Trace | None = None,
 ) -> Tensor:
-    """Integrate the flow.  velocity_at(x [B, H, 32], step) -> [B, H, 32]; noise float32 [B, H, 32] -> actions, float32."""
+    """Integrate the flow.  velocity_at(x [B, H, 32], step) -> [B, H, 32]; noise float32 [B, H, 32] -> actions, float32.
+
+    committed  bool [H], what `committed_mask` says if the caller has it on the device already
+    """
     dt = -1.0 / len(times)
-    clamped = committed_mask(previous, noise.shape[1], noise.device)
+    clamped = committed_mask(previous, noise.shape[1], noise.device) if committed is None else committed
     x = _clamp(noise, previous, clamped)
     if trace is not None:
         trace.x.append(x.clone())

@@ -1,6 +1,6 @@
 """The operations of the denoise loop as Triton kernels, behind the same table as everything else.
 
-Eight launches a layer: norm | qkv + rotary | attention parts | combine | o parts | sum + norm | gate_up + GeGLU | down parts
+Eight launches a layer: norm | qkv + rotary | attention parts | combine | o parts | sum + norm | gate_up, GeGLU | down parts
 (the sum of the down parts is in the norm of the next layer). `denoise_ops(base)` is `base` with these taking every call of
 at most MAX_ROWS token rows, which is the action expert; everything larger goes to `base`.
 
@@ -27,11 +27,11 @@ MAX_ROWS = 128
 class Tiles:
     """One cut per operation of the loop."""
 
-    qkv: Tile = Tile(16, 128)
-    o: Tile = Tile(32, 128, split_k=4, stages=5)
-    gate_up: Tile = Tile(32, 128)
-    down: Tile = Tile(32, 128, split_k=4, stages=5)
-    attention: AttentionTile = AttentionTile()
+    qkv: Tile
+    o: Tile
+    gate_up: Tile
+    down: Tile
+    attention: AttentionTile
     norm_warps: int = 4
 
 
@@ -51,11 +51,19 @@ TILES: dict[tuple[int, bool], Tiles] = {
         down=Tile(64, 128, split_k=8),
         attention=AttentionTile(rows=16),
     ),
-    (MAX_ROWS, False): Tiles(),
+    (MAX_ROWS, False): Tiles(
+        qkv=Tile(16, 128),
+        o=Tile(32, 128, split_k=4, stages=5),
+        gate_up=Tile(32, 128),
+        down=Tile(32, 128, split_k=4, stages=5),
+        attention=AttentionTile(),
+    ),
     (MAX_ROWS, True): Tiles(
         qkv=Tile(16, 256),
+        o=Tile(32, 128, split_k=4, stages=5),
         gate_up=Tile(32, 256),
         down=Tile(32, 256, split_k=4, stages=5),
+        attention=AttentionTile(),
     ),
 }
 

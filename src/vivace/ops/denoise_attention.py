@@ -37,7 +37,8 @@ class AttentionTile:
 
 @triton.jit(do_not_specialize=["S", "T", "prefix_blocks"])
 def _split_kernel(
-    q, k, v, past_k, past_v, q_stride, k_stride, v_stride, past_k_stride, past_v_stride, mask, out, lse, S, T, prefix_blocks, score_scale,
+    q, k, v, past_k, past_v, q_stride, k_stride, v_stride, past_k_stride, past_v_stride, mask, out, lse,
+    S, T, prefix_blocks, score_scale,
     GROUP: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip

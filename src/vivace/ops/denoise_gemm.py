@@ -50,12 +50,14 @@ def _operand(
 ):
     """[R, C] of a row-major matrix; zero outside it."""
     if BULK:
-        return source.load([row, column])
-    r, c = row + tl.arange(0, R), column + tl.arange(0, C)
-    inside = (r < rows)[:, None]
-    if not EVEN:
-        inside = inside & (c < columns)[None, :]
-    return tl.load(source + r[:, None] * columns + c[None, :], mask=inside, other=0.0)
+        block = source.load([row, column])
+    else:
+        r, c = row + tl.arange(0, R), column + tl.arange(0, C)
+        inside = (r < rows)[:, None]
+        if not EVEN:
+            inside = inside & (c < columns)[None, :]
+        block = tl.load(source + r[:, None] * columns + c[None, :], mask=inside, other=0.0)
+    return block
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def _product_kernel(
     HALF: tl.constexpr, ROTATED: tl.constexpr, BULK: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
     PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column tiles, split_k, row tiles). weight [N, K]; geglu: N = 2F. HALF = head_dim/2, ROTATED = heads that turn."""
+    """Grid (column tiles, split_k, row tiles). weight [N, K], geglu N = 2F; HALF = head_dim/2; ROTATED heads turn."""
     tile, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_M
     first = tile * BLOCK_N
     second = first + N // 2

@@ -70,7 +70,8 @@ def sum_norm(
     quantised = isinstance(into, Fp8Linear)
     out = torch.empty(M, D, dtype=torch.float8_e4m3fn if quantised else into.dtype, device=residual.device)
     total = residual if parts is None else torch.empty(M, D, dtype=torch.float32, device=residual.device)
-    scale, shift, rows, stride = norm.weight, None, 1, 0
+    scale: Tensor | None = norm.weight
+    shift, rows, stride = None, 1, 0
     if modulation is not None:
         scale, shift, rows, stride = modulation, modulation[:, D:], modulation.shape[0], modulation.stride(0)
     if gate is not None:

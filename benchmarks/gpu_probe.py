@@ -1,0 +1,453 @@
+"""Checks, tunes and times kernels and whole policies on one NVIDIA GPU, many variants in one process.
+
+    PYTHONPATH=src python benchmarks/gpu_probe.py --out results.json --phases denoise,tune,policy
+
+Right before fast: nothing is timed whose output was not compared with float32 on the same weights first. Every output
+buffer is poisoned with NaN in the checked run, and replays are compared bit by bit. Times are medians over replays of a
+CUDA graph on buffers whose content is random (boundary B0). Weights are random with outlier channels; speed does not
+depend on their values, and errors are only comparable within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vivace.backends import cuda_graph, eager
+from vivace.backends.loop import run_flow
+from vivace.config import EngineConfig, GemmaConfig, ModelConfig, VisionConfig
+from vivace.model.pi import Pi
+from vivace.ops import denoise
+from vivace.ops.denoise import Tiles
+from vivace.ops.denoise_attention import AttentionTile
+from vivace.ops.denoise_gemm import Tile
+from vivace.ops.table import OpTable, reference_ops
+from vivace.precision import calibrate, quantize
+from vivace.precision import plan as plans
+from vivace.precision.flavours import parameter_dtype
+from vivace.types import ModelInputs, PrefixCache
+
+DEVICE = torch.device("cuda")
+EXPERT_ONLY = ModelConfig(vision=VisionConfig(layers=1), prefix=GemmaConfig(layers=1, mlp_width=64), vocab_size=64)
+SETTINGS = {"3,200,50": (3, 200, 50), "3,16,50": (3, 16, 50), "2,0,63": (2, 0, 63), "2,48,10": (2, 48, 10),
+            "1,48,50": (1, 48, 50)}  # fmt: skip
+
+
+# --- random networks and requests ---------------------------------------------------------------------------------
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Pi:
+    """Full-size random weights in the bfloat16 flavour; one input channel in 64 is eight times as large."""
+    with torch.device("meta"):
+        model = Pi(config)
+    g = torch.Generator(device=DEVICE).manual_seed(seed)
+    for path, meta in list(model.named_parameters()):
+        name = path.replace(".qkv", ".attn.qkv").replace("vision.position", "vision.position.weight")
+        dtype = parameter_dtype(name, precision="bfloat16", flavour="openpi_torch")
+        value = torch.randn(meta.shape, generator=g, device=DEVICE, dtype=torch.float32)
+        value *= 0.1 if value.dim() == 1 or path == "embedding" else value.shape[-1] ** -0.5
+        if value.dim() == 2 and path != "embedding" and "modulation" not in path:
+            value[:, torch.arange(0, value.shape[1], 64)] *= 8.0
+        if ".norm" in path and "vision" in path and path.endswith("weight"):
+            value += 1.0
+        owner = model.get_submodule(path.rpartition(".")[0])
+        setattr(owner, path.rpartition(".")[2], nn.Parameter(value.to(dtype), requires_grad=False))
+    return model.eval()
+
+
+def float32_copy(model: Pi) -> Pi:
+    """The same (rounded) weights in float32 with reference operations: the truth of this run."""
+    wide = copy.deepcopy(model).float()
+    wide.ops = reference_ops()
+    return wide
+
+
+def random_cache(config: ModelConfig, S: int, seed: int) -> PrefixCache:
+    g = torch.Generator(device=DEVICE).manual_seed(seed)
+    shape = (1, S, 1, config.expert.head_dim)
+    make = lambda: torch.randn(shape, generator=g, device=DEVICE).bfloat16()  # noqa: E731
+    layers = range(config.expert.layers)
+    return PrefixCache(tuple(make() for _ in layers), tuple(make() for _ in layers), torch.tensor([S], device=DEVICE))
+
+
+def wide_cache(cache: PrefixCache) -> PrefixCache:
+    return replace(cache, k=tuple(k.float() for k in cache.k), v=tuple(v.float() for v in cache.v))
+
+
+def request(setting: tuple[int, int, int], config: ModelConfig, seed: int) -> tuple[ModelInputs, Tensor]:
+    V, L, H = setting
+    g = torch.Generator(device=DEVICE).manual_seed(seed)
+    images = torch.randint(0, 256, (1, V, 3, 224, 224), dtype=torch.uint8, generator=g, device=DEVICE)
+    tokens = torch.randint(0, config.vocab_size, (1, L), generator=g, device=DEVICE)
+    return ModelInputs(images, tokens), torch.randn(1, H, 32, generator=g, device=DEVICE)
+
+
+# --- checks and clocks --------------------------------------------------------------------------------------------
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Every new buffer starts as NaN (E4M3: 0x7F, which is NaN too)."""
+    real = torch.empty
+
+    def empty(*shape: Any, **kwargs: Any) -> Tensor:
+        made = real(*shape, **kwargs)
+        if made.is_cuda and made.dtype == torch.float8_e4m3fn:
+            made.view(torch.uint8).fill_(0x7F)
+        elif made.is_cuda and made.is_floating_point():
+            made.fill_(float("nan"))
+        return made
+
+    torch.empty = empty  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.empty = real
+
+
+def captured(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    torch.cuda.synchronize()
+    return graph, result
+
+
+def replay_ms(replay: Callable[[], Any], n: int = 40) -> dict[str, float]:
+    for _ in range(5):
+        replay()
+    times = []
+    for _ in range(n):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    times.sort()
+    return {"p50": statistics.median(times), "p95": times[int(0.95 * n)], "min": times[0], "n": n}
+
+
+def kernel_times(replay: Callable[[], Any]) -> dict[str, list[float]]:
+    """{kernel: [count, mean us]} of one replay; with programmatic launch a duration includes the wait."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        replay()
+        torch.cuda.synchronize()
+    rows = {
+        e.key[:60]: [e.count, round(e.self_device_time_total / e.count, 2)] for e in profile.key_averages() if e.count
+    }
+    return dict(sorted(rows.items(), key=lambda row: -row[1][0] * row[1][1])[:25])
+
+
+# --- the denoise loop alone -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Loop:
+    """One denoise loop on a random cache, with its float32 truth."""
+
+    model: Pi
+    T: int
+    S: int
+    cache: PrefixCache
+    noise: Tensor
+    truth: Tensor
+    table: Any
+    rows: dict[str, Any]
+
+    def run(self, ops: OpTable) -> Tensor:
+        self.model.ops = ops
+        return run_flow(
+            self.model, self.model.denoise_step, self.table, self.cache, self.noise, previous=None, trace=None
+        )
+
+    def ms(self, tiles: Tiles, *, n: int = 25, limit: float = 1.0) -> float:
+        """Checked, then timed. Infinite where the variant is wrong, does not fit, or does not compile."""
+        try:
+            graph, out = captured(lambda: self.run(denoise.denoise_ops(reference_ops(), tiles)))
+        except Exception as failure:  # noqa: BLE001  a variant that does not fit is a result here
+            self.rows[str(tiles)[-60:]] = repr(failure)[:200]
+            return float("inf")
+        graph.replay()
+        torch.cuda.synchronize()
+        if not error(out, self.truth) < limit:
+            return float("inf")
+        return replay_ms(graph.replay, n)["p50"]
+
+
+def make_loop(T: int, S: int, fp8: bool, seed: int) -> Loop:
+    model = random_model(EXPERT_ONLY, seed)
+    cache = random_cache(EXPERT_ONLY, S, seed + 1)
+    noise = torch.randn(1, T, 32, device=DEVICE, generator=torch.Generator(device=DEVICE).manual_seed(seed + 2))
+    with torch.no_grad():
+        wide = float32_copy(model)
+        table = wide.time_table(10)
+        truth = run_flow(wide, wide.denoise_step, table, wide_cache(cache), noise, previous=None, trace=None)
+        table = model.time_table(10)
+        model.ops = reference_ops()
+        plain = run_flow(model, model.denoise_step, table, cache, noise, previous=None, trace=None)
+        rows: dict[str, Any] = {"T": T, "S": S, "fp8": fp8, "error_plain_bf16": error(plain, truth)}
+        rows["error_of_returning_noise"] = error(noise, truth)
+        if fp8:
+            with calibrate.watch(model) as ranges:
+                run_flow(model, model.denoise_step, table, cache, noise * 0.9, previous=None, trace=None)
+            quantize.apply(model, calibrate.with_ranges(plans.preset("fp8-expert"), ranges, data="synthetic: probe"))
+            fake = run_flow(model, model.denoise_step, table, cache, noise, previous=None, trace=None)
+            rows["error_fp8_reference"] = error(fake, truth)
+        del wide
+    return Loop(model, T, S, cache, noise, truth, table, rows)
+
+
+def check_loop(loop: Loop, tiles: Tiles, replays: int = 200) -> dict[str, Any]:
+    ops = denoise.denoise_ops(reference_ops(), tiles)
+    with poisoned():
+        eager_out = loop.run(ops)
+    graph, out = captured(lambda: loop.run(ops))
+    graph.replay()
+    torch.cuda.synchronize()
+    first = out.clone()
+    same = 0
+    for _ in range(replays):
+        out.fill_(float("nan"))
+        graph.replay()
+        same += int(torch.equal(out, first))
+    row = {
+        "error": error(first, loop.truth), "eager_equals_graph": bool(torch.equal(eager_out, first)),
+        "bit_identical_replays": f"{same}/{replays}", **replay_ms(graph.replay, 60),
+    }  # fmt: skip
+    row["kernels"] = kernel_times(graph.replay)
+    return row
+
+
+def candidates(rows: int, fp8: bool) -> dict[str, list[Any]]:
+    wide = 256 if fp8 else 128
+    out: dict[str, list[Any]] = {"qkv": [], "o": [], "gate_up": [], "down": [], "attention": [], "norm_warps": [2, 8]}
+    for bulk in (False, True):
+        for bk, stages in (
+            (wide // 2, 6),
+            (wide, 3),
+            (wide, 4),
+            (wide, 5),
+            (2 * wide, 2),
+            (2 * wide, 3),
+            (2 * wide, 4),
+        ):
+            out["qkv"] += [Tile(bn, bk, 1, w, stages, bulk) for bn in (16, 32) for w in (4,)]
+            out["gate_up"] += [Tile(bn, bk, 1, w, stages, bulk) for bn in (16, 32) for w in (4,)]
+            for bn, split in ((32, 4), (64, 8), (64, 4), (32, 8)):
+                out["o"] += [Tile(bn, bk, split, 4, stages, bulk)]
+                out["down"] += [Tile(bn, bk, split, 4, stages, bulk)]
+    r = 16 if rows <= 16 else 64
+    for keys, warps in ((64, 4), (64, 8), (128, 8), (32, 4), (128, 4)):
+        for parts in (torch.float32, torch.bfloat16):
+            for combine in ((1, 4), (2, 4), (2, 8), (4, 8)):
+                out["attention"].append(AttentionTile(r, keys, warps, *combine, parts))
+    return out
+
+
+def fits(field: str, tile: Any, rows: int, fp8: bool) -> bool:
+    """Shared memory of the pipeline under 200 KB, no stage beyond the work."""
+    if not isinstance(tile, Tile):
+        return True
+    accumulators = 2 if field in ("qkv", "gate_up") else 1
+    stage = (max(16, min(64, rows)) + accumulators * tile.block_n) * tile.block_k * (1 if fp8 else 2)
+    K = {"qkv": 1024, "gate_up": 1024, "o": 2048, "down": 4096}[field]
+    steps = K // (tile.block_k * tile.split_k)
+    return (
+        stage * tile.stages <= 200_000 and K % (tile.block_k * tile.split_k) == 0 and tile.stages <= max(2, steps + 1)
+    )
+
+
+def tune(loop: Loop, start: Tiles, *, seconds: float, fp8: bool) -> tuple[Tiles, dict[str, Any]]:
+    """Coordinate descent over the cuts, each measured inside the whole loop."""
+    found: dict[str, Any] = {}
+    best, best_ms = start, loop.ms(start)
+    found["start"] = best_ms
+    begin = time.perf_counter()
+    lists = candidates(loop.T, fp8)
+    order = ("gate_up", "down", "qkv", "o", "attention", "norm_warps")
+    flat = [(f, t) for f in order for t in lists[f] if fits(f, t, loop.T, fp8)]
+    for field in order:
+        share = seconds * (begin + seconds - time.perf_counter() > 0)
+        trials = [t for f, t in flat if f == field and t != getattr(best, field)]
+        precompile(loop, [replace(start, **{field: t}) for t in trials])
+        stop = time.perf_counter() + share / len(order)
+        for trial in trials:
+            if time.perf_counter() > stop:
+                found[f"{field} out of time"] = 1
+                break
+            ms = loop.ms(replace(best, **{field: trial}), n=15)
+            found[f"{field} {short(trial)}"] = round(ms, 4)
+            if ms < best_ms - 0.01:
+                best, best_ms = replace(best, **{field: trial}), ms
+    found["best"] = best_ms
+    return best, found
+
+
+def short(tile: Any) -> str:
+    if isinstance(tile, Tile):
+        return f"bn{tile.block_n} bk{tile.block_k} k{tile.split_k} w{tile.warps} s{tile.stages}{' bulk' if tile.bulk else ''}"
+    if isinstance(tile, AttentionTile):
+        return (
+            f"r{tile.rows} k{tile.keys} w{tile.warps} c{tile.combine_rows}/{tile.combine_warps} {str(tile.parts)[6:]}"
+        )
+    return str(tile)
+
+
+def precompile(loop: Loop, variants: list[Tiles]) -> None:
+    """Compile in threads by running one step of each; outputs are thrown away."""
+    context = loop.model.suffix_context(loop.cache, loop.T)
+
+    def one(tiles: Tiles) -> None:
+        model = copy.copy(loop.model)
+        model.ops = denoise.denoise_ops(reference_ops(), tiles)
+        model._modules = dict(loop.model._modules)
+        model.expert = copy.copy(loop.model.expert)
+        model.expert.config = replace(loop.model.expert.config, layers=1)
+        try:
+            with torch.no_grad():
+                model.denoise_step(loop.noise, loop.table.at(0), loop.cache, context)
+        except Exception:  # noqa: BLE001  counted where it is timed
+            return
+
+    with ThreadPoolExecutor(14) as pool:
+        list(pool.map(one, variants))
+    torch.cuda.synchronize()
+
+
+# --- whole policies -----------------------------------------------------------------------------------------------
+
+
+def policy_phase(settings: list[str], names: list[str], report: dict[str, Any]) -> None:
+    """Every setting and plan through the cuda_graph backend, against float32 on the same weights."""
+    config = ModelConfig()
+    truth, plain = {}, {}
+    model = random_model(config)
+    wide = float32_copy(model)
+    requests = {s: request(SETTINGS[s], config, 7) for s in settings}
+    engine = EngineConfig(num_denoise_steps=10, prompt_bucket=8)
+    ranges = None
+    for s, (inputs, noise) in requests.items():
+        backend = eager.create(wide, engine)
+        truth[s] = backend.denoise(backend.prefill(inputs), noise)
+        backend = eager.create(model, engine)
+        plain[s] = error(backend.denoise(backend.prefill(inputs), noise), truth[s])
+    del wide
+    with calibrate.watch(model) as ranges:
+        other, noise = request((3, 200, 50), config, 99)
+        backend = eager.create(model, engine)
+        backend.denoise(backend.prefill(other), noise)
+    for name in names:
+        plan = calibrate.with_ranges(plans.preset(name), ranges, data="synthetic: probe")
+        quantize.apply(model, plan)
+        made = cuda_graph.create(model, engine)
+        for s, (inputs, noise) in requests.items():
+            report[f"{s} {name}"] = policy_row(made, inputs, noise, truth[s], plain[s])
+            print(s, name, {k: v for k, v in report[f"{s} {name}"].items() if k != "kernels"}, flush=True)
+        if name != names[-1] and plan.rules:
+            model = random_model(config)
+
+
+def policy_row(made: Any, inputs: ModelInputs, noise: Tensor, truth: Tensor, plain: float) -> dict[str, Any]:
+    actions = made.denoise(made.prefill(inputs), noise)
+    whole = made.infer(inputs, noise)
+    replay = made.graph_of(inputs, noise)
+    same = sum(torch.equal(made.infer(inputs, noise), whole) for _ in range(50))
+    changed = replace(inputs, images=255 - inputs.images)
+    fresh = not torch.equal(made.infer(changed, noise), whole)
+    made.infer(inputs, noise)
+    slot = made._slot(cuda_graph.bucket_of(inputs, step=made._step))
+    flow_graph = next(iter(slot.flows.values()))[1]
+    return {
+        "p50": replay_ms(replay, 60), "vision": replay_ms(slot.vision.replay, 40)["p50"],
+        "prefix": replay_ms(slot.prefix.replay, 40)["p50"], "denoise": replay_ms(flow_graph.replay, 40)["p50"],
+        "error": error(whole, truth), "error_plain_bf16": plain, "stages_equal_whole": bool(torch.equal(actions, whole)),
+        "bit_identical": f"{same}/50", "fresh": fresh, "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "cosine": float(torch.nn.functional.cosine_similarity(whole.flatten(), truth.flatten(), dim=0)),
+        "kernels": kernel_times(replay),
+    }  # fmt: skip
+
+
+def loop_phase(index: int, text: str, tuned: bool, seconds: float, report: dict[str, Any]) -> None:
+    """One denoise loop: checked and timed as it is, then tuned, then checked again."""
+    T, S, kind = text.split(":")
+    fp8 = kind == "fp8"
+    loop = make_loop(int(T), int(S), fp8, seed=index)
+    start = denoise.TILES[(16 if int(T) <= 16 else denoise.MAX_ROWS, fp8)]
+    row = report[text] = {**loop.rows, "default": check_loop(loop, start)}
+    print(text, {k: v for k, v in row.items() if k != "default"}, json.dumps(row["default"]), flush=True)
+    if tuned:
+        best, row["tuned"] = tune(loop, start, seconds=seconds, fp8=fp8)
+        row["best_tiles"], row["failures"] = {k: short(v) for k, v in vars(best).items()}, loop.rows
+        row["best"] = check_loop(loop, best)
+        print(text, "best", row["best_tiles"], json.dumps(row["best"]), flush=True)
+
+
+def guarded(phase: Callable[..., None], *args: Any) -> None:
+    """A phase that fails is printed and does not take the next one with it."""
+    try:
+        phase(*args)
+    except Exception:  # noqa: BLE001
+        traceback.print_exc()
+
+
+def environment() -> dict[str, Any]:
+    import triton
+
+    smi = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {"gpu": smi.stdout.strip(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
+            "python": sys.version.split()[0]}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--phases", default="denoise,policy")
+    parser.add_argument("--loops", default="50:968:bf16,50:968:fp8,10:560:bf16,10:560:fp8")
+    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--settings", default="3,200,50")
+    parser.add_argument("--plans", default="bf16")
+    args = parser.parse_args()
+    report: dict[str, Any] = {"environment": environment(), "denoise": {}, "policy": {}}
+    phases, begin = args.phases.split(","), time.perf_counter()
+    try:
+        for index, text in enumerate(args.loops.split(",") if {"denoise", "tune"} & set(phases) else []):
+            guarded(loop_phase, index, text, "tune" in phases, args.seconds, report["denoise"])
+            torch.cuda.empty_cache()
+            print(f"-- {time.perf_counter() - begin:.0f} s", flush=True)
+        if "policy" in phases:
+            torch.cuda.empty_cache()
+            guarded(policy_phase, args.settings.split(";"), args.plans.split(","), report["policy"])
+    finally:
+        with open(args.out, "w") as file:
+            json.dump(report, file, indent=1, default=str)
+    print(f"-- {time.perf_counter() - begin:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

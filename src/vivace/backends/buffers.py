@@ -1,0 +1,124 @@
+"""The fixed addresses that captured graphs read: one record per shape bucket, filled from each request.
+
+A request may be smaller than its bucket: the prompt is padded on the right and the padding masked. The masks live on the
+device as data, so a prompt whose length changes from frame to frame changes a few bytes and no graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..types import ModelInputs, PreviousChunk
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The static shape of one request.
+
+    masked  False: the prompt fills the bucket and nothing is masked, so no mask is read anywhere
+    """
+
+    batch: int
+    views: int
+    tokens: int
+    pixels: torch.dtype
+    masked: bool
+
+    @property
+    def label(self) -> str:
+        """For people: "1x3 views + 48 tokens, masked"."""
+        return f"{self.batch}x{self.views} views + {self.tokens} tokens{', masked' if self.masked else ''}"
+
+
+@dataclass(frozen=True)
+class InputBuffers:
+    """Device memory of one bucket's inputs; `inputs` is what the captured model sees."""
+
+    images: Tensor
+    tokens: Tensor
+    view_mask: Tensor
+    token_mask: Tensor
+    state: Tensor
+    masked: bool
+
+    @property
+    def inputs(self) -> ModelInputs:
+        """The buffers as a request."""
+        masks = (self.view_mask, self.token_mask) if self.masked else (None, None)
+        return ModelInputs(self.images, self.tokens, *masks, state=self.state)
+
+    def fill(self, request: ModelInputs) -> None:
+        """Copy a request in; asynchronous. Whatever the last request left beyond the new prompt is masked, not read."""
+        L = request.tokens.shape[1]
+        self.images.copy_(request.images, non_blocking=True)
+        self.tokens[:, :L].copy_(request.tokens, non_blocking=True)
+        if request.state is not None:
+            self.state.copy_(request.state, non_blocking=True)
+        if not self.masked:
+            return
+        self.token_mask[:, L:].fill_(False)
+        _fill_mask(self.token_mask[:, :L], request.token_mask)
+        _fill_mask(self.view_mask, request.view_mask)
+
+
+@dataclass(frozen=True)
+class FlowBuffers:
+    """What the denoise graph reads: noise, and for real-time chunking the older chunk."""
+
+    noise: Tensor
+    older: Tensor
+    delay: Tensor
+    weights: Tensor
+
+    def fill(self, noise: Tensor, previous: PreviousChunk | None) -> None:
+        """Copy one request's noise and older chunk in; asynchronous."""
+        self.noise.copy_(noise, non_blocking=True)
+        if previous is None:
+            return
+        self.older.copy_(previous.actions, non_blocking=True)
+        self.delay.fill_(previous.inference_delay)
+        if previous.weights is not None:
+            self.weights.copy_(previous.weights, non_blocking=True)
+
+
+def input_buffers(bucket: Bucket, *, image_size: int, state_width: int, device: torch.device) -> InputBuffers:
+    """Zeroed buffers of one bucket, everything masked out."""
+    B, V, L = bucket.batch, bucket.views, bucket.tokens
+    return InputBuffers(
+        images=torch.zeros(B, V, 3, image_size, image_size, dtype=bucket.pixels, device=device),
+        tokens=torch.zeros(B, L, dtype=torch.int64, device=device),
+        view_mask=torch.ones(B, V, dtype=torch.bool, device=device),
+        token_mask=torch.ones(B, L, dtype=torch.bool, device=device),
+        state=torch.zeros(B, state_width, dtype=torch.float32, device=device),
+        masked=bucket.masked,
+    )
+
+
+def flow_buffers(batch: int, horizon: int, width: int, device: torch.device) -> FlowBuffers:
+    """Zeroed buffers for one batch size and horizon."""
+    noise = torch.zeros(batch, horizon, width, device=device)
+    return FlowBuffers(
+        noise=noise,
+        older=torch.zeros_like(noise),
+        delay=torch.zeros((), dtype=torch.int64, device=device),
+        weights=torch.zeros(horizon, device=device),
+    )
+
+
+def bucket_of(request: ModelInputs, *, step: int) -> Bucket:
+    """The bucket of a request: its prompt rounded up to a multiple of `step` tokens."""
+    B, V = request.images.shape[:2]
+    L = request.tokens.shape[1]
+    size = -(-L // step) * step
+    masked = size != L or request.view_mask is not None or request.token_mask is not None
+    return Bucket(B, V, size, request.images.dtype, masked)
+
+
+def _fill_mask(target: Tensor, mask: Tensor | None) -> None:
+    if mask is None:
+        target.fill_(True)
+    else:
+        target.copy_(mask, non_blocking=True)

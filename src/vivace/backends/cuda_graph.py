@@ -1,0 +1,253 @@
+"""The whole policy as CUDA graphs: a replay launches everything at once, allocates nothing and asks the host nothing.
+
+Per shape bucket (batch, views, prompt bucket, pixel type, masked or not) there are graphs of the two stages that robots
+time apart, vision and prefix; per bucket, horizon and kind of chunking one of all denoise steps; and one of everything,
+`infer`, from pixels to actions. All share one memory pool, and run on one stream, one after the other.
+
+What depends on the request is data in fixed buffers: pixels, tokens, masks, noise, the older chunk and its delay. What
+depends on nothing is made once: packed weights, the modulation of every step. Graphs are captured when a bucket is first
+seen (or by `warm_up`), at most `MAX_BUCKETS` of them; the one unused for longest goes first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import EngineConfig
+from ..errors import ShapeError, Unsupported
+from ..model import flow
+from ..model.pi import Pi
+from ..ops.table import OpTable
+from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
+from .buffers import Bucket, FlowBuffers, InputBuffers, bucket_of, flow_buffers, input_buffers
+from .loop import run_flow
+from .spans import Spans, span
+
+MAX_BUCKETS = 16
+WARM_UP_CALLS = 2  # before a capture: compiles kernels, lets libraries make their handles and workspaces
+
+FlowKey = tuple[int, str, float]  # horizon, "plain" | "trained" | "guided", max_guidance
+
+
+def why_not(*, device: str) -> str | None:
+    """None if it can run on `device`."""
+    if not device.startswith("cuda"):
+        return f"CUDA graphs need an NVIDIA GPU, not {device}"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    return None
+
+
+@dataclass
+class Captured:
+    """One graph and what it returns; the returned tensors keep their addresses for as long as this lives."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Any
+
+    def replay(self) -> Any:
+        """Run it again on what the buffers hold now."""
+        self.graph.replay()
+        return self.result
+
+
+@dataclass
+class Slot:
+    """Everything that belongs to one bucket."""
+
+    bucket: Bucket
+    buffers: InputBuffers
+    vision: Captured | None = None
+    prefix: Captured | None = None
+    flows: dict[FlowKey, tuple[FlowBuffers, Captured]] = field(default_factory=dict)
+    whole: dict[int, tuple[FlowBuffers, Captured]] = field(default_factory=dict)
+
+
+class CudaGraphBackend:
+    """See the module's docstring. `ops` executes the model; `model.ops` is replaced by it."""
+
+    name = "cuda_graph"
+
+    def __init__(self, model: Pi, config: EngineConfig, *, ops: OpTable) -> None:
+        self.model, self._step = model, config.prompt_bucket
+        model.ops = ops
+        with torch.no_grad():
+            self._table = model.time_table(config.steps)
+        self._slots: OrderedDict[Bucket, Slot] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captures = 0
+
+    # --- Backend --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(self, inputs: ModelInputs, *, trace: Trace | None = None, spans: Spans | None = None) -> PrefixCache:
+        """See Backend.prefill. The cache lies in the bucket's own memory until its next prefill."""
+        slot = self._slot(bucket_of(inputs, step=self._step))
+        slot.buffers.fill(inputs)
+        model, seen = self.model, slot.buffers.inputs
+        if slot.vision is None or slot.prefix is None:
+            slot.vision = self._capture(lambda: model.embed_views(seen.images))
+            slot.prefix = self._capture(lambda: self._prefix(seen, slot.vision.result))  # type: ignore[union-attr]
+        with span(spans, "vision"):
+            views = slot.vision.replay()
+        with span(spans, "prefix"):
+            embeds, cache = slot.prefix.replay()
+        if trace is not None:
+            trace.vision_tokens, trace.prefix_embeds = (
+                views.clone(),
+                embeds[:, : views.shape[1] + inputs.tokens.shape[1]],
+            )
+        made: PrefixCache = cache
+        return made
+
+    @torch.no_grad()
+    def denoise(
+        self, cache: PrefixCache, noise: Tensor, *, previous: PreviousChunk | None = None, trace: Trace | None = None,
+        spans: Spans | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See Backend.denoise. The actions are a copy: the next call does not change them."""
+        flow.committed_mask(previous, noise.shape[1], noise.device)  # refuses a delay outside the chunk
+        if trace is not None:  # the same kernels on the same data, one by one: the same bits
+            with span(spans, "denoise"):
+                return run_flow(
+                    self.model, self.model.denoise_step, self._table, cache, noise, previous=previous, trace=trace
+                )
+        slot = self._owner(cache)
+        key = (noise.shape[1], previous.mode if previous else "plain", previous.max_guidance if previous else 0.0)
+        if key not in slot.flows:
+            buffers = self._flow_buffers(noise)
+            buffers.fill(noise, previous)
+            seen = slot.prefix.result[1]  # type: ignore[union-attr]
+            slot.flows[key] = buffers, self._capture(lambda: self._flow(seen, buffers, key))
+        buffers, captured = slot.flows[key]
+        buffers.fill(noise, previous)
+        with span(spans, "denoise"):
+            actions: Tensor = captured.replay()
+        return actions.clone()
+
+    @torch.no_grad()
+    def infer(self, inputs: ModelInputs, noise: Tensor) -> Tensor:
+        """From pixels to actions in one replay (no real-time chunking).  noise float32 [B, H, 32] -> [B, H, 32]."""
+        slot = self._slot(bucket_of(inputs, step=self._step))
+        slot.buffers.fill(inputs)
+        horizon = noise.shape[1]
+        if horizon not in slot.whole:
+            buffers = self._flow_buffers(noise)
+            slot.whole[horizon] = buffers, self._capture(lambda: self._everything(slot.buffers.inputs, buffers))
+        buffers, captured = slot.whole[horizon]
+        buffers.fill(noise, None)
+        actions: Tensor = captured.replay()
+        return actions.clone()
+
+    def graph_of(self, inputs: ModelInputs, noise: Tensor) -> Callable[[], Any]:
+        """The bare replay behind `infer`, for measurements at the boundary B0; captures it if need be."""
+        self.infer(inputs, noise)
+        return self._slot(bucket_of(inputs, step=self._step)).whole[noise.shape[1]][1].replay
+
+    def warm_up(self, requests: list[tuple[ModelInputs, Tensor]]) -> None:
+        """Capture the graphs of these requests' buckets before a robot waits for them."""
+        for inputs, noise in requests:
+            self.denoise(self.prefill(inputs), noise)
+
+    def describe(self) -> dict[str, Any]:
+        """See Backend.describe."""
+        return {
+            "prompt_bucket": self._step,
+            "buckets": [bucket.label for bucket in self._slots],
+            "graphs_captured": self._captures,
+            "max_buckets": MAX_BUCKETS,
+        }
+
+    # --- what the graphs contain ----------------------------------------------------------------------------------
+
+    def _prefix(self, inputs: ModelInputs, views: Tensor) -> tuple[Tensor, PrefixCache]:
+        embeds, mask = self.model.embed_prefix(inputs, views)
+        return embeds, self.model.prefill(embeds, mask, state=inputs.state)
+
+    def _flow(self, cache: PrefixCache, buffers: FlowBuffers, key: FlowKey) -> Tensor:
+        horizon, mode, max_guidance = key
+        previous = committed = None
+        if mode == "trained":
+            previous = PreviousChunk(buffers.older, 0, "trained")
+            committed = torch.arange(horizon, device=buffers.delay.device) < buffers.delay
+        elif mode == "guided":
+            previous = PreviousChunk(buffers.older, 0, "guided", buffers.weights, max_guidance)
+        return run_flow(
+            self.model, self.model.denoise_step, self._table, cache, buffers.noise,
+            previous=previous, committed=committed, trace=None,
+        )  # fmt: skip
+
+    def _everything(self, inputs: ModelInputs, buffers: FlowBuffers) -> Tensor:
+        _, cache = self._prefix(inputs, self.model.embed_views(inputs.images))
+        return self._flow(cache, buffers, (buffers.noise.shape[1], "plain", 0.0))
+
+    # --- slots and captures -----------------------------------------------------------------------------------------
+
+    def _slot(self, bucket: Bucket) -> Slot:
+        if bucket in self._slots:
+            self._slots.move_to_end(bucket)
+            return self._slots[bucket]
+        if len(self._slots) >= MAX_BUCKETS:
+            torch.cuda.synchronize()
+            self._slots.popitem(last=False)
+        config = self.model.config
+        buffers = input_buffers(
+            bucket, image_size=config.vision.image_size, state_width=config.action_width, device=self.model.device
+        )
+        self._slots[bucket] = Slot(bucket, buffers)
+        return self._slots[bucket]
+
+    def _owner(self, cache: PrefixCache) -> Slot:
+        for slot in self._slots.values():
+            if slot.prefix is not None and slot.prefix.result[1] is cache:
+                return slot
+        raise ShapeError(
+            "this cache was not made by this backend, or its bucket is gone",
+            got=f"{cache.k[0].shape[1]} keys", do="call prefill and denoise in turn, or use the eager backend",
+        )  # fmt: skip
+
+    def _flow_buffers(self, noise: Tensor) -> FlowBuffers:
+        return flow_buffers(noise.shape[0], noise.shape[1], noise.shape[2], self.model.device)
+
+    def _capture(self, work: Callable[[], Any]) -> Captured:
+        """Warm `work` up on a side stream, then record it. Raises Unsupported if it cannot be recorded."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_CALLS):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = work()
+        except torch.cuda.OutOfMemoryError as error:
+            raise Unsupported(
+                "no memory left for another graph",
+                got=str(error).split("\n")[0],
+                do="use fewer buckets or a smaller plan",
+            ) from error
+        self._captures += 1
+        return Captured(graph, result)
+
+
+def create(model: Pi, config: EngineConfig) -> CudaGraphBackend:
+    """Registry constructor: the prefill kernels for large calls, the denoise kernels for small ones."""
+    from ..ops import denoise, prefill
+
+    if reason := denoise.why_not(head_dim=model.config.expert.head_dim, device=model.device):
+        raise Unsupported("the denoise kernels cannot run", got=reason, do="choose another --backend")
+    return CudaGraphBackend(model, config, ops=denoise.denoise_ops(prefill.prefill_ops(model)))
