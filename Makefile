@@ -15,6 +15,8 @@ $(VENV)/.installed: requirements/dev.txt pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/dev.txt
 	# openpi's client pins numpy < 2 without needing it
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps openpi-client==0.1.2
+	# a CPU build of torch brings no Triton; its interpreter runs the kernels' logic in the tests
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps triton==3.6.0
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 

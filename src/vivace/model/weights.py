@@ -90,8 +90,10 @@ def load(
     _audit(places, tensors, config)
     parameters = _materialise(model, places, device, dtype_of)
     damaged = []
-    for count, (name, slot) in enumerate(places.items(), start=1):
-        value = tensors[name].read(device)
+    # in the checkpoint's own order: neighbours may share a stored array that is decoded once
+    wanted = [name for name in tensors if name in places]
+    for count, name in enumerate(wanted, start=1):
+        slot, value = places[name], tensors[name].read(device)
         if not bool(torch.isfinite(value).all()):
             damaged.append(name)
             continue
@@ -99,7 +101,7 @@ def load(
         target[slot.start : slot.start + slot.count].copy_(value.reshape(slot.count, *target.shape[1:]))
         del value
         if progress is not None:
-            progress(count, len(places))
+            progress(count, len(wanted))
     if damaged:
         raise CheckpointError("tensors with NaN or infinity", got=_some(damaged), do="restore the file from its source")
     return model.requires_grad_(False).eval()
