@@ -1,0 +1,189 @@
+"""Buffers and buckets (CPU), and the graph backend on a GPU: same answers as float32, same bits every time, never stale."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+from tiny import build, random_tensors, tiny_config
+
+from vivace.backends import base, buffers, eager
+from vivace.config import EngineConfig, GemmaConfig, VisionConfig
+from vivace.errors import ShapeError
+from vivace.precision.flavours import parameter_dtype
+from vivace.types import ModelInputs, PreviousChunk
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def request(tokens=5, views=2, size=56, seed=0, device="cpu"):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (1, views, 3, size, size), dtype=torch.uint8, generator=g)
+    return ModelInputs(images.to(device), torch.randint(0, 64, (1, tokens), generator=g).to(device))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "masked", "wanted"), [(5, False, (16, True)), (16, False, (16, False)), (16, True, (16, True)), (17, False, (32, True)),
+                                     (0, False, (0, False))],
+)  # fmt: skip
+def test_prompt_is_rounded_up_and_masked_only_when_it_must_be(tokens, masked, wanted):
+    inputs = request(tokens)
+    if masked:
+        inputs = replace(inputs, token_mask=torch.ones(1, tokens, dtype=torch.bool))
+    bucket = buffers.bucket_of(inputs, step=16)
+    assert (bucket.tokens, bucket.masked) == wanted
+
+
+def test_a_shorter_request_leaves_nothing_of_the_longer_one_visible():
+    long, short = request(14, seed=1), request(3, seed=2)
+    bucket = buffers.bucket_of(long, step=16)
+    made = buffers.input_buffers(bucket, image_size=56, state_width=32, device=torch.device("cpu"))
+    made.fill(long)
+    made.fill(short)
+    assert made.inputs.token_mask.tolist() == [[True] * 3 + [False] * 13]
+    assert torch.equal(made.inputs.tokens[:, :3], short.tokens)
+    assert torch.equal(made.inputs.images, short.images)
+    made.fill(replace(long, view_mask=torch.tensor([[True, False]])))
+    assert made.inputs.view_mask.tolist() == [[True, False]]
+    made.fill(short)
+    assert made.inputs.view_mask.tolist() == [[True, True]]
+
+
+def test_padded_bucket_gives_the_same_actions():
+    """What the masks promise, on the reference backend: padding changes nothing but the order of float32 sums."""
+    config = tiny_config("pi05")
+    backend = eager.create(build(config, random_tensors(config)), EngineConfig(num_denoise_steps=2))
+    inputs, noise = request(5), torch.randn(1, config.horizon, 32)
+    made = buffers.input_buffers(
+        buffers.bucket_of(inputs, step=16), image_size=56, state_width=32, device=torch.device("cpu")
+    )
+    made.fill(inputs)
+    padded = backend.denoise(backend.prefill(made.inputs), noise)
+    assert (padded - backend.denoise(backend.prefill(inputs), noise)).abs().max() < 1e-5
+
+
+def test_a_cpu_is_refused_with_the_reason():
+    assert "need an NVIDIA GPU" in base.why_not("cuda_graph", device="cpu")
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def small_config(kind="pi05", **changes):
+    """Real head sizes and widths that the kernels take, few layers."""
+    return tiny_config(
+        kind, vision=VisionConfig(width=144, layers=2, mlp_width=192, num_heads=2, image_size=56),
+        prefix=GemmaConfig(width=256, layers=3, mlp_width=512), expert=GemmaConfig(width=128, layers=3, mlp_width=256),
+        horizon=20, **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["pi05", "pi0"])
+def pair(request):
+    """(backend in bfloat16, float32 truth, plain bfloat16) of one network."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    config = small_config(request.param)
+    tensors = random_tensors(config)
+    engine = EngineConfig(num_denoise_steps=4)
+
+    def bf16(name):
+        return parameter_dtype(name, precision="bfloat16", flavour="openpi_torch")
+
+    rounded = {name: value.to(bf16(name)).float() for name, value in tensors.items()}
+    truth = eager.create(build(config, rounded, device="cuda"), engine)
+    plain = eager.create(build(config, tensors, dtype_of=bf16, device="cuda"), engine)
+    made = base.build("cuda_graph", build(config, tensors, dtype_of=bf16, device="cuda"), engine)
+    return made, truth, plain
+
+
+def state_for(inputs):
+    return replace(inputs, state=torch.randn(1, 32, generator=torch.Generator().manual_seed(4)).cuda())
+
+
+def actions(backend, inputs, noise, previous=None):
+    return backend.denoise(backend.prefill(inputs), noise, previous=previous)
+
+
+def error(got, wanted):
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 16, 23])
+def test_error_is_no_larger_than_plain_bfloat16(pair, tokens):
+    made, truth, plain = pair
+    inputs = state_for(request(tokens, device="cuda"))
+    noise = torch.randn(1, 20, 32, device="cuda")
+    wanted = actions(truth, inputs, noise)
+    assert error(actions(made, inputs, noise), wanted) <= 1.25 * error(actions(plain, inputs, noise), wanted)
+
+
+@gpu
+@pytest.mark.gpu
+def test_replay_is_bit_identical_and_equals_the_single_graph(pair):
+    made, *_ = pair
+    inputs, noise = state_for(request(9, device="cuda")), torch.randn(1, 20, 32, device="cuda")
+    first = actions(made, inputs, noise)
+    assert all(torch.equal(actions(made, inputs, noise), first) for _ in range(200))
+    assert torch.equal(made.infer(inputs, noise), first)
+
+
+@gpu
+@pytest.mark.gpu
+def test_changing_any_input_changes_the_actions_and_changing_it_back_restores_them(pair):
+    made, *_ = pair
+    inputs, noise = state_for(request(9, device="cuda")), torch.randn(1, 20, 32, device="cuda")
+    first, before = actions(made, inputs, noise), made.describe()["graphs_captured"]
+    changes = [
+        replace(inputs, images=255 - inputs.images), replace(inputs, tokens=(inputs.tokens + 1) % 64),
+        replace(inputs, tokens=inputs.tokens[:, :8]), replace(inputs, tokens=inputs.tokens[:, :1]),
+    ]  # fmt: skip
+    if made.model.config.kind == "pi0":
+        changes.append(replace(inputs, state=inputs.state + 1))
+    for changed in changes:
+        assert not torch.equal(actions(made, changed, noise), first)
+    assert not torch.equal(actions(made, inputs, noise + 1), first)
+    assert torch.equal(actions(made, inputs, noise), first)
+    assert made.describe()["graphs_captured"] == before, "a prompt of another length recaptured"
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["trained", "guided"])
+def test_real_time_chunking_reads_delay_and_older_chunk_as_data(pair, mode):
+    made, truth, plain = pair
+    inputs, noise = state_for(request(9, device="cuda")), torch.randn(1, 20, 32, device="cuda")
+    older = torch.randn(1, 20, 32, device="cuda")
+    for delay in (2, 7):
+        weights = torch.linspace(1, 0, 20, device="cuda") if mode == "guided" else None
+        previous = PreviousChunk(older, delay, mode, weights)
+        wanted = actions(truth, inputs, noise, previous)
+        bound = 1.25 * error(actions(plain, inputs, noise, previous), wanted)
+        assert error(actions(made, inputs, noise, previous), wanted) <= bound
+
+
+@gpu
+@pytest.mark.gpu
+def test_a_foreign_cache_is_refused(pair):
+    made, _, plain = pair
+    inputs = state_for(request(9, device="cuda"))
+    with pytest.raises(ShapeError, match="not made by this backend"):
+        made.denoise(plain.prefill(inputs), torch.randn(1, 20, 32, device="cuda"))
+
+
+@gpu
+@pytest.mark.gpu
+def test_returned_actions_survive_the_next_call(pair):
+    made, *_ = pair
+    inputs, noise = state_for(request(9, device="cuda")), torch.randn(1, 20, 32, device="cuda")
+    first = actions(made, inputs, noise)
+    kept = first.clone()
+    actions(made, inputs, noise + 1)
+    assert torch.equal(first, kept)
