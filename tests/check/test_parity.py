@@ -123,6 +123,17 @@ def test_a_wrong_mask_fails():
     assert "K layer 1, relative L2" in failed([row])
 
 
+def test_a_mask_error_that_hides_in_bfloat16_is_caught_in_float32():
+    """Two padding tokens of 38, attended by the expert only: why a new engine is judged in float32 first."""
+
+    def all_valid(inner, cache, noise, trace):
+        return inner.denoise(dataclasses.replace(cache, mask=torch.ones_like(cache.mask)), noise, trace=trace)
+
+    row = parity.compare(engine(), Wrong(engine(), denoise=all_valid), inputs(padded=True), noise())
+    assert failed([row], "bfloat16") == set()
+    assert failed([row], "float32")
+
+
 def test_a_stale_cache_fails():
     kept = []
 
@@ -143,6 +154,9 @@ def test_a_missing_scale_fails_and_points_at_the_stage():
     unscaled = engine(scale={"embedding.weight": 32**-0.5})
     found = failed([parity.compare(engine(), unscaled, inputs(), noise())])
     assert "prefix embeddings, relative L2" in found
+    assert "prefix embeddings, relative L2" in failed(
+        [parity.compare(engine(), unscaled, inputs(), noise())], "bfloat16"
+    )
     assert "vision tokens, relative L2" not in found
 
 
@@ -203,6 +217,8 @@ def test_bounds_grow_with_depth_only_where_stated():
     wide = wanted("bfloat16")
     assert wide["K layer 0, relative L2"] == pytest.approx(5e-3 * math.sqrt(2 + 2 + 1))
     assert wide["velocity step 0, relative L2"] == pytest.approx(5e-3 * math.sqrt(2 + 2 + 6))
+    assert wide["velocity step 3, relative L2"] == pytest.approx(5e-3 * math.sqrt(2 + 2 + 3 + 4 * 3))
+    assert wide["actions, relative L2"] == pytest.approx(5e-3 * math.sqrt(2 + 2 + 6))
     assert set(v for k, v in wanted("float32").items() if "L2" in k) == {1e-5}
     assert wide["K layer 0, cosine"] == 0.99
 

@@ -121,14 +121,14 @@ def kv_sqnr(k: Sequence[Mapping[str, Any]], v: Sequence[Mapping[str, Any]], boun
     return canvas.svg()
 
 
-def step_errors(velocity: Sequence[Mapping[str, Any]], x: Sequence[Mapping[str, Any]], bound: float | None) -> str:
+def step_errors(velocity: Sequence[Mapping[str, Any]], x: Sequence[Mapping[str, Any]], bounds: Sequence[float]) -> str:
     """Relative error of the velocity and of the state x over denoise steps, logarithmic."""
     canvas = Canvas("Denoise steps")
     for i, (name, rows) in enumerate((("velocity", velocity), ("x", x[1:]))):
         values = [number(row.get("rel_l2")) for row in rows]
         canvas.axes.plot([value or math.nan for value in values], "o-", color=SERIES[i + 2], markersize=4, label=name)
-    if bound:
-        canvas.axes.axhline(bound, color=BAD, linestyle="--", linewidth=1.3, label="pass mark")
+    if any(bounds):
+        canvas.axes.plot([bound or math.nan for bound in bounds], "--", color=BAD, linewidth=1.3, label="pass mark")
     canvas.axes.set(xlabel="step (0 = noise)", ylabel="relative L2 error", yscale="log")
     canvas.axes.xaxis.get_major_locator().set_params(integer=True)
     canvas.axes.legend(ncols=3, **_LEGEND)

@@ -280,10 +280,11 @@ def _budget_line(name: str, answer: Document) -> str:
 def _check_plots(document: Document) -> list[tuple[str, str]]:
     worst, marks = document["summary"]["worst"], {mark["what"]: number(mark["wanted"]) for mark in document["marks"]}
     bounds = [marks.get(f"K layer {i}, relative L2", 0.0) for i in range(len(worst["k"]))]
+    steps = [marks.get(f"velocity step {i}, relative L2", 0.0) for i in range(len(worst["velocity"]))]
     shown = [
         (plots.kv_sqnr(worst["k"], worst["v"], bounds), "6 dB are one bit"),
         (
-            plots.step_errors(worst["velocity"], worst["x"], marks.get("velocity step 0, relative L2")),
+            plots.step_errors(worst["velocity"], worst["x"], steps),
             "each engine on its own trajectory",
         ),
     ]
