@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from vivace.backends import cuda_graph, eager
 from vivace.backends.loop import run_flow
 from vivace.config import EngineConfig, GemmaConfig, ModelConfig, VisionConfig
 from vivace.model.pi import Pi
-from vivace.ops import denoise
+from vivace.ops import denoise, denoise_attention, denoise_gemm, denoise_norm, reference
 from vivace.ops.denoise import Tiles
 from vivace.ops.denoise_attention import AttentionTile
 from vivace.ops.denoise_gemm import Tile
@@ -220,7 +220,7 @@ def make_loop(T: int, S: int, fp8: bool, seed: int) -> Loop:
     return Loop(model, T, S, cache, noise, truth, table, rows)
 
 
-def check_loop(loop: Loop, tiles: Tiles, replays: int = 200) -> dict[str, Any]:
+def check_loop(loop: Loop, tiles: Tiles, *, profile: bool = False, replays: int = 200) -> dict[str, Any]:
     ops = denoise.denoise_ops(reference_ops(), tiles)
     with poisoned():
         eager_out = loop.run(ops)
@@ -237,33 +237,28 @@ def check_loop(loop: Loop, tiles: Tiles, replays: int = 200) -> dict[str, Any]:
         "error": error(first, loop.truth), "eager_equals_graph": bool(torch.equal(eager_out, first)),
         "bit_identical_replays": f"{same}/{replays}", **replay_ms(graph.replay, 60),
     }  # fmt: skip
-    row["kernels"] = kernel_times(graph.replay)
+    if profile:  # slows every later launch of this process down by a tenth
+        row["kernels"] = kernel_times(graph.replay)
     return row
 
 
 def candidates(rows: int, fp8: bool) -> dict[str, list[Any]]:
     wide = 256 if fp8 else 128
     out: dict[str, list[Any]] = {"qkv": [], "o": [], "gate_up": [], "down": [], "attention": [], "norm_warps": [2, 8]}
+    depths = ((wide // 2, 4), (wide // 2, 6), (wide, 2), (wide, 3), (wide, 4), (wide, 5), (2 * wide, 2), (2 * wide, 3))
     for bulk in (False, True):
-        for bk, stages in (
-            (wide // 2, 6),
-            (wide, 3),
-            (wide, 4),
-            (wide, 5),
-            (2 * wide, 2),
-            (2 * wide, 3),
-            (2 * wide, 4),
-        ):
-            out["qkv"] += [Tile(bn, bk, 1, w, stages, bulk) for bn in (16, 32) for w in (4,)]
-            out["gate_up"] += [Tile(bn, bk, 1, w, stages, bulk) for bn in (16, 32) for w in (4,)]
-            for bn, split in ((32, 4), (64, 8), (64, 4), (32, 8)):
+        for bk, stages in (*depths, (2 * wide, 4)):
+            for warps in (4, 8):
+                out["qkv"] += [Tile(bn, bk, 1, warps, stages, bulk) for bn in (16, 32)]
+                out["gate_up"] += [Tile(bn, bk, 1, warps, stages, bulk) for bn in (16, 32, 64)]
+            for bn, split in ((32, 2), (32, 4), (64, 8), (64, 4), (32, 8), (128, 8)):
                 out["o"] += [Tile(bn, bk, split, 4, stages, bulk)]
                 out["down"] += [Tile(bn, bk, split, 4, stages, bulk)]
-    r = 16 if rows <= 16 else 64
-    for keys, warps in ((64, 4), (64, 8), (128, 8), (32, 4), (128, 4)):
-        for parts in (torch.float32, torch.bfloat16):
-            for combine in ((1, 4), (2, 4), (2, 8), (4, 8)):
-                out["attention"].append(AttentionTile(r, keys, warps, *combine, parts))
+    for r in (16, 32) if rows <= 16 else (64, 128):
+        for keys, warps in ((32, 4), (64, 4), (64, 8), (128, 8), (128, 4)):
+            for parts in (torch.float32, torch.bfloat16):
+                for combine in ((1, 2), (1, 4), (2, 4), (4, 4), (4, 8)):
+                    out["attention"].append(AttentionTile(r, keys, warps, *combine, parts))
     return out
 
 
@@ -280,30 +275,81 @@ def fits(field: str, tile: Any, rows: int, fp8: bool) -> bool:
     )
 
 
-def tune(loop: Loop, start: Tiles, *, seconds: float, fp8: bool) -> tuple[Tiles, dict[str, Any]]:
-    """Coordinate descent over the cuts, each measured inside the whole loop."""
+def chain_of(loop: Loop, field: str) -> Callable[[Any], Callable[[], Any]]:
+    """tile -> a function that runs one operation for every layer, each with its own weights."""
+    model, T, blocks = loop.model, loop.T, [loop.model.expert.block(i) for i in range(18)]
+    context = model.suffix_context(loop.cache, T)
+    rope = tuple(table.reshape(T, -1) for table in context.rope)
+    first = blocks[0]
+    x = reference.hand_over(torch.randn(T, 1024, device=DEVICE).bfloat16(), first.qkv)
+    n = reference.hand_over(torch.randn(T, 1024, device=DEVICE).bfloat16(), first.gate_up)
+    mixed = reference.hand_over(torch.randn(T, 2048, device=DEVICE).bfloat16(), first.o)
+    hidden = reference.hand_over(torch.randn(T, 4096, device=DEVICE).bfloat16(), first.down)
+    packed = torch.randn(1, T, 10, 256, device=DEVICE).bfloat16()
+    q, k, v = packed.split([8, 1, 1], dim=2)
+    parts, residual = torch.randn(4, T, 1024, device=DEVICE), torch.randn(T, 1024, device=DEVICE)
+    row = loop.table.at(3).of(4)
+    run: dict[str, Callable[[Any, Any, int], Any]] = {
+        "qkv": lambda b, t, i: denoise_gemm.qkv(x, b.qkv, rope, (8, 1, 256), t),
+        "o": lambda b, t, i: denoise_gemm.parts(mixed, b.o, t),
+        "gate_up": lambda b, t, i: denoise_gemm.geglu(n, b.gate_up, b.down, t),
+        "down": lambda b, t, i: denoise_gemm.parts(hidden, b.down, t),
+        "attention": lambda b, t, i: denoise_attention.attention(
+            q, k, v, None, (loop.cache.k[i], loop.cache.v[i]), b.o, t
+        ),
+        "norm_warps": lambda b, t, i: denoise_norm.sum_norm(
+            parts, residual, row[:, 2048:], b.norm2, row, b.gate_up, warps=t
+        ),
+    }
+    one = run[field]
+    return lambda tile: lambda: [one(b, tile, i) for i, b in enumerate(blocks)]
+
+
+def chain_us(work: Callable[[], Any], repeats: int = 4) -> float:
+    """Microseconds of one operation inside a chain of 18 * repeats."""
+    graph, _ = captured(lambda: [work() for _ in range(repeats)])
+    return replay_ms(graph.replay, 12)["p50"] * 1e3 / (18 * repeats)
+
+
+def tune(loop: Loop, start: Tiles, *, fp8: bool) -> tuple[Tiles, dict[str, Any]]:
+    """Each operation in a chain of its own, then the three best of each inside the whole loop."""
     found: dict[str, Any] = {}
-    best, best_ms = start, loop.ms(start)
-    found["start"] = best_ms
-    begin = time.perf_counter()
-    lists = candidates(loop.T, fp8)
-    order = ("gate_up", "down", "qkv", "o", "attention", "norm_warps")
-    flat = [(f, t) for f in order for t in lists[f] if fits(f, t, loop.T, fp8)]
-    for field in order:
-        share = seconds * (begin + seconds - time.perf_counter() > 0)
-        trials = [t for f, t in flat if f == field and t != getattr(best, field)]
-        precompile(loop, [replace(start, **{field: t}) for t in trials])
-        stop = time.perf_counter() + share / len(order)
-        for trial in trials:
-            if time.perf_counter() > stop:
-                found[f"{field} out of time"] = 1
-                break
-            ms = loop.ms(replace(best, **{field: trial}), n=15)
-            found[f"{field} {short(trial)}"] = round(ms, 4)
+    best, lists = start, candidates(loop.T, fp8)
+    for field, tiles in lists.items():
+        trials = [t for t in dict.fromkeys([getattr(start, field), *tiles]) if fits(field, t, loop.T, fp8)]
+        make = chain_of(loop, field)
+        truth = make(trials[0])()[0]
+        with ThreadPoolExecutor(14) as pool:
+            alive = [t for t in pool.map(lambda t: compiled(make, t, truth), trials) if t is not None]
+        torch.cuda.synchronize()
+        times = sorted(((chain_us(make(tile)), str(short(tile)), tile) for tile in alive), key=lambda row: row[:2])
+        found[field] = {name: round(us, 3) for us, name, _ in times}
+        best = replace(best, **{field: times[0][2]})
+        lists[field] = [tile for _, _, tile in times[:4]]
+    best_ms = loop.ms(best)
+    found["chains say"] = best_ms
+    for field, tiles in lists.items():
+        for tile in tiles[1:]:
+            ms = loop.ms(replace(best, **{field: tile}))
+            found[f"loop: {field} {short(tile)}"] = round(ms, 4)
             if ms < best_ms - 0.01:
-                best, best_ms = replace(best, **{field: trial}), ms
+                best, best_ms = replace(best, **{field: tile}), ms
     found["best"] = best_ms
     return best, found
+
+
+def compiled(make: Callable[[Any], Callable[[], Any]], tile: Any, truth: Any) -> Any:
+    """The tile if it compiles, fits and agrees with the first one; else None."""
+    try:
+        out = make(tile)()[0]
+        torch.cuda.synchronize()
+        if isinstance(out, tuple):
+            out, truth = out[1], truth[1]
+        if out.dim() == 3 and out.dtype == torch.float32:
+            out, truth = out.sum(0), truth.sum(0)
+        return tile if error(out.float(), truth.float()) < 0.02 else None
+    except Exception:  # noqa: BLE001  a variant that does not fit is a result here
+        return None
 
 
 def short(tile: Any) -> str:
@@ -314,27 +360,6 @@ def short(tile: Any) -> str:
             f"r{tile.rows} k{tile.keys} w{tile.warps} c{tile.combine_rows}/{tile.combine_warps} {str(tile.parts)[6:]}"
         )
     return str(tile)
-
-
-def precompile(loop: Loop, variants: list[Tiles]) -> None:
-    """Compile in threads by running one step of each; outputs are thrown away."""
-    context = loop.model.suffix_context(loop.cache, loop.T)
-
-    def one(tiles: Tiles) -> None:
-        model = copy.copy(loop.model)
-        model.ops = denoise.denoise_ops(reference_ops(), tiles)
-        model._modules = dict(loop.model._modules)
-        model.expert = copy.copy(loop.model.expert)
-        model.expert.config = replace(loop.model.expert.config, layers=1)
-        try:
-            with torch.no_grad():
-                model.denoise_step(loop.noise, loop.table.at(0), loop.cache, context)
-        except Exception:  # noqa: BLE001  counted where it is timed
-            return
-
-    with ThreadPoolExecutor(14) as pool:
-        list(pool.map(one, variants))
-    torch.cuda.synchronize()
 
 
 # --- whole policies -----------------------------------------------------------------------------------------------
@@ -348,7 +373,6 @@ def policy_phase(settings: list[str], names: list[str], report: dict[str, Any]) 
     wide = float32_copy(model)
     requests = {s: request(SETTINGS[s], config, 7) for s in settings}
     engine = EngineConfig(num_denoise_steps=10, prompt_bucket=8)
-    ranges = None
     for s, (inputs, noise) in requests.items():
         backend = eager.create(wide, engine)
         truth[s] = backend.denoise(backend.prefill(inputs), noise)
@@ -386,11 +410,10 @@ def policy_row(made: Any, inputs: ModelInputs, noise: Tensor, truth: Tensor, pla
         "error": error(whole, truth), "error_plain_bf16": plain, "stages_equal_whole": bool(torch.equal(actions, whole)),
         "bit_identical": f"{same}/50", "fresh": fresh, "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
         "cosine": float(torch.nn.functional.cosine_similarity(whole.flatten(), truth.flatten(), dim=0)),
-        "kernels": kernel_times(replay),
     }  # fmt: skip
 
 
-def loop_phase(index: int, text: str, tuned: bool, seconds: float, report: dict[str, Any]) -> None:
+def loop_phase(index: int, text: str, tuned: bool, report: dict[str, Any]) -> None:
     """One denoise loop: checked and timed as it is, then tuned, then checked again."""
     T, S, kind = text.split(":")
     fp8 = kind == "fp8"
@@ -399,7 +422,7 @@ def loop_phase(index: int, text: str, tuned: bool, seconds: float, report: dict[
     row = report[text] = {**loop.rows, "default": check_loop(loop, start)}
     print(text, {k: v for k, v in row.items() if k != "default"}, json.dumps(row["default"]), flush=True)
     if tuned:
-        best, row["tuned"] = tune(loop, start, seconds=seconds, fp8=fp8)
+        best, row["tuned"] = tune(loop, start, fp8=fp8)
         row["best_tiles"], row["failures"] = {k: short(v) for k, v in vars(best).items()}, loop.rows
         row["best"] = check_loop(loop, best)
         print(text, "best", row["best_tiles"], json.dumps(row["best"]), flush=True)
@@ -429,7 +452,6 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--phases", default="denoise,policy")
     parser.add_argument("--loops", default="50:968:bf16,50:968:fp8,10:560:bf16,10:560:fp8")
-    parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--settings", default="3,200,50")
     parser.add_argument("--plans", default="bf16")
     args = parser.parse_args()
@@ -437,7 +459,7 @@ def main() -> None:
     phases, begin = args.phases.split(","), time.perf_counter()
     try:
         for index, text in enumerate(args.loops.split(",") if {"denoise", "tune"} & set(phases) else []):
-            guarded(loop_phase, index, text, "tune" in phases, args.seconds, report["denoise"])
+            guarded(loop_phase, index, text, "tune" in phases, report["denoise"])
             torch.cuda.empty_cache()
             print(f"-- {time.perf_counter() - begin:.0f} s", flush=True)
         if "policy" in phases:

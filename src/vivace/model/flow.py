@@ -115,7 +115,7 @@ def sample(
         used = velocity
         if previous is not None and previous.mode == "guided":
             used = guided_velocity(x, velocity, t, previous)
-        x = _clamp(x + dt * used, previous, clamped)
+        x = _clamp(torch.add(x, used, alpha=dt), previous, clamped)
         if trace is not None:
             trace.velocity.append(velocity.clone())
             trace.velocity_used.append(used.clone())

@@ -35,39 +35,38 @@ class AttentionTile:
     parts: torch.dtype = torch.float32
 
 
-@triton.jit(do_not_specialize=["S", "T", "prefix_blocks"])
+@triton.jit(do_not_specialize=["S", "T"])
 def _split_kernel(
-    q, k, v, past_k, past_v, q_stride, k_stride, v_stride, past_k_stride, past_v_stride, mask, out, lse,
-    S, T, prefix_blocks, score_scale,
+    q, k, v, past_k, past_v, q_stride, k_stride, v_stride, past_k_stride, past_v_stride, mask, out, lse, S, T, score_scale,
     GROUP: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, key blocks, B * KV). Row r is token r // GROUP, head r % GROUP of this key/value head."""
+    """Grid (row blocks, key blocks, B * KV). Row r is token r // GROUP, head r % GROUP; keys are the past, then the own."""
     block, which = tl.program_id(1), tl.program_id(2)
     batch, kv = which // KV, which % KV
-    own = block >= prefix_blocks
-    count = tl.where(own, T, S)
-    keys = tl.where(own, block - prefix_blocks, block) * KEYS + tl.arange(0, KEYS)
-    d = tl.arange(0, HEAD)
-    seen = keys < count
+    keys, d = block * KEYS + tl.arange(0, KEYS), tl.arange(0, HEAD)
+    inside, old = keys < S + T, keys < S
+    seen = inside
     if mask is not None:
-        seen = seen & (tl.load(mask + batch * (S + T) + tl.where(own, S, 0) + keys, mask=seen, other=0) != 0)
-    if own:
+        seen = inside & (tl.load(mask + batch * (S + T) + keys, mask=inside, other=0) != 0)
+    past_token, own_token = (batch * S + keys)[:, None], (batch * T + keys - S)[:, None]
+    at = (kv * HEAD + d)[None, :]
+    if block * KEYS + KEYS <= S:
+        k_block = tl.load(past_k + past_token * past_k_stride + at)
+        v_block = tl.load(past_v + past_token * past_v_stride + at)
         if PDL:
             gdc_wait()
-        token, at = (batch * T + keys)[:, None], (kv * HEAD + d)[None, :]
-        k_block = tl.load(k + token * k_stride + at, mask=(keys < count)[:, None], other=0.0)
-        v_block = tl.load(v + token * v_stride + at, mask=(keys < count)[:, None], other=0.0)
     else:
-        token, at = (batch * S + keys)[:, None], (kv * HEAD + d)[None, :]
-        k_block = tl.load(past_k + token * past_k_stride + at, mask=(keys < count)[:, None], other=0.0)
-        v_block = tl.load(past_v + token * past_v_stride + at, mask=(keys < count)[:, None], other=0.0)
         if PDL:
             gdc_wait()
+        k_from = tl.where(old[:, None], past_k + past_token * past_k_stride, k + own_token * k_stride)
+        v_from = tl.where(old[:, None], past_v + past_token * past_v_stride, v + own_token * v_stride)
+        k_block = tl.load(k_from + at, mask=inside[:, None], other=0.0)
+        v_block = tl.load(v_from + at, mask=inside[:, None], other=0.0)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    of, head = rows // GROUP, kv * GROUP + rows % GROUP
-    q_at = ((batch * T + of) * q_stride + head * HEAD)[:, None] + d[None, :]
-    q_block = tl.load(q + q_at, mask=(of < T)[:, None], other=0.0)
+    token, head = rows // GROUP, kv * GROUP + rows % GROUP
+    q_at = ((batch * T + token) * q_stride + head * HEAD)[:, None] + d[None, :]
+    q_block = tl.load(q + q_at, mask=(token < T)[:, None], other=0.0)
     if INTERPRET:
         scores = tl.dot(q_block.to(tl.float32), tl.trans(k_block.to(tl.float32)), input_precision="ieee")
     else:
@@ -83,37 +82,43 @@ def _split_kernel(
         mixed = tl.dot(p.to(v_block.dtype), v_block, input_precision="ieee")
     if PDL:
         gdc_launch_dependents()
-    mixed = mixed / tl.where(weight == 0.0, 1.0, weight)[:, None]
+    none = weight == 0.0
+    mixed = mixed / tl.where(none, 1.0, weight)[:, None]
     to = (which * tl.num_programs(1) + block) * (T * GROUP) + rows
-    tl.store(out + to[:, None] * HEAD + d[None, :], mixed.to(out.dtype.element_ty), mask=(of < T)[:, None])
-    tl.store(lse + to, tl.where(weight == 0.0, float("-inf"), safe + tl.log2(weight)), mask=of < T)
+    tl.store(out + to[:, None] * HEAD + d[None, :], mixed.to(out.dtype.element_ty), mask=(token < T)[:, None])
+    tl.store(lse + to, tl.where(none, float("-inf"), safe + tl.log2(tl.where(none, 1.0, weight))), mask=token < T)
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS"])
+@triton.jit(do_not_specialize=["T"])
 def _combine_kernel(
-    parts, lse, out, out_scale, T, BLOCKS,
-    GROUP: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    PDL: tl.constexpr, INTERPRET: tl.constexpr,
+    parts, lse, out, out_scale, T, GROUP: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(T * GROUP / ROWS), B * KV): softmax over the parts' log-sums, then their weighted sum in index order."""
     which = tl.program_id(1)
     batch, kv = which // KV, which % KV
-    rows, blocks, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED), tl.arange(0, HEAD)
-    inside = (blocks < BLOCKS)[:, None] & (rows < T * GROUP)[None, :]
-    at = (which * BLOCKS + blocks)[:, None] * (T * GROUP) + rows[None, :]
+    rows, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HEAD)
+    inside = rows < T * GROUP
+    first = which * BLOCKS * (T * GROUP) + rows
     if PDL:
         gdc_wait()
-    sums = tl.load(lse + at, mask=inside, other=float("-inf"))
-    mixed = tl.load(parts + at[:, :, None] * HEAD + d[None, None, :], mask=inside[:, :, None], other=0.0)
+    top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+    for block in tl.static_range(BLOCKS):
+        top = tl.maximum(top, tl.load(lse + first + block * (T * GROUP), mask=inside, other=0.0))
+    y = tl.zeros((ROWS, HEAD), dtype=tl.float32)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    for block in tl.static_range(BLOCKS):
+        at = first + block * (T * GROUP)
+        share = tl.exp2(tl.load(lse + at, mask=inside, other=0.0) - top)
+        mixed = tl.load(parts + at[:, None] * HEAD + d[None, :], mask=inside[:, None], other=0.0)
+        y += share[:, None] * mixed.to(tl.float32)
+        total += share
     if PDL:
         gdc_launch_dependents()
-    top = tl.max(sums, 0)
-    share = tl.exp2(sums - tl.where(top == float("-inf"), 0.0, top)[None, :])
-    share = share / tl.sum(share, 0)[None, :]
-    y = tl.sum(mixed.to(tl.float32) * share[:, :, None], 0)
+    y = y / total[:, None]
     token, head = rows // GROUP, kv * GROUP + rows % GROUP
     to = ((batch * T + token) * (KV * GROUP) + head)[:, None] * HEAD + d[None, :]
-    tl.store(out + to, hand_over(y, out, out_scale), mask=(rows < T * GROUP)[:, None])
+    tl.store(out + to, hand_over(y, out, out_scale), mask=inside[:, None])
 
 
 def attention(
@@ -128,8 +133,7 @@ def attention(
     """Contract of `reference.attention` with a past. Tokens may have any stride (views of packed rows); heads are dense."""
     (B, T, N, head_dim), K, S = q.shape, k.shape[2], past[0].shape[1]
     group = N // K
-    prefix_blocks = triton.cdiv(S, tile.keys)
-    blocks = prefix_blocks + triton.cdiv(T, tile.keys)
+    blocks = triton.cdiv(S + T, tile.keys)
     parts = torch.empty(B * K, blocks, T * group, head_dim, dtype=tile.parts, device=q.device)
     lse = torch.empty(B * K, blocks, T * group, dtype=torch.float32, device=q.device)
     quantised = isinstance(into, Fp8Linear)
@@ -137,12 +141,12 @@ def attention(
     log2_e = 1.4426950408889634
     _split_kernel[(triton.cdiv(T * group, tile.rows), blocks, B * K)](
         q, k, v, *past, _stride(q), _stride(k), _stride(v), _stride(past[0]), _stride(past[1]), mask, parts, lse,
-        S, T, prefix_blocks, head_dim**-0.5 * log2_e,
+        S, T, head_dim**-0.5 * log2_e,
         GROUP=group, KV=K, HEAD=head_dim, ROWS=tile.rows, KEYS=tile.keys, **launch.options(q, warps=tile.warps),
     )  # fmt: skip
     _combine_kernel[(triton.cdiv(T * group, tile.combine_rows), B * K)](
-        parts, lse, out, into.input_scale if quantised else None, T, blocks, GROUP=group, KV=K, HEAD=head_dim,
-        ROWS=tile.combine_rows, PADDED=triton.next_power_of_2(blocks), **launch.options(q, warps=tile.combine_warps),
+        parts, lse, out, into.input_scale if quantised else None, T, GROUP=group, KV=K, HEAD=head_dim,
+        ROWS=tile.combine_rows, BLOCKS=blocks, **launch.options(q, warps=tile.combine_warps),
     )  # fmt: skip
     return out
 
