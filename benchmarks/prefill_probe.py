@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from vivace.config import GemmaConfig, ModelConfig
-from vivace.model import transformer
+from vivace.model import transformer, vision
 from vivace.model.pi import Pi
 from vivace.ops import prefill, prefill_attention, prefill_gemm, prefill_patches, prefill_pointwise, reference
 from vivace.ops.layers import Linear
 from vivace.ops.prefill_attention import AttentionTile
 from vivace.ops.prefill_gemm import Rotation, Tile
-from vivace.ops.prefill_tuning import TUNED, Choice, Key, Tuning
+from vivace.ops.prefill_tuning import PATCH_TILE, TUNED, Choice, Key, Tuning
 from vivace.ops.table import OpTable, reference_ops
 from vivace.precision import calibrate
 from vivace.precision import plan as plans
@@ -68,37 +68,38 @@ PRODUCTS = (
 )
 
 
-# per epilogue: (block_m, block_n, block_k in bytes / 2, warps, stages); those that need too much shared memory drop out
-SHAPES = {
-    "geglu": ((128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4)),
-    "qkv_rope": (
-        (128, 128, 64, 8, 4), (128, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 64, 64, 4, 3), (64, 128, 64, 4, 3),
+# per product: (block_m, block_n, block_k in bfloat16 columns, warps, stages), split_k; E4M3 doubles block_k
+SHAPES: dict[str, tuple[tuple[tuple[int, int, int, int, int], int], ...]] = {
+    "gate_up": (
+        ((128, 128, 64, 8, 4), 1), ((128, 128, 64, 8, 3), 1), ((128, 64, 64, 4, 3), 1), ((128, 64, 64, 8, 3), 1),
+        ((64, 128, 64, 4, 2), 1), ((64, 128, 64, 4, 4), 1),
     ),
-    "parts": (
-        (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 6),
-        (64, 64, 64, 4, 4), (64, 256, 64, 4, 4), (64, 128, 64, 4, 5),
+    "qkv": (((128, 64, 64, 8, 3), 1), ((128, 64, 64, 4, 3), 1), ((64, 64, 64, 4, 3), 1), ((64, 64, 64, 4, 4), 1)),
+    "o": (((128, 128, 64, 4, 4), 1), ((64, 256, 64, 4, 4), 1), ((64, 128, 64, 4, 5), 1), ((64, 64, 64, 4, 6), 1)),
+    "down": (
+        ((128, 128, 64, 4, 4), 1), ((64, 256, 64, 4, 4), 1), ((64, 128, 64, 4, 5), 1), ((128, 128, 64, 4, 4), 2),
+        ((64, 256, 64, 4, 4), 2), ((128, 128, 64, 4, 4), 3),
     ),
-    "plain": (
-        (128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (64, 256, 64, 4, 4), (64, 128, 64, 4, 4),
-        (64, 128, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 64, 4, 3), (64, 256, 64, 4, 2),
+    "vision o": (((64, 128, 64, 4, 5), 1), ((128, 64, 64, 4, 4), 1), ((64, 64, 64, 4, 6), 1)),
+    "fc2": (
+        ((128, 128, 64, 4, 4), 2), ((128, 128, 64, 8, 3), 2), ((64, 128, 64, 4, 5), 1), ((64, 64, 64, 4, 6), 1),
+        ((64, 128, 64, 4, 5), 2), ((128, 128, 64, 4, 4), 3), ((128, 128, 64, 4, 4), 1),
     ),
+    "projector": (((128, 128, 64, 4, 4), 1), ((64, 256, 64, 4, 4), 1), ((64, 128, 64, 4, 4), 1)),
 }  # fmt: skip
-SHAPES["gelu"] = SHAPES["plain"]
+SHAPES["fc1"] = SHAPES["vision qkv"] = (
+    ((64, 128, 64, 4, 3), 1), ((128, 128, 64, 4, 3), 1), ((128, 128, 64, 8, 3), 1), ((64, 64, 64, 4, 4), 1)
+)  # fmt: skip
 
 
 def tiles(product: Product, fp8: bool) -> list[Tile]:
     """Candidates of one product."""
     out: list[Tile] = []
-    shapes = SHAPES[product.epilogue]
-    if product.name in ("o", "down", "projector"):  # settled by an earlier run
-        shapes = ((128, 128, 64, 4, 4), (64, 256, 64, 4, 4))
-    for bm, bn, bk, warps, stages in shapes:
-        tile = Tile(bm, bn, bk * (2 if fp8 else 1), warps, stages)
+    for (bm, bn, bk, warps, stages), split in SHAPES[product.name]:
+        tile = Tile(bm, bn, bk * (2 if fp8 else 1), warps, stages, split_k=split)
         out.append(tile)
-        if product.epilogue != "qkv_rope":
+        if split == 1 and product.epilogue in ("parts", "plain", "gelu"):
             out.append(dataclasses.replace(tile, bulk_store=True))
-        if product.name == "fc2":
-            out.extend(dataclasses.replace(tile, split_k=split) for split in (2, 3) if bm * bn >= 8192)
     return out
 
 
@@ -209,7 +210,7 @@ def blas(product: Product, M: int, fp8: bool, x: Tensor, options: dict[str, Any]
     return lambda w: prefill_pointwise.rope_split(raw(w), q, k, v, tables=pair, heads=HEADS, channel_scale=scale, pdl=True)
 
 
-def norm_us(M: int, D: int, parts: int, *, mean: bool) -> float:
+def norm_us(M: int, D: int, parts: int, *, mean: bool, warps: int = 4) -> float:
     """Time of residual + parts + norm, which a split product pays for and a whole one too."""
     residual = torch.randn(M, D, device="cuda").to(BF16)
     pieces = torch.randn(parts, M, D, device="cuda", dtype=BF16 if parts == 1 else torch.float32)
@@ -218,7 +219,7 @@ def norm_us(M: int, D: int, parts: int, *, mean: bool) -> float:
     def body() -> None:
         for _ in range(40):
             prefill_pointwise.residual_norm(
-                residual, gain[0], out, parts=pieces, total=total, shift=gain[0] if mean else None, pdl=True
+                residual, gain[0], out, parts=pieces, total=total, shift=gain[0] if mean else None, warps=warps, pdl=True
             )
 
     return replay_us(captured(body), 40)
@@ -266,17 +267,22 @@ def compile_all(phases: list[str], workers: int = 15) -> None:
 
 
 def tune(result: dict[str, Any], *, formats: tuple[bool, ...], rows_of: Callable[[Product], tuple[int, ...]],
-         candidates: Callable[[Product, bool], list[Tile]]) -> Tuning:  # fmt: skip
-    """Time every candidate; the returned table holds the best of each."""
+         candidates: Callable[[Product, bool], list[Tile]]) -> tuple[Tuning, Tuning]:  # fmt: skip
+    """Time every candidate; two tables come back, the best of each product and the best without cuBLAS."""
     norms = {(D, parts, M): norm_us(M, D, parts, mean=D == 1152)
              for D, all_rows in ((2048, PREFIX_ROWS), (1152, VISION_ROWS)) for parts in (1, 2, 3)
              for M in all_rows[:1]}  # fmt: skip
+    for D in (2048, 1152):
+        by_warps = {w: round(norm_us(968 if D == 2048 else 768, D, 1, mean=D == 1152, warps=w), 2) for w in (1, 2, 4, 8)}
+        print(f"norm of {D}: us by warps {by_warps}")
+        result[f"norm_warps_{D}"] = by_warps
     result["norm_us"] = {f"{D}x{parts}x{M}": us for (D, parts, M), us in norms.items()}
     chosen: dict[Key, tuple[tuple[int, Choice], ...]] = {}
+    own: dict[Key, tuple[tuple[int, Choice], ...]] = {}
     rows_out = result.setdefault("tune", [])
     for product in PRODUCTS:
         for fp8 in formats:
-            best_rows = []
+            best_rows, own_rows = [], []
             for M in sorted(rows_of(product)):
                 timed = list(timings(product, M, fp8, candidates(product, fp8), norms))
                 timed.sort(key=lambda row: row[0])
@@ -285,14 +291,16 @@ def tune(result: dict[str, Any], *, formats: tuple[bool, ...], rows_of: Callable
                      "us": [(round(us, 2), dataclasses.asdict(t) if t else "blas") for us, t in timed]}
                 )  # fmt: skip
                 best_rows.append((M, Choice(timed[0][1])))
+                own_rows.append((M, Choice(next(t for _, t in timed if t is not None))))
                 flops = 2 * M * product.N * product.K
                 library = next((us for us, t in timed if t is None), float("nan"))
                 print(f"{product.name:11s} {'fp8' if fp8 else 'bf16'} M={M:4d} blas {library:7.2f} us; best "
                       f"{timed[0][0]:7.2f} us {flops / timed[0][0] / 1e6:6.0f} TFLOP/s "
                       f"{'blas' if timed[0][1] is None else short(timed[0][1])}   then "
                       + "  ".join(f"{us:.1f} {short(t) if t else 'blas'}" for us, t in timed[1:4]), flush=True)  # fmt: skip
-            chosen[Key(product.epilogue, product.N, product.K, fp8)] = tuple(best_rows)
-    return dataclasses.replace(TUNED, products=chosen)
+            key = Key(product.epilogue, product.N, product.K, fp8)
+            chosen[key], own[key] = tuple(best_rows), tuple(own_rows)
+    return dataclasses.replace(TUNED, products=chosen), dataclasses.replace(TUNED, products=own)
 
 
 def short(tile: Tile) -> str:
@@ -331,12 +339,14 @@ def timings(product: Product, M: int, fp8: bool, candidates: list[Tile], norms: 
 
 def attention_tiles() -> list[AttentionTile]:
     """Candidates for the prefix; tiles of 128 rows or 128 keys lost by 10 us and more."""
-    return [AttentionTile(*t) for t in ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4))]
+    return [AttentionTile(*t) for t in ((64, 64, 4, 3), (64, 32, 4, 4))]
 
 
 def vision_tiles() -> list[AttentionTile]:
     """Candidates for SigLIP."""
-    return [AttentionTile(*t) for t in ((64, 128, 4, 1), (128, 64, 8, 3), (64, 64, 4, 1), (128, 64, 8, 1), (128, 128, 8, 1))]
+    return [AttentionTile(*t) for t in (
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 1), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 256, 8, 1)
+    )]
 
 
 def time_attention(result: dict[str, Any]) -> tuple[AttentionTile, AttentionTile]:
@@ -441,12 +451,10 @@ def build_model() -> Pi:
     return model
 
 
-def vision_pass(model: Pi, ops: OpTable, images: Tensor, *, pdl: bool) -> Tensor:
-    """`Pi.embed_views` with the patches cut inside their product.  images uint8 [V, 3, 224, 224] -> [1, V * 256, 2048]."""
+def vision_pass(model: Pi, ops: OpTable, images: Tensor, patches: prefill_patches.PatchWeights, *, pdl: bool) -> Tensor:
+    """`Pi.embed_views` with exact patches from pixels.  images uint8 [V, 3, 224, 224] -> [1, V * 256, 2048]."""
     tower = model.vision
-    x = prefill_patches.patch_embed(
-        images, tower.patch.weight, tower.patch.bias, tower.position, dtype=BF16, pdl=pdl
-    )
+    x = prefill_patches.patch_embed(images, patches, dtype=BF16, tile=PATCH_TILE, pdl=pdl)
     n = ops.layer_norm(x, tower.block(0).norm1, tower.block(0).qkv)
     for index in range(tower.config.layers):
         block, last = tower.block(index), index + 1 == tower.config.layers
@@ -487,81 +495,97 @@ def profile(graph: torch.cuda.CUDAGraph, times: int = 5) -> list[tuple[str, floa
     return sorted(rows, key=lambda row: -row[1])
 
 
-def chains(result: dict[str, Any], tuning: Tuning, *, views: int, prompt: int, label: str, pdl: bool = True) -> None:
-    """Vision and prefix: errors against float32 on the same weights, equal bits over replays, time, kernel split."""
+SETTINGS = ((3, 200), (3, 16), (2, 48), (1, 48))
+
+
+def chains(result: dict[str, Any], tuning: Tuning, own: Tuning) -> None:
+    """Vision and prefix: errors against float32 on the same weights, equal bits over replays, times, kernel split."""
     model = build_model()
-    tokens = torch.randint(0, 1024, (1, prompt), device="cuda")
-    images = torch.randint(0, 256, (1, views, 3, 224, 224), device="cuda").to(torch.uint8)
-    S = views * 256 + prompt
-    mask = (torch.arange(S, device="cuda") < S - min(5, prompt - 1))[None] if prompt > 1 else None
-    positions = torch.arange(S, device="cuda")[None]
+    patches = prefill_patches.patch_weights(
+        model.vision.patch.weight, model.vision.patch.bias, model.vision.position, patch_size=14, uint8=True
+    )
+    images = torch.randint(0, 256, (1, 3, 3, 224, 224), device="cuda").to(torch.uint8)
+    tokens = torch.randint(0, 1024, (1, 200), device="cuda")
 
-    def run(ops: OpTable, keys: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        model.ops = ops
-        ours = isinstance(getattr(ops.linear, "__self__", None), prefill.Prefill)
-        tokens_in = vision_pass(model, ops, images[0], pdl=pdl) if ours else model.embed_views(images)
-        embeds = torch.cat([tokens_in, model.embed_prompt(tokens)], dim=1)
-        return tokens_in, prefix_pass(model, ops, embeds, keys, transformer.rope_table(positions, 256, dtype))
+    def run(net: Pi, ops: OpTable, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        net.ops, ours = ops, isinstance(getattr(ops.linear, "__self__", None), prefill.Prefill)
+        views = vision_pass(net, ops, images[0], patches, pdl=True) if ours else net.embed_views(images)
+        embeds = torch.cat([views, net.embed_prompt(tokens)], dim=1)
+        mask = (torch.arange(968, device="cuda") < 963)[None]
+        rope = transformer.rope_table(torch.arange(968, device="cuda")[None], 256, dtype)
+        return views, prefix_pass(net, ops, embeds, mask, rope)
 
-    plain = run(reference_ops(), mask, BF16)
     wide = build_model()
     wide.load_state_dict({k: v.float() for k, v in model.state_dict().items()}, assign=True)
-    narrow, model = model, wide
-    truth = run(reference_ops(), mask, torch.float32)
+    truth = run(wide, reference_ops(), torch.float32)
     del wide
-    model = narrow
     torch.cuda.empty_cache()
+    vision_own = {k: v for k, v in own.products.items() if k.columns in (1152, 4304)}
+    qkv_own = {k: v for k, v in own.products.items() if k.epilogue == "qkv_rope"}
+    variants = {
+        "chosen": tuning,
+        "early nowhere": dataclasses.replace(tuning, early=()),
+        "vision without cuBLAS": dataclasses.replace(tuning, products={**tuning.products, **vision_own}),
+        "vision without cuBLAS, early nowhere": dataclasses.replace(
+            tuning, products={**tuning.products, **vision_own}, early=()),
+        "qkv without cuBLAS": dataclasses.replace(tuning, products={**tuning.products, **qkv_own}),
+    }  # fmt: skip
     for name in ("bf16", "fp8"):
         if name == "fp8":
             with calibrate.watch(model) as ranges:
-                run(model.ops, mask, BF16)  # the table that looks at every input
+                run(model, model.ops, BF16)
             plan = dataclasses.replace(plans.preset("fp8-prefix+vision"), amax=ranges.amax(), data="synthetic: random")
             apply(model, plan)
-            plain = run(reference_ops(), mask, BF16)
-        ops = prefill.prefill_ops(model, tuning=tuning) if pdl else prefill.table_of(
-            dataclasses.replace(_bound(prefill.prefill_ops(model, tuning=tuning)), pdl=False))  # fmt: skip
-        mine = run(ops, mask, BF16)
-        row: dict[str, Any] = {"label": label, "format": name, "views": views, "prompt": prompt, "pdl": pdl}
-        row["vision_error"], row["vision_plain"] = error(mine[0], truth[0]), error(plain[0], truth[0])
+        plain = run(model, reference_ops(), BF16)
+        mine = run(model, prefill.prefill_ops(model, tuning=tuning), BF16)
+        row: dict[str, Any] = {"format": name, "vision error": [error(side[0], truth[0]) for side in (mine, plain)]}
         for layer in (0, 8, 17):
-            row[f"kv{layer}"] = [max(error(m, t) for m, t in zip(side[1][2 * layer : 2 * layer + 2],
-                                     truth[1][2 * layer : 2 * layer + 2], strict=True)) for side in (mine, plain)]  # fmt: skip
-        rope = transformer.rope_table(positions, 256, BF16)
-        embeds = torch.cat([mine[0], model.embed_prompt(tokens)], dim=1).contiguous()
-        results: dict[str, Any] = {}
-        stages: dict[str, Callable[[], Any]] = {
-            "vision": lambda: results.update(vision=[vision_pass(model, ops, images[0], pdl=pdl)]),
-            "prefix": lambda: results.update(prefix=prefix_pass(model, ops, embeds, None, rope)),
-            "prefix masked": lambda: results.update(prefix_masked=prefix_pass(model, ops, embeds, mask, rope)),
-        }
-        model.ops = ops
-        for stage, body in stages.items():
-            graph = captured(body)
-            row[f"{stage} ms"] = replay_us(graph, 1, repeats=60) / 1e3
-            outs = results[stage.replace(" ", "_")]
-            first = [o.clone() for o in outs]
-            same = True
-            for _ in range(50):
-                for o in outs:
+            at = slice(2 * layer, 2 * layer + 2)
+            row[f"kv{layer} error"] = [
+                max(error(m, t) for m, t in zip(side[1][at], truth[1][at], strict=True)) for side in (mine, plain)
+            ]
+        print(f"{name} errors ours / plain: " + ", ".join(
+            f"{k} {v[0]:.2e}/{v[1]:.2e}" for k, v in row.items() if k != "format"), flush=True)  # fmt: skip
+        for label, table in variants.items():
+            ops = prefill.prefill_ops(model, tuning=table)
+            for views, prompt in SETTINGS if label == "chosen" else SETTINGS[:1]:
+                times = stages(model, ops, images[:, :views], views * 256 + prompt, patches,
+                               early=bool(table.early), detailed=label == "chosen" and (views, prompt) == (3, 200))  # fmt: skip
+                row[f"{label} ({views},{prompt})"] = times
+                print(f"  {name} ({views},{prompt}) {label}: " + ", ".join(
+                    f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in times.items() if "kernels" not in k))  # fmt: skip
+                for stage in ("vision", "prefix masked"):
+                    for kernel, us, count in times.get(f"{stage} kernels", [])[:8]:
+                        print(f"      {stage} {us:8.1f} us {count:4d} x  {kernel[:60]}", flush=True)
+        result.setdefault("chains", []).append(row)
+
+
+def stages(model: Pi, ops: OpTable, images: Tensor, S: int, patches: prefill_patches.PatchWeights, *, early: bool,
+           detailed: bool) -> dict[str, Any]:  # fmt: skip
+    """Milliseconds of vision, prefix and prefix with a key mask; detailed: equal bits over 100 replays, kernel times."""
+    row: dict[str, Any] = {}
+    embeds = torch.randn(1, S, 2048, device="cuda").to(BF16)
+    mask = (torch.arange(S, device="cuda") < S - 5)[None]
+    rope = transformer.rope_table(torch.arange(S, device="cuda")[None], 256, BF16)
+    made: dict[str, list[Tensor]] = {}
+    bodies: dict[str, Callable[[], Any]] = {
+        "vision": lambda: made.update(vision=[vision_pass(model, ops, images[0], patches, pdl=early)]),
+        "prefix": lambda: made.update(prefix=prefix_pass(model, ops, embeds, None, rope)),
+        "prefix masked": lambda: made.update({"prefix masked": prefix_pass(model, ops, embeds, mask, rope)}),
+    }
+    for stage, body in bodies.items():
+        graph = captured(body)
+        row[f"{stage} ms"] = replay_us(graph, 1, repeats=40) / 1e3
+        if detailed:
+            first, same = [o.clone() for o in made[stage]], True
+            for _ in range(100):
+                for o in made[stage]:
                     o.fill_(float("nan"))
                 graph.replay()
-                same &= all(torch.equal(a, b) for a, b in zip(first, outs, strict=True))
+                same &= all(torch.equal(a, b) for a, b in zip(first, made[stage], strict=True))
             row[f"{stage} same bits"] = same
-            if stage != "prefix masked":
-                row[f"{stage} kernels"] = profile(graph)[:16]
-            del graph
-        result.setdefault("chains", []).append(row)
-        print(f"[{label}] {name} vision {row['vision ms']:.3f} ms, prefix {row['prefix ms']:.3f}, masked "
-              f"{row['prefix masked ms']:.3f}; errors ours/plain: vision {row['vision_error']:.2e}/{row['vision_plain']:.2e}, "
-              + ", ".join(f"kv{n} {row[f'kv{n}'][0]:.2e}/{row[f'kv{n}'][1]:.2e}" for n in (0, 8, 17))
-              + f"; same bits {[row[f'{s} same bits'] for s in stages]}", flush=True)  # fmt: skip
-        for stage in ("vision", "prefix"):
-            for kernel, us, count in row[f"{stage} kernels"][:10]:
-                print(f"      {stage} {us:8.1f} us {count:4d} x  {kernel}")
-
-
-def _bound(table: OpTable) -> prefill.Prefill:
-    return table.linear.__self__  # type: ignore[attr-defined, no-any-return]
+            row[f"{stage} kernels"] = profile(graph)[:12]
+    return row
 
 
 def check_products(result: dict[str, Any]) -> None:
@@ -601,6 +625,18 @@ def check_products(result: dict[str, Any]) -> None:
                 if not ours <= 2 * theirs:
                     print(f"WRONG {product.name} fp8={fp8} M={M}: {ours:.2e} against {theirs:.2e}", flush=True)
     print(f"check: worst error ratio ours / plain dtype {worst:.2f}", flush=True)
+    images = torch.randint(0, 256, (3, 3, 224, 224), device="cuda").to(torch.uint8)
+    weight, bias, position = (torch.randn(*n, device="cuda") * 0.04 for n in ((1152, 588), (1152,), (256, 1152)))
+    for pixels in (images, vision.to_unit_range(images)):
+        made = prefill_patches.patch_weights(weight, bias, position, patch_size=14, uint8=pixels.dtype == torch.uint8)
+        wide = vision.patches(vision.to_unit_range(images).double(), 14) @ weight.double().T + bias + position
+        plain = vision.patches(vision.to_unit_range(images), 14) @ weight.T + bias + position
+        got = prefill_patches.patch_embed(pixels, made, dtype=torch.float32, tile=PATCH_TILE)
+        us = replay_us(captured(lambda p=pixels, m=made: [
+            prefill_patches.patch_embed(p, m, dtype=BF16, tile=PATCH_TILE, pdl=True) for _ in range(20)]), 20)  # fmt: skip
+        ours, theirs = (float((t.double() - wide).norm() / wide.norm()) for t in (got, plain))
+        result.setdefault("patches", []).append([str(pixels.dtype), ours, theirs, us])
+        print(f"patches from {pixels.dtype}: error {ours:.1e}, torch float32 {theirs:.1e}; {us:.1f} us")
 
 
 def main() -> None:
@@ -615,12 +651,12 @@ def main() -> None:
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "phases": args.phases, "rows": args.rows,
     }  # fmt: skip
-    tuning = TUNED
+    tunings = (TUNED, TUNED)
     compile_all(phases)
     print(f"--- compiled at {time.time() - begin:.0f} s", flush=True)
     for phase in phases:
         try:
-            tuning = run_phase(phase, result, tuning, args.rows)
+            tunings = run_phase(phase, result, tunings, args.rows)
         except Exception:  # one broken phase must not lose the others' numbers
             traceback.print_exc()
         print(f"--- {phase} done at {time.time() - begin:.0f} s", flush=True)
@@ -628,24 +664,26 @@ def main() -> None:
             json.dump(result, file, default=str)
 
 
-def run_phase(phase: str, result: dict[str, Any], tuning: Tuning, rows: str) -> Tuning:
-    """One phase; the tuning that later phases shall use."""
+def run_phase(phase: str, result: dict[str, Any], tunings: tuple[Tuning, Tuning], rows: str) -> tuple[Tuning, Tuning]:
+    """One phase; the tables that later phases shall use: the best of each product, and the best without cuBLAS."""
     if phase == "check":
         check_products(result)
     elif phase == "attention":
         prefix_tile, vision_tile = time_attention(result)
-        return dataclasses.replace(tuning, attention=((1 << 30, prefix_tile),), vision_tile=vision_tile)
+        best, own = (
+            dataclasses.replace(t, attention=((1 << 30, prefix_tile),), vision_tile=vision_tile) for t in tunings
+        )
+        return best, own
     elif phase == "tune":
         pick = {"first": slice(0, 1), "rest": slice(1, None), "all": slice(0, None)}[rows]
         found = tune(result, formats=(False, True), rows_of=lambda p: p.rows[pick], candidates=tiles)
-        return dataclasses.replace(tuning, products=found.products)
+        best, own = (dataclasses.replace(t, products=f.products) for t, f in zip(tunings, found, strict=True))
+        return best, own
     elif phase == "chain":
-        chains(result, tuning, views=3, prompt=200, label="3,200")
-    elif phase == "chain-plain-launch":
-        chains(result, tuning, views=3, prompt=200, label="3,200 without programmatic launch", pdl=False)
+        chains(result, *tunings)
     else:
         raise ValueError(f"unknown phase {phase!r}")
-    return tuning
+    return tunings
 
 
 if __name__ == "__main__":

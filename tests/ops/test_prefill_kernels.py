@@ -207,9 +207,20 @@ def test_pixels_to_tokens(kind):
     images = torch.randint(0, 256, (V, 3, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     images = images.to(DEVICE) if kind == "uint8" else vision.to_unit_range(images).to(DEVICE)
     weight, bias, position = randn(width, 3 * patch**2, seed=1) * 0.1, randn(width, seed=2), randn(16, width, seed=3)
-    wanted = vision.patches(vision.to_unit_range(images), patch) @ weight.T + bias + position
-    got = prefill_patches.patch_embed(images, weight, bias, position, dtype=torch.float32, patch_size=patch)
-    torch.testing.assert_close(got, wanted, **TIGHT)
+    wanted = vision.patches(vision.to_unit_range(images).double(), patch) @ weight.double().T + bias + position
+    made = prefill_patches.patch_weights(
+        weight, bias, position, patch_size=patch, uint8=kind == "uint8", dtype=torch.bfloat16 if GPU else torch.float32
+    )
+    got = prefill_patches.patch_embed(images, made, dtype=torch.float32, tile=SMALL)
+    # far below bfloat16's 4e-3: the parts of pixels and weights are all there
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_three_parts_hold_a_float32():
+    x = randn(1000, seed=0).double()
+    high, middle, low = prefill_patches.three_parts(x)
+    assert float(((high + middle + low - x) / x).abs().max()) < 2**-23
+    assert float(((high - x) / x).abs().max()) > 2**-11
 
 
 def test_head_dim_72_is_cut_into_64_and_16():

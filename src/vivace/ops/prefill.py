@@ -80,6 +80,7 @@ class Prefill:
 
     ones        float32 [most rows, 1]: the row scales that cuBLAS asks for beside channel scales
     kv_buffers  {layer name: (k, v)}, each [M, K * head_dim] with any row stride: where that layer's keys and values go
+    early       layers and norms whose names begin so are launched while the kernel before still runs (from Hopper on)
     record      called with (layer, operation, kernel) whenever a kernel is launched
     """
 
@@ -88,7 +89,7 @@ class Prefill:
     tuning: Tuning = TUNED
     kv_buffers: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     record: Recorder | None = None
-    pdl: bool = False
+    early: tuple[str, ...] = ()
     processors: int = 132
 
     # --- norms ----------------------------------------------------------------------------------------------------
@@ -124,11 +125,11 @@ class Prefill:
             dtype = layer.dtype if split == 1 else torch.float32
             parts = torch.empty(split, rows.shape[0], layer.weight.shape[0], dtype=dtype, device=x.device)
             out = parts[0] if split == 1 else parts
-            gemm(rows, layer.weight, out, tile=choice.tile, processors=self.processors, pdl=self.pdl)
+            gemm(rows, layer.weight, out, tile=choice.tile, processors=self.processors, pdl=self._early(layer.name))
         total, out = torch.empty_like(old), self._for(into, old, old.shape[1])
         prefill_pointwise.residual_norm(
             old, _gain(norm), out, shift=_shift(norm), parts=parts, channel_scale=self._channel(layer), bias=layer.bias,
-            total=total, out_inverse=self._inverse(into), pdl=self.pdl,
+            total=total, out_inverse=self._inverse(into), pdl=self._early(layer.name),
         )  # fmt: skip
         return total.view(residual.shape), out.view(residual.shape)
 
@@ -136,7 +137,7 @@ class Prefill:
         rows = x.flatten(0, -2).contiguous()
         out = self._for(into, rows, rows.shape[1])
         prefill_pointwise.residual_norm(
-            rows, _gain(norm), out, shift=_shift(norm), out_inverse=self._inverse(into), pdl=self.pdl
+            rows, _gain(norm), out, shift=_shift(norm), out_inverse=self._inverse(into), pdl=self._early(norm.name)
         )
         return out.view(x.shape)
 
@@ -153,7 +154,7 @@ class Prefill:
         out = prefill_pointwise.new_rows(rows, layer.weight.shape[0], layer.dtype)
         gemm(
             rows, layer.weight, out, tile=choice.tile, channel_scale=self._channel(layer), bias=layer.bias,
-            processors=self.processors, pdl=self.pdl,
+            processors=self.processors, pdl=self._early(layer.name),
         )  # fmt: skip
         return out.view(*x.shape[:-1], -1)
 
@@ -169,7 +170,7 @@ class Prefill:
         out = self._for(into, rows, layer.weight.shape[0])
         gemm(
             rows, layer.weight, out, tile=choice.tile, channel_scale=self._channel(layer), bias=layer.bias, gelu=True,
-            out_inverse=self._inverse(into), processors=self.processors, pdl=self.pdl,
+            out_inverse=self._inverse(into), processors=self.processors, pdl=self._early(layer.name),
         )  # fmt: skip
         return out.view(*x.shape[:-1], -1)
 
@@ -181,11 +182,11 @@ class Prefill:
         scale, inverse = self._channel(layer), self._inverse(into)
         if choice.tile is None:
             packed = self._blas(rows, layer)
-            prefill_pointwise.geglu(packed, out, channel_scale=scale, out_inverse=inverse, pdl=self.pdl)
+            prefill_pointwise.geglu(packed, out, channel_scale=scale, out_inverse=inverse, pdl=self._early(layer.name))
         else:
             gemm(
                 rows, layer.weight, out, tile=choice.tile, epilogue="geglu", channel_scale=scale, out_inverse=inverse,
-                processors=self.processors, pdl=self.pdl,
+                processors=self.processors, pdl=self._early(layer.name),
             )  # fmt: skip
         return out.view(*x.shape[:-1], -1)
 
@@ -225,13 +226,13 @@ class Prefill:
         if choice.tile is None:
             prefill_pointwise.rope_split(
                 self._blas(rows, layer), q, k, v, tables=(cos, sin), heads=heads, channel_scale=self._channel(layer),
-                pdl=self.pdl,
+                pdl=self._early(layer.name),
             )  # fmt: skip
         else:
             gemm(
                 rows, layer.weight, k if q is None else q, tile=choice.tile, epilogue="qkv_rope",
                 channel_scale=self._channel(layer), rotation=Rotation(k=k, v=v, cos=cos, sin=sin, heads=heads),
-                processors=self.processors, pdl=self.pdl,
+                processors=self.processors, pdl=self._early(layer.name),
             )  # fmt: skip
         return k, v
 
@@ -256,7 +257,7 @@ class Prefill:
         self._note(into.name, "attention", "triton")
         return prefill_attention.attention(
             q, k, v, out, tile=self.tuning.attention_tile(rows=T * N), mask=mask, out_inverse=self._inverse(into),
-            pdl=self.pdl,
+            pdl=self._early(into.name),
         )  # fmt: skip
 
     def vision_attention(self, qkv: Tensor, num_heads: int, into: AnyLinear) -> Tensor:
@@ -268,7 +269,12 @@ class Prefill:
         out = self._for(into, qkv.flatten(0, 1), packed // 3).view(V, T, packed // 3)
         self._note(into.name, "vision_attention", "triton")
         return prefill_attention.vision_attention(
-            qkv, out, heads=num_heads, tile=self.tuning.vision_tile, out_inverse=self._inverse(into), pdl=self.pdl
+            qkv,
+            out,
+            heads=num_heads,
+            tile=self.tuning.vision_tile,
+            out_inverse=self._inverse(into),
+            pdl=self._early(into.name),
         )
 
     # --- parts ----------------------------------------------------------------------------------------------------
@@ -279,6 +285,9 @@ class Prefill:
         choice = self.tuning.choose(epilogue, rows=rows.shape[0], shape=tuple(layer.weight.shape), fp8=fp8)
         self._note(layer.name, operation, "cublas" if choice.tile is None else "triton")
         return choice
+
+    def _early(self, name: str) -> bool:
+        return name.startswith(self.early)
 
     def _note(self, layer: str, operation: str, kernel: str) -> None:
         if self.record is not None:
@@ -336,7 +345,7 @@ def prefill_ops(
         tuning=tuning,
         kv_buffers=kv_buffers or {},
         record=record,
-        pdl=properties.major >= 9,
+        early=tuning.early if properties.major >= 9 else (),
         processors=properties.multi_processor_count,
     )
     return table_of(ops)

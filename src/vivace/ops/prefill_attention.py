@@ -93,47 +93,50 @@ def _attention_kernel(
 
 @triton.jit
 def _vision_kernel(
-    qkv, out, out_inverse, view_stride, token_stride, out_view, out_token, tokens, score_scale,
+    qkv, main_rows, rest_rows, out, out_inverse, token_stride, out_view, out_token, tokens, score_scale,
     KEY_BLOCKS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, V * HEADS).  HEAD_DIM = MAIN + a part of REST; MAIN and REST are powers of two."""
+    """Grid (row blocks, V * HEADS).  HEAD_DIM = MAIN + a part of REST; MAIN and REST are powers of two.
+
+    Keys and values come through descriptors over all rows [V * T, 3 D]. What a block of REST columns holds beyond the
+    head belongs to the next one: queries are zero there, and such columns of the result are not stored.
+    """
     view, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
-    base = qkv + view * view_stride + head * HEAD_DIM
+    column = head * HEAD_DIM
     width: tl.constexpr = HEADS * HEAD_DIM
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     main, rest = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
     in_rows, in_rest = (rows < tokens)[:, None], (rest < HEAD_DIM)[None, :]
     if PDL:
         gdc_wait()
-    q_main = tl.load(base + rows[:, None] * token_stride + main[None, :], mask=in_rows, other=0.0)
-    q_rest = tl.load(base + rows[:, None] * token_stride + rest[None, :], mask=in_rows & in_rest, other=0.0)
+    at = qkv + column + (view * tokens + rows)[:, None] * token_stride
+    q_main = tl.load(at + main[None, :], mask=in_rows, other=0.0)
+    q_rest = tl.load(at + rest[None, :], mask=in_rows & in_rest, other=0.0)
     top = tl.full((BLOCK_M,), MASKED, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc_main = tl.zeros((BLOCK_M, MAIN), dtype=tl.float32)
     acc_rest = tl.zeros((BLOCK_M, REST), dtype=tl.float32)
     for block in tl.range(0, KEY_BLOCKS):
-        key = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (key < tokens)[:, None]
-        at = base + width + key[:, None] * token_stride
-        k_main = tl.load(at + main[None, :], mask=inside, other=0.0)
-        k_rest = tl.load(at + rest[None, :], mask=inside & in_rest, other=0.0)
-        scores = tl.dot(q_main, k_main.T, input_precision=PRECISION)
-        scores = tl.dot(q_rest, k_rest.T, scores, input_precision=PRECISION) * score_scale
-        scores = tl.where((key < tokens)[None, :], scores, MASKED)
+        first = view * tokens + block * BLOCK_N
+        scores = tl.dot(q_main, main_rows.load([first, width + column]).T, input_precision=PRECISION)
+        keys_rest = rest_rows.load([first, width + column + MAIN])
+        scores = tl.dot(q_rest, keys_rest.T, scores, input_precision=PRECISION) * score_scale
+        # rows beyond this view's tokens are the next view's: finite, and their weight is zero
+        scores = tl.where((block * BLOCK_N + tl.arange(0, BLOCK_N) < tokens)[None, :], scores, MASKED)
         new_top = tl.maximum(top, tl.max(scores, 1))
         correction = tl.exp2(top - new_top)
         weights = tl.exp2(scores - new_top[:, None])
         total = total * correction + tl.sum(weights, 1)
         top = new_top
-        v_main = tl.load(at + width + main[None, :], mask=inside, other=0.0)
-        v_rest = tl.load(at + width + rest[None, :], mask=inside & in_rest, other=0.0)
-        rounded = weights.to(v_main.dtype)
-        acc_main = tl.dot(rounded, v_main, acc_main * correction[:, None], input_precision=PRECISION)
-        acc_rest = tl.dot(rounded, v_rest, acc_rest * correction[:, None], input_precision=PRECISION)
+        values = main_rows.load([first, 2 * width + column])
+        rounded = weights.to(values.dtype)
+        acc_main = tl.dot(rounded, values, acc_main * correction[:, None], input_precision=PRECISION)
+        values = rest_rows.load([first, 2 * width + column + MAIN])
+        acc_rest = tl.dot(rounded, values, acc_rest * correction[:, None], input_precision=PRECISION)
     if PDL:
         gdc_launch_dependents()
-    to = out + view * out_view + head * HEAD_DIM + rows[:, None] * out_token
+    to = out + view * out_view + column + rows[:, None] * out_token
     acc_main = scaled_out(acc_main / total[:, None], out_inverse)
     acc_rest = scaled_out(acc_rest / total[:, None], out_inverse)
     tl.store(to + main[None, :], acc_main.to(out.dtype.element_ty), mask=in_rows)
@@ -176,14 +179,16 @@ def vision_attention(
     out_inverse: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """qkv [V, T, 3 D] = q | k | v, out [V, T, D]; every view sees itself alone."""
+    """qkv contiguous [V, T, 3 D] = q | k | v, out [V, T, D]; every view sees itself alone."""
     V, T, packed = qkv.shape
     head_dim = packed // 3 // heads
     main, rest = split_head_dim(head_dim)
+    rows = qkv.view(V * T, packed)
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     _vision_kernel[(triton.cdiv(T, tile.block_m), V * heads)](
-        qkv, out, out_inverse, qkv.stride(0), qkv.stride(1), out.stride(0), out.stride(1), T,
-        head_dim**-0.5 * LOG2_E,
+        rows, TensorDescriptor.from_tensor(rows, [tile.block_n, main]),
+        TensorDescriptor.from_tensor(rows, [tile.block_n, rest]), out, out_inverse, rows.stride(0), out.stride(0),
+        out.stride(1), T, head_dim**-0.5 * LOG2_E,
         KEY_BLOCKS=triton.cdiv(T, tile.block_n), HEADS=heads, HEAD_DIM=head_dim, MAIN=main, REST=rest,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, PRECISION=_precision(qkv), PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, **options,

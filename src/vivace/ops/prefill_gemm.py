@@ -119,13 +119,14 @@ def _store_rotated(
     tl.store(to + HALF, second.to(q.dtype.element_ty), mask=in_rows[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "rope_rows"])
+@triton.jit(do_not_specialize=["M", "rope_rows", "bias_rows"])
 def _gemm_kernel(
-    x, weight, out, out_stride, k_out, k_stride, v_out, v_stride, channel_scale, bias, out_inverse,
+    x, weight, out, out_stride, k_out, k_stride, v_out, v_stride, channel_scale, bias, bias_rows, out_inverse,
     cos_table, sin_table, rope_rows, M, N,
     K_TILES: tl.constexpr, TILES_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EPILOGUE: tl.constexpr, GELU: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, PRECISION: tl.constexpr, BULK_STORE: tl.constexpr, PDL: tl.constexpr,
+    KV_HEADS: tl.constexpr, PRECISION: tl.constexpr, ROW_BIAS: tl.constexpr,
+    BULK_STORE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, split_k).  N = output columns of one accumulator (qkv_rope: all columns / 2)."""
     PAIRED: tl.constexpr = EPILOGUE != "plain"
@@ -167,7 +168,10 @@ def _gemm_kernel(
             columns += tile_n * BLOCK_N
             if EPILOGUE == "geglu":
                 acc = gelu_tanh(acc) * second
-            if bias is not None:
+            if ROW_BIAS:
+                at = (rows % bias_rows)[:, None] * N + columns[None, :]
+                acc += tl.load(bias + at, mask=in_rows[:, None] & (columns < N)[None, :], other=0.0).to(tl.float32)
+            elif bias is not None:
                 acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
             if GELU:
                 acc = gelu_tanh(acc)
@@ -199,6 +203,7 @@ def gemm(
     x              [M, K]; weight [N, K], geglu [2N, K]; one dtype
     out            [M, N], any row stride; split_k > 1: float32 [split_k, M, N]; qkv_rope: q, or k if there are no queries
     channel_scale  float32, one per weight row
+    bias           [N], or [R, N] contiguous: row m of the result gets row m % R (position embeddings)
     out_inverse    float32 [1] = 1 / scale of an e4m3 output
     """
     M, K = x.shape
@@ -215,12 +220,13 @@ def gemm(
         TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n]) if bulk else out, out.stride(-2),
         rotation.k if rotation else None, rotation.k.stride(0) if rotation else 0,
         rotation.v if rotation else None, rotation.v.stride(0) if rotation else 0,
-        channel_scale, bias, out_inverse,
+        channel_scale, bias, bias.shape[0] if bias is not None else 1, out_inverse,
         rotation.cos if rotation else None, rotation.sin if rotation else None,
         rotation.cos.shape[0] if rotation else 1, M, columns,
         K_TILES=triton.cdiv(triton.cdiv(K, tile.block_k), tile.split_k), TILES_EACH=triton.cdiv(tiles, programs),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EPILOGUE=epilogue, GELU=gelu,
         HALF=head_dim // 2, HEADS=heads, KV_HEADS=kv_heads, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        ROW_BIAS=bias is not None and bias.dim() == 2,
         BULK_STORE=bulk, PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
     return out

@@ -1,18 +1,21 @@
 # kernels have no annotations: their arguments are Triton's, and one name serves tensors and pointers
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Pixels to SigLIP tokens in one kernel: cut patches, scale uint8, multiply, add bias and position, round once.
+"""Pixels to SigLIP tokens: float32 accuracy from bfloat16 matrix units.
 
-A patch row has 3 * 14 * 14 = 588 numbers. They are gathered from the image while the product runs, so neither the float
-image nor the matrix of patches ever lies in memory.
+The originals keep the patch convolution in float32, where the matrix units are of no use. But an integer from 0 to 255 is
+a bfloat16 number exactly, and a float32 weight is the sum of three. So with the scaling folded into the weights,
 
-Numerics: float32, as the originals keep it. The matrix unit multiplies TF32; "tf32x3" adds the two correction products
-that bring the result back to float32 rounding.
+    W (p / 127.5 - 1) + b  =  p (Wh + Wm + Wl) + (b - sum W),      W / 127.5 = Wh + Wm + Wl
+
+is one product of 3 * 588 columns with float32 sums, and its only error is that of a float32 product. Float pixels need
+three parts too; of the nine products the six largest are kept, what is left out is below float32 rounding.
+Position embeddings are a bias per token. One rounding, at the end.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,65 +23,103 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..errors import ShapeError
+from .prefill_gemm import Tile, gemm
+
+# which part of the pixel meets which part of the weight: 0 high, 1 middle, 2 low
+UINT8_TERMS = ((0, 0), (0, 1), (0, 2))
+FLOAT_TERMS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
+
+
+@dataclass(frozen=True)
+class PatchWeights:
+    """Constants of one pixel type.  weight [D, terms * columns] in parts; bias float32 [tokens, D] with the positions.
+
+    columns   3 p p rounded up to a multiple of 8, the bulk copy engine's 16 bytes; the rest is zero
+    """
+
+    weight: Tensor
+    bias: Tensor
+    columns: int
+    patch_size: int
+    uint8: bool
+
+
+def patch_weights(
+    weight: Tensor, bias: Tensor, position: Tensor, *, patch_size: int, uint8: bool, dtype: torch.dtype = torch.bfloat16
+) -> PatchWeights:
+    """weight float32 [D, 3 p p], bias float32 [D], position float32 [tokens, D]; `dtype` stores the parts."""
+    wide = weight.double()
+    constant = bias.double() - wide.sum(1) if uint8 else bias.double()
+    parts = three_parts(wide / 127.5 if uint8 else wide)
+    numbers = weight.shape[1]
+    columns = -(-numbers // 8) * 8
+    terms = [part for _, part in (UINT8_TERMS if uint8 else FLOAT_TERMS)]
+    packed = torch.zeros(weight.shape[0], len(terms), columns, dtype=dtype, device=weight.device)
+    for index, part in enumerate(terms):
+        packed[:, index, :numbers] = parts[part].to(dtype)
+    return PatchWeights(packed.flatten(1), (position.double() + constant).float(), columns, patch_size, uint8)
+
+
+def three_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x as high + middle + low, each a bfloat16 number; the rest is below 2^-24 of x.  Any shape, dtype of x."""
+    high = x.bfloat16().to(x.dtype)
+    middle = (x - high).bfloat16().to(x.dtype)
+    return high, middle, (x - high - middle).bfloat16().to(x.dtype)
+
 
 @triton.jit
-def _patch_kernel(
-    pixels, weight, bias, position, out, M, N, K,
-    SIDE: tl.constexpr, PATCH: tl.constexpr, UINT8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, K_TILES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+def _unfold_kernel(
+    pixels, out, numbers, columns, SIDE: tl.constexpr, PATCH: tl.constexpr, UINT8: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, column tiles).  Token m is patch m % (SIDE/PATCH)^2 of view m // (SIDE/PATCH)^2, row-major."""
+    """One patch a program: gathered once, written once per term, in parts."""
     GRID: tl.constexpr = SIDE // PATCH
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    view, patch = rows // (GRID * GRID), rows % (GRID * GRID)
+    token = tl.program_id(0)
+    view, patch = token // (GRID * GRID), token % (GRID * GRID)
     corner = view * 3 * SIDE * SIDE + (patch // GRID) * PATCH * SIDE + (patch % GRID) * PATCH
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    number = tl.arange(0, BLOCK)
+    channel, inside = number // (PATCH * PATCH), number % (PATCH * PATCH)
+    at = channel * SIDE * SIDE + (inside // PATCH) * SIDE + inside % PATCH
     if PDL:
-        gdc_wait()
-    for step in tl.range(0, K_TILES):
-        number = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        channel, inside = number // (PATCH * PATCH), number % (PATCH * PATCH)
-        at = channel * SIDE * SIDE + (inside // PATCH) * SIDE + inside % PATCH
-        mask = (rows < M)[:, None] & (number < K)[None, :]
-        block = tl.load(pixels + corner[:, None] + at[None, :], mask=mask, other=0)
-        if UINT8:
-            block = tl.where(mask, block.to(tl.float32) / 255.0 * 2.0 - 1.0, 0.0)
-        mask = (columns < N)[None, :] & (number < K)[:, None]
-        kernel = tl.load(weight + columns[None, :] * K + number[:, None], mask=mask, other=0.0)
-        acc = tl.dot(block, kernel, acc, input_precision=PRECISION)
-    if PDL:
+        gdc_wait()  # the memory of `out` may still be in use by the kernel before
         gdc_launch_dependents()
-    acc += tl.load(bias + columns, mask=columns < N, other=0.0)[None, :]
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    acc += tl.load(position + patch[:, None] * N + columns[None, :], mask=mask, other=0.0)
-    tl.store(out + rows[:, None] * N + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    x = tl.load(pixels + corner + at, mask=number < numbers, other=0).to(tl.float32)
+    mask, kind = number < columns, out.dtype.element_ty
+    if UINT8:
+        for term in tl.static_range(3):
+            tl.store(out + (token * 3 + term) * columns + number, x.to(kind), mask=mask)
+    else:
+        high = x.to(tl.bfloat16).to(tl.float32)
+        middle = (x - high).to(tl.bfloat16).to(tl.float32)
+        low = x - high - middle
+        to = out + token * 6 * columns + number
+        tl.store(to, high.to(kind), mask=mask)
+        tl.store(to + columns, high.to(kind), mask=mask)
+        tl.store(to + 2 * columns, middle.to(kind), mask=mask)
+        tl.store(to + 3 * columns, middle.to(kind), mask=mask)
+        tl.store(to + 4 * columns, high.to(kind), mask=mask)
+        tl.store(to + 5 * columns, low.to(kind), mask=mask)
 
 
-def patch_embed(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    position: Tensor,
-    *,
-    dtype: torch.dtype,
-    patch_size: int = 14,
-    pdl: bool = False,
-) -> Tensor:
-    """images [V, 3, s, s] contiguous, uint8 (value / 255 * 2 - 1) or float32 in [-1, 1] -> tokens [V, (s/p)^2, D].
+def patch_embed(images: Tensor, weights: PatchWeights, *, dtype: torch.dtype, tile: Tile, pdl: bool = False) -> Tensor:
+    """images contiguous [V, 3, s, s] -> tokens [V, (s/p)^2, D] with position embeddings, in `dtype`.
 
-    weight    float32 [D, 3 p p], columns channel, row, column      bias float32 [D]      position float32 [(s/p)^2, D]
-    dtype     of the result: bias and position are added in float32, then it is rounded once
+    images   uint8, meaning p / 127.5 - 1, or float32 in [-1, 1]; as `weights` was made for
     """
-    V, side, tokens = images.shape[0], images.shape[-1], (images.shape[-1] // patch_size) ** 2
-    N, K = weight.shape
-    out = torch.empty(V, tokens, N, dtype=dtype, device=images.device)
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    block_m, block_n, block_k = 64, 64, 32
-    _patch_kernel[(triton.cdiv(V * tokens, block_m), triton.cdiv(N, block_n))](
-        images, weight, bias, position, out, V * tokens, N, K,
-        SIDE=side, PATCH=patch_size, UINT8=images.dtype == torch.uint8, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=block_k, K_TILES=triton.cdiv(K, block_k), PRECISION="tf32x3", PDL=pdl, num_warps=4, num_stages=3,
-        **options,
+    V, side, patch_size = images.shape[0], images.shape[-1], weights.patch_size
+    tokens = (side // patch_size) ** 2
+    wanted = torch.uint8 if weights.uint8 else torch.float32
+    if images.dtype != wanted or not images.is_contiguous():
+        raise ShapeError(
+            "pixels of another format", got=(images.dtype, images.stride()), wanted=f"{wanted}, contiguous"
+        )
+    rows = torch.empty(V * tokens, weights.weight.shape[1], dtype=weights.weight.dtype, device=images.device)
+    numbers = 3 * patch_size**2
+    _unfold_kernel[(V * tokens,)](
+        images, rows, numbers, weights.columns, SIDE=side, PATCH=patch_size, UINT8=weights.uint8,
+        BLOCK=triton.next_power_of_2(weights.columns), PDL=pdl, num_warps=4,
     )  # fmt: skip
-    return out
+    out = torch.empty(V * tokens, weights.weight.shape[0], dtype=dtype, device=images.device)
+    gemm(rows, weights.weight, out, tile=tile, bias=weights.bias, pdl=pdl)
+    return out.view(V, tokens, -1)

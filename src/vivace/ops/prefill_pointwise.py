@@ -128,6 +128,7 @@ def residual_norm(
     bias: Tensor | None = None,
     total: Tensor | None = None,
     out_inverse: Tensor | None = None,
+    warps: int = 4,
     pdl: bool = False,
 ) -> Tensor:
     """total = residual + sum(parts) * channel_scale + bias, then its norm to `out`.  All [M, D] contiguous.
@@ -139,7 +140,7 @@ def residual_norm(
     block = triton.next_power_of_2(D)
     _norm_kernel[(M,)](
         parts, channel_scale, bias, residual, total, gain, shift, out, out_inverse, M, D, NORM_EPS,
-        PARTS=0 if parts is None else parts.shape[0], MEAN=shift is not None, BLOCK=block, **_options(D, pdl),
+        PARTS=0 if parts is None else parts.shape[0], MEAN=shift is not None, BLOCK=block, **{**_options(D, pdl), "num_warps": warps},
     )  # fmt: skip
     return out
 

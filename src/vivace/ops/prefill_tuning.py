@@ -12,6 +12,7 @@ from .prefill_attention import AttentionTile
 from .prefill_gemm import Tile
 
 MIDDLING = AttentionTile(64, 64, warps=4, stages=2)
+PATCH_TILE = Tile(64, 128, 64, warps=4, stages=5)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Tuning:
     products: Mapping[Key, tuple[tuple[int, Choice], ...]] = field(default_factory=dict)
     attention: tuple[tuple[int, AttentionTile], ...] = ((1 << 30, MIDDLING),)
     vision_tile: AttentionTile = MIDDLING
+    patch_tile: Tile = PATCH_TILE
+    early: tuple[str, ...] = ("vision",)
 
     def choose(self, epilogue: str, *, rows: int, shape: tuple[int, ...], fp8: bool) -> Choice:
         """The choice for x [rows, K] and a weight of `shape` [N, K]."""
