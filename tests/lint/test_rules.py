@@ -116,7 +116,7 @@ def test_no_pickle():
 
 
 def test_no_near_copies():
-    """No two files share more than 60 % of the smaller one's lines; imports and small files (a seam's two methods) are free."""
+    """No two files share more than 60 % of the smaller one's lines; imports and small files are free."""
     lines = {
         p: [s for line in p.read_text().splitlines() if (s := line.strip()) and not s.startswith(("from ", "import "))]
         for p in FILES

@@ -1,4 +1,4 @@
-"""`vivace VERB ...`: one file per verb, imported only when it is called, so that `vivace doctor` works when others cannot."""
+"""`vivace VERB ...`: one file per verb, imported when it is called, so that `vivace doctor` works when others cannot."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ GOING_AWAY_REASON: Final = "server is shutting down"
 Infer = Callable[[Mapping[str, Any]], ActionChunk]
 
 
-class Gone(Exception):  # noqa: N818  not an error: the client left
+class Gone(Exception):
     """The client is not there any more; `args[0]` is the reason that is counted."""
 
 
