@@ -187,7 +187,7 @@ class Loop:
         """Checked, then timed. Infinite where the variant is wrong, does not fit, or does not compile."""
         try:
             graph, out = captured(lambda: self.run(denoise.denoise_ops(reference_ops(), tiles)))
-        except Exception as failure:  # noqa: BLE001  a variant that does not fit is a result here
+        except Exception as failure:
             self.rows[str(tiles)[-60:]] = repr(failure)[:200]
             return float("inf")
         graph.replay()
@@ -275,6 +275,26 @@ def fits(field: str, tile: Any, rows: int, fp8: bool) -> bool:
     )
 
 
+def early_variants(start: Tiles) -> dict[str, Tiles]:
+    """Which kernels let their successor launch before their own work is done."""
+    light = replace(
+        start, norm_early=True, attention=replace(start.attention, early=True, combine_early=True),
+        o=replace(start.o, early=True), down=replace(start.down, early=True),
+    )  # fmt: skip
+    return {
+        "norm": replace(start, norm_early=True),
+        "combine": replace(start, attention=replace(start.attention, combine_early=True)),
+        "split": replace(start, attention=replace(start.attention, early=True)),
+        "o": replace(start, o=replace(start.o, early=True)),
+        "down": replace(start, down=replace(start.down, early=True)),
+        "qkv": replace(start, qkv=replace(start.qkv, early=True)),
+        "gate_up": replace(start, gate_up=replace(start.gate_up, early=True)),
+        "light successors": light,
+        "light + qkv": replace(light, qkv=replace(start.qkv, early=True)),
+        "all": replace(light, qkv=replace(start.qkv, early=True), gate_up=replace(start.gate_up, early=True)),
+    }
+
+
 def chain_of(loop: Loop, field: str) -> Callable[[Any], Callable[[], Any]]:
     """tile -> a function that runs one operation for every layer, each with its own weights."""
     model, T, blocks = loop.model, loop.T, [loop.model.expert.block(i) for i in range(18)]
@@ -348,7 +368,7 @@ def compiled(make: Callable[[Any], Callable[[], Any]], tile: Any, truth: Any) ->
         if out.dim() == 3 and out.dtype == torch.float32:
             out, truth = out.sum(0), truth.sum(0)
         return tile if error(out.float(), truth.float()) < 0.02 else None
-    except Exception:  # noqa: BLE001  a variant that does not fit is a result here
+    except Exception:
         return None
 
 
@@ -413,7 +433,7 @@ def policy_row(made: Any, inputs: ModelInputs, noise: Tensor, truth: Tensor, pla
     }  # fmt: skip
 
 
-def loop_phase(index: int, text: str, tuned: bool, report: dict[str, Any]) -> None:
+def loop_phase(index: int, text: str, tuned: str, report: dict[str, Any]) -> None:
     """One denoise loop: checked and timed as it is, then tuned, then checked again."""
     T, S, kind = text.split(":")
     fp8 = kind == "fp8"
@@ -421,7 +441,10 @@ def loop_phase(index: int, text: str, tuned: bool, report: dict[str, Any]) -> No
     start = denoise.TILES[(16 if int(T) <= 16 else denoise.MAX_ROWS, fp8)]
     row = report[text] = {**loop.rows, "default": check_loop(loop, start)}
     print(text, {k: v for k, v in row.items() if k != "default"}, json.dumps(row["default"]), flush=True)
-    if tuned:
+    if tuned == "early":
+        row["early"] = {name: round(loop.ms(tiles, n=40), 4) for name, tiles in early_variants(start).items()}
+        print(text, row["early"], flush=True)
+    elif tuned == "tune":
         best, row["tuned"] = tune(loop, start, fp8=fp8)
         row["best_tiles"], row["failures"] = {k: short(v) for k, v in vars(best).items()}, loop.rows
         row["best"] = check_loop(loop, best)
@@ -432,7 +455,7 @@ def guarded(phase: Callable[..., None], *args: Any) -> None:
     """A phase that fails is printed and does not take the next one with it."""
     try:
         phase(*args)
-    except Exception:  # noqa: BLE001
+    except Exception:
         traceback.print_exc()
 
 
@@ -458,8 +481,8 @@ def main() -> None:
     report: dict[str, Any] = {"environment": environment(), "denoise": {}, "policy": {}}
     phases, begin = args.phases.split(","), time.perf_counter()
     try:
-        for index, text in enumerate(args.loops.split(",") if {"denoise", "tune"} & set(phases) else []):
-            guarded(loop_phase, index, text, "tune" in phases, report["denoise"])
+        for index, text in enumerate(args.loops.split(",") if {"denoise", "tune", "early"} & set(phases) else []):
+            guarded(loop_phase, index, text, next((p for p in phases if p in ("tune", "early")), ""), report["denoise"])
             torch.cuda.empty_cache()
             print(f"-- {time.perf_counter() - begin:.0f} s", flush=True)
         if "policy" in phases:

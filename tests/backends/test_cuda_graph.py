@@ -21,16 +21,22 @@ from vivace.types import ModelInputs, PreviousChunk
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def request(tokens=5, views=2, size=56, seed=0, device="cpu"):
-    g = torch.Generator().manual_seed(seed)
+def request(tokens=5, views=2, size=None, seed=0, device="cpu"):
+    g, size = torch.Generator().manual_seed(seed), size or (56 if device == "cpu" else 224)
     images = torch.randint(0, 256, (1, views, 3, size, size), dtype=torch.uint8, generator=g)
     return ModelInputs(images.to(device), torch.randint(0, 64, (1, tokens), generator=g).to(device))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "masked", "wanted"), [(5, False, (16, True)), (16, False, (16, False)), (16, True, (16, True)), (17, False, (32, True)),
-                                     (0, False, (0, False))],
-)  # fmt: skip
+    ("tokens", "masked", "wanted"),
+    [
+        (5, False, (16, True)),
+        (16, False, (16, False)),
+        (16, True, (16, True)),
+        (17, False, (32, True)),
+        (0, False, (0, False)),
+    ],
+)
 def test_prompt_is_rounded_up_and_masked_only_when_it_must_be(tokens, masked, wanted):
     inputs = request(tokens)
     if masked:
@@ -75,9 +81,9 @@ def test_a_cpu_is_refused_with_the_reason():
 
 
 def small_config(kind="pi05", **changes):
-    """Real head sizes and widths that the kernels take, few layers."""
+    """Real head sizes, real views, widths that the kernels take, few layers."""
     return tiny_config(
-        kind, vision=VisionConfig(width=144, layers=2, mlp_width=192, num_heads=2, image_size=56),
+        kind, vision=VisionConfig(width=144, layers=2, mlp_width=192, num_heads=2),
         prefix=GemmaConfig(width=256, layers=3, mlp_width=512), expert=GemmaConfig(width=128, layers=3, mlp_width=256),
         horizon=20, **changes,
     )  # fmt: skip

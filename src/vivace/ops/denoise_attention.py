@@ -33,13 +33,15 @@ class AttentionTile:
     combine_rows: int = 2
     combine_warps: int = 4
     parts: torch.dtype = torch.float32
+    early: bool = False
+    combine_early: bool = False
 
 
 @triton.jit(do_not_specialize=["S", "T"])
 def _split_kernel(
     q, k, v, past_k, past_v, q_stride, k_stride, v_stride, past_k_stride, past_v_stride, mask, out, lse, S, T, score_scale,
     GROUP: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PDL: tl.constexpr, INTERPRET: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, key blocks, B * KV). Row r is token r // GROUP, head r % GROUP; keys are the past, then the own."""
     block, which = tl.program_id(1), tl.program_id(2)
@@ -63,6 +65,9 @@ def _split_kernel(
         v_from = tl.where(old[:, None], past_v + past_token * past_v_stride, v + own_token * v_stride)
         k_block = tl.load(k_from + at, mask=inside[:, None], other=0.0)
         v_block = tl.load(v_from + at, mask=inside[:, None], other=0.0)
+    if PDL:
+        if EARLY:
+            gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = rows // GROUP, kv * GROUP + rows % GROUP
     q_at = ((batch * T + token) * q_stride + head * HEAD)[:, None] + d[None, :]
@@ -81,7 +86,8 @@ def _split_kernel(
     else:
         mixed = tl.dot(p.to(v_block.dtype), v_block, input_precision="ieee")
     if PDL:
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     none = weight == 0.0
     mixed = mixed / tl.where(none, 1.0, weight)[:, None]
     to = (which * tl.num_programs(1) + block) * (T * GROUP) + rows
@@ -92,7 +98,7 @@ def _split_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _combine_kernel(
     parts, lse, out, out_scale, T, GROUP: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCKS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(T * GROUP / ROWS), B * KV): softmax over the parts' log-sums, then their weighted sum in index order."""
     which = tl.program_id(1)
@@ -102,6 +108,8 @@ def _combine_kernel(
     first = which * BLOCKS * (T * GROUP) + rows
     if PDL:
         gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
     top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     for block in tl.static_range(BLOCKS):
         top = tl.maximum(top, tl.load(lse + first + block * (T * GROUP), mask=inside, other=0.0))
@@ -114,7 +122,8 @@ def _combine_kernel(
         y += share[:, None] * mixed.to(tl.float32)
         total += share
     if PDL:
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     y = y / total[:, None]
     token, head = rows // GROUP, kv * GROUP + rows % GROUP
     to = ((batch * T + token) * (KV * GROUP) + head)[:, None] * HEAD + d[None, :]
@@ -142,11 +151,12 @@ def attention(
     _split_kernel[(triton.cdiv(T * group, tile.rows), blocks, B * K)](
         q, k, v, *past, _stride(q), _stride(k), _stride(v), _stride(past[0]), _stride(past[1]), mask, parts, lse,
         S, T, head_dim**-0.5 * log2_e,
-        GROUP=group, KV=K, HEAD=head_dim, ROWS=tile.rows, KEYS=tile.keys, **launch.options(q, warps=tile.warps),
+        GROUP=group, KV=K, HEAD=head_dim, ROWS=tile.rows, KEYS=tile.keys,
+        **launch.options(q, warps=tile.warps, early=tile.early),
     )  # fmt: skip
     _combine_kernel[(triton.cdiv(T * group, tile.combine_rows), B * K)](
         parts, lse, out, into.input_scale if quantised else None, T, GROUP=group, KV=K, HEAD=head_dim,
-        ROWS=tile.combine_rows, BLOCKS=blocks, **launch.options(q, warps=tile.combine_warps),
+        ROWS=tile.combine_rows, BLOCKS=blocks, **launch.options(q, warps=tile.combine_warps, early=tile.combine_early),
     )  # fmt: skip
     return out
 

@@ -33,6 +33,7 @@ class Tile:
 
     block_n  output columns of one program, per accumulator (geglu and qkv have two)
     split_k  programs that share an output tile; part only
+    early    the successor may launch before the main loop, see `ops.launch`
     bulk     operands arrive through tensor descriptors (the bulk copy engine) instead of per-thread copies
     """
 
@@ -42,6 +43,7 @@ class Tile:
     warps: int = 4
     stages: int = 4
     bulk: bool = False
+    early: bool = False
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def _product_kernel(
     x, weight, out, channel_scale, input_scale, out_scale, cos, sin, table_rows, M, N, K,
     MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
     HALF: tl.constexpr, ROTATED: tl.constexpr, BULK: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
-    PDL: tl.constexpr, INTERPRET: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (column tiles, split_k, row tiles). weight [N, K], geglu N = 2F; HALF = head_dim/2; ROTATED heads turn."""
     tile, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_M
@@ -102,6 +104,8 @@ def _product_kernel(
     acc2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if PDL:
         gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
     for step in tl.range(0, STEPS):
         at = (split * STEPS + step) * BLOCK_K
         block = _operand(x, row, at, M, K, BULK, EVEN, BLOCK_M, BLOCK_K)
@@ -111,7 +115,8 @@ def _product_kernel(
             w2 = _operand(weight, second, at, N, K, BULK, EVEN, BLOCK_N, BLOCK_K)
             acc2 = _accumulate(block, w2, acc2, INTERPRET)
     if PDL:
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     acc = _scaled(acc, channel_scale, input_scale, columns, N)
     inside = (rows < M)[:, None]
     if MODE == "part":
@@ -162,7 +167,7 @@ def _product(
         layer.weight_scale if quantised else None, layer.input_scale if quantised else None,
         M=M, N=N, K=K, MODE=mode, BLOCK_M=BM, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEPS=steps, BULK=bulk,
         EVEN=N % tile.block_n == 0 and K % (tile.block_k * tile.split_k) == 0, EVEN_N=N % (2 * tile.block_n) == 0,
-        **{**defaults, **more}, **launch.options(x, warps=tile.warps, stages=tile.stages),
+        **{**defaults, **more}, **launch.options(x, warps=tile.warps, stages=tile.stages, early=tile.early),
     )  # fmt: skip
     return out
 
@@ -200,7 +205,7 @@ def qkv(
 @triton.jit
 def _narrow_kernel(
     x, weight, bias, out, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
-    PDL: tl.constexpr, INTERPRET: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, column tiles): products in float32 without matrix instructions."""
     row, columns = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -210,6 +215,8 @@ def _narrow_kernel(
         acc += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
     for step in tl.range(0, STEPS):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         w = tl.load(weight + columns[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0).to(
@@ -217,7 +224,8 @@ def _narrow_kernel(
         )
         acc += tl.sum(w * tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :], axis=1)
     if PDL:
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     tl.store(out + row * N + columns, acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -225,10 +233,10 @@ def narrow(x: Tensor, layer: Linear) -> Tensor:
     """x [M, K] -> [M, N] for the 32-wide action projections (K or N small), float32 sums."""
     (M, K), N = x.shape, layer.weight.shape[0]
     out = torch.empty(M, N, dtype=layer.dtype, device=x.device)
-    block_n = min(triton.next_power_of_2(N), 32 if K > 64 else 256)
+    block_n = 8 if K > 64 else min(triton.next_power_of_2(N), 128)
     block_k = min(triton.next_power_of_2(K), 8192 // block_n)
     _narrow_kernel[(M, triton.cdiv(N, block_n))](
         x, layer.weight, layer.bias, out, N, K, BLOCK_N=block_n, BLOCK_K=block_k,
-        STEPS=triton.cdiv(K, block_k), **launch.options(x, warps=8),
+        STEPS=triton.cdiv(K, block_k), **launch.options(x, warps=4),
     )  # fmt: skip
     return out

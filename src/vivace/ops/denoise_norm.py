@@ -23,7 +23,7 @@ from .reference import NORM_EPS
 @triton.jit(do_not_specialize=["M", "table_rows"])
 def _norm_kernel(
     parts, residual, gate, gate_stride, total, scale, shift, table_stride, table_rows, out, out_scale, M, D, eps,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """scale, shift, gate: row (token % table_rows) of tables with the given strides; gate and shift may be None."""
     row, d = tl.program_id(0), tl.arange(0, BLOCK)
@@ -38,6 +38,8 @@ def _norm_kernel(
         opening = tl.load(gate + table * gate_stride + d, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
     y = tl.load(residual + row * D + d, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
         branch = tl.load(parts + row * D + d, mask=inside, other=0.0)
@@ -46,7 +48,8 @@ def _norm_kernel(
         y += opening * branch
         tl.store(total + row * D + d, y, mask=inside)
     if PDL:
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps) * gain + offset
     tl.store(out + row * D + d, hand_over(y, out, out_scale), mask=inside)
 
@@ -60,6 +63,7 @@ def sum_norm(
     into: Linear | Fp8Linear,
     *,
     warps: int = 4,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """s = residual + gate * (parts[0] + parts[1] + ...), and norm(s) as `into` takes it.
 
@@ -80,6 +84,6 @@ def sum_norm(
         parts, residual, gate, 0 if gate is None else gate.stride(0), total, scale, shift, stride, rows, out,
         into.input_scale if quantised else None, M, D, NORM_EPS,
         PARTS=0 if parts is None else parts.shape[0], BLOCK=triton.next_power_of_2(D),
-        **launch.options(residual, warps=warps),
+        **launch.options(residual, warps=warps, early=early),
     )  # fmt: skip
     return total, out

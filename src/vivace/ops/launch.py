@@ -5,8 +5,8 @@ correct, which every kernel of a chain obeys:
 
 * before `gdc_wait` only constants are read, or data that was complete before the predecessor began;
 * every kernel waits, also one that reads nothing of its predecessor, else the chain behind it breaks;
-* `gdc_launch_dependents` comes after the own wait and after the main loop: an early successor would take shared memory
-  and issue slots from its predecessor (measured: no gain or a loss).
+* `gdc_launch_dependents` comes after the own wait. Where the successor is heavy it comes after the main loop too, because
+  an early successor takes shared memory and issue slots from its predecessor; where it is light, right away (EARLY).
 
 Triton's interpreter (CPU, tests) knows neither the wait nor the launch option, and multiplies the raw bits of 16-bit
 operands in a dot; kernels take PDL and INTERPRET as compile-time switches for that.
@@ -34,10 +34,10 @@ def programmatic(x: Tensor) -> bool:
     return x.is_cuda and not INTERPRET and _programmatic(x.device.index)
 
 
-def options(x: Tensor, *, warps: int, stages: int = 1) -> dict[str, Any]:
-    """Launch keywords of one kernel; `PDL` and `INTERPRET` are its compile-time switches."""
+def options(x: Tensor, *, warps: int, stages: int = 1, early: bool = False) -> dict[str, Any]:
+    """Launch keywords of one kernel; `PDL`, `EARLY` and `INTERPRET` are its compile-time switches."""
     if INTERPRET:
-        return {"PDL": False, "INTERPRET": True}
+        return {"PDL": False, "EARLY": False, "INTERPRET": True}
     pdl = programmatic(x)
     more = {"launch_pdl": True} if pdl else {}
-    return {"num_warps": warps, "num_stages": stages, "PDL": pdl, "INTERPRET": False, **more}
+    return {"num_warps": warps, "num_stages": stages, "PDL": pdl, "EARLY": early, "INTERPRET": False, **more}
