@@ -65,9 +65,8 @@ def _split_kernel(
         v_from = tl.where(old[:, None], past_v + past_token * past_v_stride, v + own_token * v_stride)
         k_block = tl.load(k_from + at, mask=inside[:, None], other=0.0)
         v_block = tl.load(v_from + at, mask=inside[:, None], other=0.0)
-    if PDL:
-        if EARLY:
-            gdc_launch_dependents()
+    if PDL and EARLY:
+        gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = rows // GROUP, kv * GROUP + rows % GROUP
     q_at = ((batch * T + token) * q_stride + head * HEAD)[:, None] + d[None, :]
@@ -85,9 +84,8 @@ def _split_kernel(
         mixed = tl.dot(p, v_block.to(tl.float32), input_precision="ieee")
     else:
         mixed = tl.dot(p.to(v_block.dtype), v_block, input_precision="ieee")
-    if PDL:
-        if not EARLY:
-            gdc_launch_dependents()
+    if PDL and not EARLY:
+        gdc_launch_dependents()
     none = weight == 0.0
     mixed = mixed / tl.where(none, 1.0, weight)[:, None]
     to = (which * tl.num_programs(1) + block) * (T * GROUP) + rows
@@ -121,9 +119,8 @@ def _combine_kernel(
         mixed = tl.load(parts + at[:, None] * HEAD + d[None, :], mask=inside[:, None], other=0.0)
         y += share[:, None] * mixed.to(tl.float32)
         total += share
-    if PDL:
-        if not EARLY:
-            gdc_launch_dependents()
+    if PDL and not EARLY:
+        gdc_launch_dependents()
     y = y / total[:, None]
     token, head = rows // GROUP, kv * GROUP + rows % GROUP
     to = ((batch * T + token) * (KV * GROUP) + head)[:, None] * HEAD + d[None, :]

@@ -114,9 +114,8 @@ def _product_kernel(
         if MODE != "part":
             w2 = _operand(weight, second, at, N, K, BULK, EVEN, BLOCK_N, BLOCK_K)
             acc2 = _accumulate(block, w2, acc2, INTERPRET)
-    if PDL:
-        if not EARLY:
-            gdc_launch_dependents()
+    if PDL and not EARLY:
+        gdc_launch_dependents()
     acc = _scaled(acc, channel_scale, input_scale, columns, N)
     inside = (rows < M)[:, None]
     if MODE == "part":
@@ -223,9 +222,8 @@ def _narrow_kernel(
             tl.float32
         )
         acc += tl.sum(w * tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :], axis=1)
-    if PDL:
-        if not EARLY:
-            gdc_launch_dependents()
+    if PDL and not EARLY:
+        gdc_launch_dependents()
     tl.store(out + row * N + columns, acc.to(out.dtype.element_ty), mask=inside)
 
 

@@ -47,9 +47,8 @@ def _norm_kernel(
             branch += tl.load(parts + (part * M + row) * D + d, mask=inside, other=0.0)
         y += opening * branch
         tl.store(total + row * D + d, y, mask=inside)
-    if PDL:
-        if not EARLY:
-            gdc_launch_dependents()
+    if PDL and not EARLY:
+        gdc_launch_dependents()
     y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps) * gain + offset
     tl.store(out + row * D + d, hand_over(y, out, out_scale), mask=inside)
 
