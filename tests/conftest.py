@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before Triton's first import, wherever that happens: its own library is decorated then. Without a GPU the kernels'
+    # logic runs in Triton's interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
