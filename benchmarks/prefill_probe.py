@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vivace.config import GemmaConfig, ModelConfig
-from vivace.model import transformer, vision
+from vivace.model import transformer
 from vivace.model.pi import Pi
 from vivace.ops import prefill, prefill_attention, prefill_gemm, prefill_patches, prefill_pointwise, reference
 from vivace.ops.layers import Linear
@@ -54,7 +54,7 @@ class Product:
     bias: bool = False
 
 
-PREFIX_ROWS, VISION_ROWS = (968, 784, 560, 304), (768, 512, 256)
+PREFIX_ROWS, VISION_ROWS = (968, 560, 304), (768, 512, 256)
 PRODUCTS = (
     Product("qkv", "qkv_rope", 2560, 2048, PREFIX_ROWS),
     Product("o", "parts", 2048, 2048, PREFIX_ROWS),
@@ -339,14 +339,12 @@ def timings(product: Product, M: int, fp8: bool, candidates: list[Tile], norms: 
 
 def attention_tiles() -> list[AttentionTile]:
     """Candidates for the prefix; tiles of 128 rows or 128 keys lost by 10 us and more."""
-    return [AttentionTile(*t) for t in ((64, 64, 4, 3), (64, 32, 4, 4))]
+    return [AttentionTile(*t) for t in ((64, 64, 4, 3),)]
 
 
 def vision_tiles() -> list[AttentionTile]:
     """Candidates for SigLIP."""
-    return [AttentionTile(*t) for t in (
-        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 1), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 256, 8, 1)
-    )]
+    return [AttentionTile(*t) for t in ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2))]
 
 
 def time_attention(result: dict[str, Any]) -> tuple[AttentionTile, AttentionTile]:
@@ -451,21 +449,6 @@ def build_model() -> Pi:
     return model
 
 
-def vision_pass(model: Pi, ops: OpTable, images: Tensor, patches: prefill_patches.PatchWeights, *, pdl: bool) -> Tensor:
-    """`Pi.embed_views` with exact patches from pixels.  images uint8 [V, 3, 224, 224] -> [1, V * 256, 2048]."""
-    tower = model.vision
-    x = prefill_patches.patch_embed(images, patches, dtype=BF16, tile=PATCH_TILE, pdl=pdl)
-    n = ops.layer_norm(x, tower.block(0).norm1, tower.block(0).qkv)
-    for index in range(tower.config.layers):
-        block, last = tower.block(index), index + 1 == tower.config.layers
-        after = tower.block(index if last else index + 1)
-        following = (tower.norm, None, model.projector) if last else (after.norm1, None, after.qkv)
-        mixed = ops.vision_attention(ops.linear(n, block.qkv), tower.config.num_heads, block.o)
-        x, n = ops.linear_residual_norm(mixed, block.o, x, None, block.norm2, None, block.fc1)
-        x, n = ops.linear_residual_norm(ops.linear_gelu(n, block.fc1, block.fc2), block.fc2, x, None, *following)
-    return ops.linear(n, model.projector).flatten(0, 1)[None]
-
-
 def prefix_pass(model: Pi, ops: OpTable, embeds: Tensor, mask: Tensor | None, rope: transformer.Rope) -> list[Tensor]:
     """`Pi.prefill` with its rotary table made before: keys and values of all layers."""
     stack, x, out = model.prefix, embeds, []
@@ -501,15 +484,12 @@ SETTINGS = ((3, 200), (3, 16), (2, 48), (1, 48))
 def chains(result: dict[str, Any], tuning: Tuning, own: Tuning) -> None:
     """Vision and prefix: errors against float32 on the same weights, equal bits over replays, times, kernel split."""
     model = build_model()
-    patches = prefill_patches.patch_weights(
-        model.vision.patch.weight, model.vision.patch.bias, model.vision.position, patch_size=14, uint8=True
-    )
     images = torch.randint(0, 256, (1, 3, 3, 224, 224), device="cuda").to(torch.uint8)
     tokens = torch.randint(0, 1024, (1, 200), device="cuda")
 
     def run(net: Pi, ops: OpTable, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        net.ops, ours = ops, isinstance(getattr(ops.linear, "__self__", None), prefill.Prefill)
-        views = vision_pass(net, ops, images[0], patches, pdl=True) if ours else net.embed_views(images)
+        net.ops = ops
+        views = net.embed_views(images)
         embeds = torch.cat([views, net.embed_prompt(tokens)], dim=1)
         mask = (torch.arange(968, device="cuda") < 963)[None]
         rope = transformer.rope_table(torch.arange(968, device="cuda")[None], 256, dtype)
@@ -524,10 +504,7 @@ def chains(result: dict[str, Any], tuning: Tuning, own: Tuning) -> None:
     qkv_own = {k: v for k, v in own.products.items() if k.epilogue == "qkv_rope"}
     variants = {
         "chosen": tuning,
-        "early nowhere": dataclasses.replace(tuning, early=()),
         "vision without cuBLAS": dataclasses.replace(tuning, products={**tuning.products, **vision_own}),
-        "vision without cuBLAS, early nowhere": dataclasses.replace(
-            tuning, products={**tuning.products, **vision_own}, early=()),
         "qkv without cuBLAS": dataclasses.replace(tuning, products={**tuning.products, **qkv_own}),
     }  # fmt: skip
     for name in ("bf16", "fp8"):
@@ -549,8 +526,8 @@ def chains(result: dict[str, Any], tuning: Tuning, own: Tuning) -> None:
         for label, table in variants.items():
             ops = prefill.prefill_ops(model, tuning=table)
             for views, prompt in SETTINGS if label == "chosen" else SETTINGS[:1]:
-                times = stages(model, ops, images[:, :views], views * 256 + prompt, patches,
-                               early=bool(table.early), detailed=label == "chosen" and (views, prompt) == (3, 200))  # fmt: skip
+                times = stages(model, ops, images[:, :views], views * 256 + prompt,
+                               detailed=label == "chosen" and (views, prompt) == (3, 200))  # fmt: skip
                 row[f"{label} ({views},{prompt})"] = times
                 print(f"  {name} ({views},{prompt}) {label}: " + ", ".join(
                     f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in times.items() if "kernels" not in k))  # fmt: skip
@@ -560,16 +537,16 @@ def chains(result: dict[str, Any], tuning: Tuning, own: Tuning) -> None:
         result.setdefault("chains", []).append(row)
 
 
-def stages(model: Pi, ops: OpTable, images: Tensor, S: int, patches: prefill_patches.PatchWeights, *, early: bool,
-           detailed: bool) -> dict[str, Any]:  # fmt: skip
+def stages(model: Pi, ops: OpTable, images: Tensor, S: int, *, detailed: bool) -> dict[str, Any]:
     """Milliseconds of vision, prefix and prefix with a key mask; detailed: equal bits over 100 replays, kernel times."""
     row: dict[str, Any] = {}
+    model.ops = ops
     embeds = torch.randn(1, S, 2048, device="cuda").to(BF16)
     mask = (torch.arange(S, device="cuda") < S - 5)[None]
     rope = transformer.rope_table(torch.arange(S, device="cuda")[None], 256, BF16)
     made: dict[str, list[Tensor]] = {}
     bodies: dict[str, Callable[[], Any]] = {
-        "vision": lambda: made.update(vision=[vision_pass(model, ops, images[0], patches, pdl=early)]),
+        "vision": lambda: made.update(vision=[model.embed_views(images)]),
         "prefix": lambda: made.update(prefix=prefix_pass(model, ops, embeds, None, rope)),
         "prefix masked": lambda: made.update({"prefix masked": prefix_pass(model, ops, embeds, mask, rope)}),
     }
@@ -625,12 +602,16 @@ def check_products(result: dict[str, Any]) -> None:
                 if not ours <= 2 * theirs:
                     print(f"WRONG {product.name} fp8={fp8} M={M}: {ours:.2e} against {theirs:.2e}", flush=True)
     print(f"check: worst error ratio ours / plain dtype {worst:.2f}", flush=True)
+
+
+def check_patches(result: dict[str, Any]) -> None:
+    """Patches from both pixel types: error against float64, and torch's in float32; time."""
     images = torch.randint(0, 256, (3, 3, 224, 224), device="cuda").to(torch.uint8)
     weight, bias, position = (torch.randn(*n, device="cuda") * 0.04 for n in ((1152, 588), (1152,), (256, 1152)))
-    for pixels in (images, vision.to_unit_range(images)):
-        made = prefill_patches.patch_weights(weight, bias, position, patch_size=14, uint8=pixels.dtype == torch.uint8)
-        wide = vision.patches(vision.to_unit_range(images).double(), 14) @ weight.double().T + bias + position
-        plain = vision.patches(vision.to_unit_range(images), 14) @ weight.T + bias + position
+    for pixels in (images, reference.to_unit_range(images)):
+        made = prefill_patches.patch_weights(weight, bias, position, uint8=pixels.dtype == torch.uint8)
+        wide = reference.patches(reference.to_unit_range(images).double(), 14) @ weight.double().T + bias + position
+        plain = reference.patches(reference.to_unit_range(images), 14) @ weight.T + bias + position
         got = prefill_patches.patch_embed(pixels, made, dtype=torch.float32, tile=PATCH_TILE)
         us = replay_us(captured(lambda p=pixels, m=made: [
             prefill_patches.patch_embed(p, m, dtype=BF16, tile=PATCH_TILE, pdl=True) for _ in range(20)]), 20)  # fmt: skip
@@ -668,6 +649,8 @@ def run_phase(phase: str, result: dict[str, Any], tunings: tuple[Tuning, Tuning]
     """One phase; the tables that later phases shall use: the best of each product, and the best without cuBLAS."""
     if phase == "check":
         check_products(result)
+    elif phase == "patches":
+        check_patches(result)
     elif phase == "attention":
         prefix_tile, vision_tile = time_attention(result)
         best, own = (

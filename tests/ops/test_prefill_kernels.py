@@ -201,15 +201,15 @@ def test_keys_inside_a_wider_cache_are_read_in_place():
 
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
 def test_pixels_to_tokens(kind):
-    from vivace.model import vision
+    from vivace.ops import reference
 
     V, side, patch, width = 2, 28, 7, 24
     images = torch.randint(0, 256, (V, 3, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    images = images.to(DEVICE) if kind == "uint8" else vision.to_unit_range(images).to(DEVICE)
+    images = images.to(DEVICE) if kind == "uint8" else reference.to_unit_range(images).to(DEVICE)
     weight, bias, position = randn(width, 3 * patch**2, seed=1) * 0.1, randn(width, seed=2), randn(16, width, seed=3)
-    wanted = vision.patches(vision.to_unit_range(images).double(), patch) @ weight.double().T + bias + position
+    wanted = reference.patches(reference.to_unit_range(images).double(), patch) @ weight.double().T + bias + position
     made = prefill_patches.patch_weights(
-        weight, bias, position, patch_size=patch, uint8=kind == "uint8", dtype=torch.bfloat16 if GPU else torch.float32
+        weight, bias, position, uint8=kind == "uint8", dtype=torch.bfloat16 if GPU else torch.float32
     )
     got = prefill_patches.patch_embed(images, made, dtype=torch.float32, tile=SMALL)
     # far below bfloat16's 4e-3: the parts of pixels and weights are all there

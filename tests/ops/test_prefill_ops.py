@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from vivace.config import GemmaConfig, ModelConfig, VisionConfig  # noqa: E402
 from vivace.errors import ShapeError, Unsupported  # noqa: E402
 from vivace.model.pi import Pi  # noqa: E402
-from vivace.ops import prefill  # noqa: E402
+from vivace.ops import prefill, prefill_limits  # noqa: E402
 from vivace.ops.layers import Fp8Linear, Linear, RmsNorm  # noqa: E402
 from vivace.ops.prefill_tuning import Choice, Key, Tile, Tuning  # noqa: E402
 from vivace.ops.table import reference_ops  # noqa: E402
@@ -61,7 +61,8 @@ def model():
 
 def table(model, tuning, **options):
     ones = torch.ones(256, 1, device=DEVICE)
-    return prefill.Prefill(prefill.fp8_constants(model), ones, tuning=tuning, **options)
+    kept = torch.bfloat16 if GPU else torch.float32
+    return prefill.Prefill(prefill.fp8_constants(model), ones, tuning=tuning, patch_parts=kept, **options)
 
 
 def run(model, ops, mask):
@@ -126,15 +127,16 @@ class Blas(Tuning):
 
 
 def test_why_not_names_device_alignment_and_capability():
-    assert "NVIDIA" in prefill.why_not(device="cpu")
+    assert "NVIDIA" in prefill_limits.why_not(device="cpu")
     odd = Linear(36, 40, name="odd").bfloat16()
-    assert "multiple of 8" in prefill.why_not_layer(odd, capability=(9, 0))
-    assert prefill.why_not_layer(Linear(48, 40, name="even").bfloat16(), capability=(8, 0)) is None
+    assert "multiple of 8" in prefill_limits.why_not_layer(odd, capability=(9, 0))
+    assert prefill_limits.why_not_layer(Linear(48, 40, name="even").bfloat16(), capability=(8, 0)) is None
     fp8 = quantise_layer(Linear(48, 48, name="f").bfloat16(), amax=1.0)
     assert isinstance(fp8, Fp8Linear)
-    assert "8.9" in prefill.why_not_layer(fp8, capability=(8, 6))
-    assert prefill.why_not_layer(fp8, capability=(9, 0)) is None
-    assert prefill.why_not_layer(Linear(3, 5, name="float32"), capability=(8, 0)) is None
+    assert "8.9" in prefill_limits.why_not_layer(fp8, capability=(8, 6))
+    assert prefill_limits.why_not_layer(fp8, capability=(9, 0)) is None
+    assert prefill_limits.why_not_layer(Linear(3, 5, name="time_in"), capability=(8, 0)) is None
+    assert "float32" in prefill_limits.why_not_layer(Linear(8, 8, name="vision.layers.0.attn.qkv"), capability=(9, 0))
 
 
 def test_tuning_picks_the_first_row_that_is_large_enough():

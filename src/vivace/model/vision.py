@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..config import VisionConfig
 from ..ops.layers import LayerNorm, Linear
@@ -48,24 +47,12 @@ class Vision(nn.Module):
         return block
 
 
-def patches(images: Tensor, patch_size: int) -> Tensor:
-    """Cut views into rows of pixels.  images [V, 3, h, w] -> [V, (h/p)*(w/p), 3*p*p], row-major over patches."""
-    return functional.unfold(images, kernel_size=patch_size, stride=patch_size).transpose(1, 2)
-
-
-def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 pixels -> float32 in [-1, 1] as value/255*2-1; float32 passes through unchanged."""
-    return images.float() / 255.0 * 2.0 - 1.0 if images.dtype == torch.uint8 else images
-
-
 def encode(vision: Vision, images: Tensor, ops: OpTable, *, into: Linear) -> Tensor:
     """Views to tokens.  images [V, 3, 224, 224] float32 in [-1, 1] or uint8 -> [V, 256, D] after the final norm.
 
     into  the projector, which reads the tokens
     """
-    pixels = patches(to_unit_range(images), vision.config.patch_size)
-    x = ops.linear(pixels.to(vision.patch.dtype), vision.patch) + vision.position
-    x = x.to(vision.norm.weight.dtype)
+    x = ops.patch_embed(images, vision.patch, vision.position, vision.norm.weight.dtype)
     n = ops.layer_norm(x, vision.block(0).norm1, vision.block(0).qkv)
     for index in range(vision.config.layers):
         block, last = vision.block(index), index + 1 == vision.config.layers

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ShapeError, Unsupported
-from . import prefill_attention, prefill_pointwise
+from . import prefill_attention, prefill_patches, prefill_pointwise
 from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
 from .prefill_gemm import Rotation, gemm
+from .prefill_limits import why_not
 from .prefill_tuning import TUNED, Choice, Tuning
 from .table import OpTable
 
@@ -39,41 +40,6 @@ class Fp8Constants:
     inverse: Tensor
 
 
-def why_not(*, device: str, model: nn.Module | None = None) -> str | None:
-    """Return why the prefill kernels cannot run on `device` (with `model`'s layers), or None if they can."""
-    if not device.startswith("cuda"):
-        return f"the prefill kernels need an NVIDIA GPU, not {device}"
-    if not torch.cuda.is_available():
-        return "torch sees no NVIDIA GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"bfloat16 matrix units need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    for layer in [] if model is None else [m for m in model.modules() if isinstance(m, Linear | Fp8Linear)]:
-        if reason := why_not_layer(layer, capability=capability):
-            return f"{layer.name}: {reason}"
-    return None
-
-
-def why_not_layer(layer: AnyLinear, *, capability: tuple[int, int]) -> str | None:
-    """Return why one linear cannot run here, or None. float32 layers run as torch's own linear and are always fine."""
-    if isinstance(layer, Fp8Linear):
-        if capability < (8, 9):
-            return f"E4M3 needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
-        if layer.dtype != torch.bfloat16:
-            return f"E4M3 products return bfloat16, not {layer.dtype}"
-        multiple = 16
-    elif layer.weight.dtype == torch.bfloat16:
-        multiple = 8
-    elif layer.weight.dtype == torch.float32:
-        return None
-    else:
-        return f"no product for {layer.weight.dtype}"
-    rows, columns = layer.weight.shape
-    if rows % multiple or columns % multiple:
-        return f"weight {rows} x {columns} is no multiple of {multiple}, the bulk copy engine's 16 bytes"
-    return None
-
-
 @dataclass(frozen=True)
 class Prefill:
     """The operations as methods; `prefill_ops` puts them into a table. Contracts: `ops.reference`.
@@ -81,6 +47,8 @@ class Prefill:
     ones        float32 [most rows, 1]: the row scales that cuBLAS asks for beside channel scales
     kv_buffers  {layer name: (k, v)}, each [M, K * head_dim] with any row stride: where that layer's keys and values go
     early       layers and norms whose names begin so are launched while the kernel before still runs (from Hopper on)
+    patch_parts dtype that holds the parts of pixels and patch weights; float32 in Triton's interpreter
+    patches     constants of `patch_embed`, filled by its first call
     record      called with (layer, operation, kernel) whenever a kernel is launched
     """
 
@@ -91,6 +59,23 @@ class Prefill:
     record: Recorder | None = None
     early: tuple[str, ...] = ()
     processors: int = 132
+    patch_parts: torch.dtype = torch.bfloat16
+    patches: dict[tuple[str, bool], prefill_patches.PatchWeights] = field(default_factory=dict)
+
+    # --- pixels ---------------------------------------------------------------------------------------------------
+
+    def patch_embed(self, images: Tensor, layer: Linear, position: Tensor, dtype: torch.dtype) -> Tensor:
+        """`reference.patch_embed`; its constants are made at the first call for a pixel type (so before any capture)."""
+        if layer.dtype != torch.float32 or layer.bias is None:
+            raise Unsupported("patches are float32 with a bias", got=layer.dtype, do="use the reference operation")
+        key = layer.name, images.dtype == torch.uint8
+        if key not in self.patches:
+            self.patches[key] = prefill_patches.patch_weights(
+                layer.weight, layer.bias, position, uint8=key[1], dtype=self.patch_parts
+            )
+        self._note(layer.name, "patch_embed", "triton")
+        tile, early = self.tuning.patch_tile, self._early(layer.name)
+        return prefill_patches.patch_embed(images.contiguous(), self.patches[key], dtype=dtype, tile=tile, pdl=early)
 
     # --- norms ----------------------------------------------------------------------------------------------------
 
@@ -144,7 +129,7 @@ class Prefill:
     # --- products -------------------------------------------------------------------------------------------------
 
     def linear(self, x: Tensor, layer: AnyLinear) -> Tensor:
-        """`reference.linear`; float32 layers (the patches) are torch's own linear."""
+        """`reference.linear`; float32 layers (time, actions, state) are torch's own linear."""
         if layer.dtype == torch.float32:
             return functional.linear(x, layer.weight, layer.bias)
         rows = self._rows(x, layer)
@@ -354,6 +339,7 @@ def prefill_ops(
 def table_of(ops: Prefill) -> OpTable:
     """The methods of `ops` as an operation table."""
     return OpTable(
+        patch_embed=ops.patch_embed,
         layer_norm=ops.layer_norm,
         rms_norm=ops.rms_norm,
         linear=ops.linear,

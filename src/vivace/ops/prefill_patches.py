@@ -15,6 +15,7 @@ Position embeddings are a bias per token. One rounding, at the end.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +47,14 @@ class PatchWeights:
 
 
 def patch_weights(
-    weight: Tensor, bias: Tensor, position: Tensor, *, patch_size: int, uint8: bool, dtype: torch.dtype = torch.bfloat16
+    weight: Tensor, bias: Tensor, position: Tensor, *, uint8: bool, dtype: torch.dtype = torch.bfloat16
 ) -> PatchWeights:
     """weight float32 [D, 3 p p], bias float32 [D], position float32 [tokens, D]; `dtype` stores the parts."""
     wide = weight.double()
     constant = bias.double() - wide.sum(1) if uint8 else bias.double()
     parts = three_parts(wide / 127.5 if uint8 else wide)
     numbers = weight.shape[1]
+    patch_size = math.isqrt(numbers // 3)
     columns = -(-numbers // 8) * 8
     terms = [part for _, part in (UINT8_TERMS if uint8 else FLOAT_TERMS)]
     packed = torch.zeros(weight.shape[0], len(terms), columns, dtype=dtype, device=weight.device)

@@ -140,7 +140,8 @@ def residual_norm(
     block = triton.next_power_of_2(D)
     _norm_kernel[(M,)](
         parts, channel_scale, bias, residual, total, gain, shift, out, out_inverse, M, D, NORM_EPS,
-        PARTS=0 if parts is None else parts.shape[0], MEAN=shift is not None, BLOCK=block, **{**_options(D, pdl), "num_warps": warps},
+        PARTS=0 if parts is None else parts.shape[0], MEAN=shift is not None, BLOCK=block,
+        **(_options(D, pdl) | {"num_warps": warps}),
     )  # fmt: skip
     return out
 

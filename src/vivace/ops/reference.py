@@ -10,6 +10,8 @@ served, and not a slightly different one.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -29,6 +31,27 @@ def hand_over(x: Tensor, into: Linear | Fp8Linear) -> Tensor:
     if x.dtype == torch.float8_e4m3fn:
         return x
     return (x.float() / into.input_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def patches(images: Tensor, patch_size: int) -> Tensor:
+    """Cut views into rows of pixels.  images [V, 3, h, w] -> [V, (h/p)*(w/p), 3*p*p], row-major over patches."""
+    return functional.unfold(images, kernel_size=patch_size, stride=patch_size).transpose(1, 2)
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 pixels -> float32 in [-1, 1] as value/255*2-1; float32 passes through unchanged."""
+    return images.float() / 255.0 * 2.0 - 1.0 if images.dtype == torch.uint8 else images
+
+
+def patch_embed(images: Tensor, layer: Linear, position: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels to tokens: a convolution with stride = kernel is a linear map of patches; positions are added, then rounded.
+
+    images    [V, 3, s, s], float32 in [-1, 1] or uint8        layer  weight [D, 3 p p]        position [(s/p)^2, D]
+    returns   [V, (s/p)^2, D] in `dtype`; the product and the sum are in the layer's dtype (float32 in every flavour)
+    """
+    patch_size = math.isqrt(layer.weight.shape[1] // 3)
+    pixels = patches(to_unit_range(images), patch_size)
+    return (linear(pixels.to(layer.dtype), layer) + position).to(dtype)
 
 
 def layer_norm(x: Tensor, norm: LayerNorm, into: Linear | Fp8Linear) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -26,6 +27,7 @@ Table = tuple[Tensor, Tensor]
 class OpTable:
     """One callable per operation; contracts and numerics in `ops.reference`. `dataclasses.replace` swaps some of them."""
 
+    patch_embed: Callable[[Tensor, Linear, Tensor, torch.dtype], Tensor]
     layer_norm: Callable[[Tensor, LayerNorm, AnyLinear], Tensor]
     rms_norm: Callable[[Tensor, RmsNorm, Tensor | None, AnyLinear], Tensor]
     linear: Callable[[Tensor, AnyLinear], Tensor]
@@ -43,6 +45,7 @@ class OpTable:
 def reference_ops() -> OpTable:
     """The plain PyTorch operations: the definition, and the fallback that a caller may name."""
     return OpTable(
+        patch_embed=reference.patch_embed,
         layer_norm=reference.layer_norm,
         rms_norm=reference.rms_norm,
         linear=reference.linear,
