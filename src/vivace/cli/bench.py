@@ -92,7 +92,7 @@ def _measure(
         return bench.measure(
             {name: _call(policy, request) for name, policy in policies.items()},
             samples=args.samples,
-            seed=args.policy.seed,
+            seed=args.policy.seed or 0,
             warmup=bench.WarmUp(max_seconds=args.warmup_seconds),
             refcheck=refcheck,
             stages=lambda chunk: {k: v for k, v in chunk.milliseconds.items() if k != "total"},
@@ -153,7 +153,7 @@ def _reference(args: Args) -> tuple[Any, Any]:
     if args.observations is not None:
         request = observations.recorded(args.observations)[0]
     else:
-        request = observations.synthetic(reference.io, 1, seed=args.policy.seed)[0]
+        request = observations.synthetic(reference.io, 1, seed=args.policy.seed or 0)[0]
     actions = np.array(reference.infer(request).actions_normalized)
     del reference
     gc.collect()

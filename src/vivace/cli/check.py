@@ -93,7 +93,7 @@ def _gather(args: Args) -> Evidence:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("reference: loading", total=None)
         reference = load(args.path, args.policy, backend="eager", precision="float32")
-        requests, source = _requests(args.observations, reference, args.policy.seed)
+        requests, source = _requests(args.observations, reference, args.policy.seed or 0)
         bar.update(task, total=2 * len(requests), description="reference: eager float32")
         wanted = _run_all(reference, requests, bar, task)
         setting = setting_of(reference, reference.prepare(requests[0]))

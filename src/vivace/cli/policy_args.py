@@ -29,11 +29,11 @@ class PolicyArgs:
     lerobot_version: Literal["auto", "0.4", "0.5", "0.6"] = "auto"
     """Which LeRobot wrote the folder; 0.4 differs in prompt and letterbox."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, or auto."""
-    steps: int = 10
-    """Denoise steps."""
-    seed: int = 0
-    """Of the noise and of made-up observations."""
+    """cpu, cuda, cuda:1, or auto = cuda if there is one."""
+    steps: int | None = None
+    """Denoise steps; None = what the checkpoint says, else 10."""
+    seed: int | None = 0
+    """Noise is a function of seed and request; None draws fresh noise for every request."""
 
 
 def load(path: Path, args: PolicyArgs, *, backend: str, precision: str) -> Policy:

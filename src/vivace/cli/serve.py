@@ -6,21 +6,15 @@ import asyncio
 import json
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from ..config import EngineConfig
 from ..errors import ConfigError
 from ..serving.server import PolicyServer
 from .output import OK, console
-
-if TYPE_CHECKING:
-    from ..runtime.policy import Policy
-
-_ENGINE = EngineConfig()
+from .policy_args import PolicyArgs, load
 
 
 @dataclass(frozen=True)
@@ -36,30 +30,11 @@ class Args:
     """Address to listen on. 0.0.0.0 = every network of this machine: then set --api-key-file."""
     port: int = 8000
     """0 = a free port; the listening line says which."""
-    embodiment: str | None = None
-    """A known robot or a TOML file; needed where the checkpoint does not say."""
-    tokenizer: Path | None = None
-    """PaliGemma tokenizer file or folder; needed where the checkpoint does not ship one."""
-    backend: str = _ENGINE.backend
+    policy: tyro.conf.OmitArgPrefixes[PolicyArgs] = field(default_factory=PolicyArgs)
+    backend: str = "auto"
     """How to execute; auto = the fastest that can run here. See vivace doctor."""
-    precision: str = _ENGINE.precision
+    precision: str = "auto"
     """float32, bfloat16, or auto = what the checkpoint declares."""
-    device: str = _ENGINE.device
-    """auto = cuda if there is one, else cpu."""
-    num_steps: int | None = _ENGINE.num_denoise_steps
-    """Denoise steps; None = what the checkpoint says, else 10."""
-    seed: int | None = _ENGINE.seed
-    """Noise is a function of seed and request; None draws fresh noise for every request."""
-    horizon: int | None = None
-    """Actions per chunk, where the checkpoint does not say."""
-    vision_heads: int | None = None
-    """Attention heads of the vision tower, where the checkpoint does not say."""
-    asset_id: str | None = None
-    """Which normalisation statistics of an openpi checkpoint."""
-    lerobot_version: Literal["auto", "0.4", "0.5", "0.6"] = "auto"
-    """Which LeRobot wrote the folder; 0.4 differs in prompt and letterbox."""
-    default_prompt: str | None = None
-    """Instruction for clients that send none."""
     api_key_file: Path | None = None
     """File with the key that clients must send as Authorization: Api-Key KEY."""
     max_message_mb: int = 64
@@ -77,7 +52,7 @@ def run(args: Args) -> int:
     _log_to_stderr(debug=args.debug)
     api_key = None if args.api_key_file is None else _read_key(args.api_key_file)
     with console.status(f"loading {args.path}"):
-        policy = _load(args)
+        policy = load(args.path, args.policy, backend=args.backend, precision=args.precision)
     server = PolicyServer(
         policy,
         host=args.host,
@@ -108,29 +83,6 @@ def announce(server: PolicyServer) -> None:
     event = {"event": "listening", "host": host, "port": port, "engine": engine.to_json()}
     sys.stdout.write(json.dumps(event, default=str) + "\n")
     sys.stdout.flush()
-
-
-def _load(args: Args) -> Policy:
-    from ..runtime.policy import load_policy
-
-    config = EngineConfig(
-        backend=args.backend,
-        device=args.device,
-        precision=args.precision,
-        num_denoise_steps=args.num_steps,
-        seed=args.seed,
-    )
-    return load_policy(
-        args.path,
-        embodiment=args.embodiment,
-        tokenizer=args.tokenizer,
-        config=config,
-        asset_id=args.asset_id,
-        horizon=args.horizon,
-        vision_heads=args.vision_heads,
-        default_prompt=args.default_prompt,
-        lerobot_version=args.lerobot_version,
-    )
 
 
 def _read_key(path: Path) -> str:
