@@ -33,38 +33,39 @@ class Tiles:
     down: Tile
     attention: AttentionTile
     norm_warps: int = 8
-    norm_early: bool = False
+    norm_early: bool = True
 
 
-# (rows at most, E4M3?) -> tiles, chosen on an H100 at 10 rows over 560 keys and 50 rows over 968 (docs/log.md 2026-11-24)
+# (rows at most, E4M3?) -> tiles, chosen on an H100 at 10 rows over 560 keys and 50 rows over 968 (docs/log.md 2026-11-24);
+# early where it won inside the whole loop: successors that hold no shared memory, and at 50 rows attention behind qkv
 TILES: dict[tuple[int, bool], Tiles] = {
     (16, False): Tiles(
         qkv=Tile(32, 128, stages=5),
-        o=Tile(32, 64, split_k=4, stages=6),
+        o=Tile(32, 64, split_k=4, stages=6, early=True),
         gate_up=Tile(32, 128, stages=5),
-        down=Tile(64, 128, split_k=8),
-        attention=AttentionTile(16, 32, 4, 2, 4, torch.bfloat16),
+        down=Tile(64, 128, split_k=8, early=True),
+        attention=AttentionTile(16, 32, 4, 2, 4, torch.bfloat16, early=True, combine_early=True),
     ),
     (16, True): Tiles(
         qkv=Tile(32, 512, stages=3),
-        o=Tile(64, 256, split_k=8, stages=2),
+        o=Tile(64, 256, split_k=8, stages=2, early=True),
         gate_up=Tile(32, 512, stages=3),
-        down=Tile(32, 128, split_k=8),
-        attention=AttentionTile(16, 32, 4, 1, 4, torch.bfloat16),
+        down=Tile(32, 128, split_k=8, early=True),
+        attention=AttentionTile(16, 32, 4, 1, 4, torch.bfloat16, early=True, combine_early=True),
     ),
     (MAX_ROWS, False): Tiles(
-        qkv=Tile(16, 128, stages=5),
-        o=Tile(32, 256, split_k=4, stages=3, bulk=True),
+        qkv=Tile(16, 128, stages=5, early=True),
+        o=Tile(32, 256, split_k=4, stages=3, bulk=True, early=True),
         gate_up=Tile(32, 128, bulk=True),
-        down=Tile(32, 256, split_k=4, bulk=True),
-        attention=AttentionTile(64, 64, 4, 4, 8, torch.bfloat16),
+        down=Tile(32, 256, split_k=4, bulk=True, early=True),
+        attention=AttentionTile(64, 64, 4, 4, 8, torch.bfloat16, early=True, combine_early=True),
     ),
     (MAX_ROWS, True): Tiles(
-        qkv=Tile(16, 256, stages=5),
-        o=Tile(32, 256, split_k=4, stages=3, bulk=True),
+        qkv=Tile(16, 256, stages=5, early=True),
+        o=Tile(32, 256, split_k=4, stages=3, bulk=True, early=True),
         gate_up=Tile(16, 256),
-        down=Tile(32, 256, split_k=8, stages=3, bulk=True),
-        attention=AttentionTile(64, 64, 4, 4, 8, torch.bfloat16),
+        down=Tile(32, 256, split_k=8, stages=3, bulk=True, early=True),
+        attention=AttentionTile(64, 64, 4, 4, 8, torch.bfloat16, early=True, combine_early=True),
     ),
 }
 
