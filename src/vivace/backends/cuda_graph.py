@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import EngineConfig
 from ..errors import ShapeError, Unsupported
 from ..model import flow
-from ..model.pi import Pi
+from ..model.pi import Pi, RopeTables
 from ..ops.table import OpTable
 from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
 from .buffers import Bucket, FlowBuffers, InputBuffers, bucket_of, flow_buffers, input_buffers
@@ -30,6 +30,7 @@ from .loop import run_flow
 from .spans import Spans, span
 
 MAX_BUCKETS = 16
+MAX_POSITIONS = 4096  # rotary tables: views, prompt and actions together; a longer request computes its angles
 WARM_UP_CALLS = 2  # before a capture: compiles kernels, lets libraries make their handles and workspaces
 
 FlowKey = tuple[int, str, float]  # horizon, "plain" | "trained" | "guided", max_guidance
@@ -76,15 +77,21 @@ class Slot:
 
 
 class CudaGraphBackend:
-    """See the module's docstring. `ops` executes the model; `model.ops` is replaced by it."""
+    """See the module's docstring. `ops` executes the model; `model.ops` is replaced by it.
+
+    coverage  filled by `ops` while graphs are captured: {"layer operation": kernel}, what really ran
+    """
 
     name = "cuda_graph"
 
-    def __init__(self, model: Pi, config: EngineConfig, *, ops: OpTable) -> None:
-        self.model, self._step = model, config.prompt_bucket
+    def __init__(
+        self, model: Pi, config: EngineConfig, *, ops: OpTable, coverage: dict[str, str] | None = None
+    ) -> None:
+        self.model, self._step, self._coverage = model, config.prompt_bucket, {} if coverage is None else coverage
         model.ops = ops
         with torch.no_grad():
             self._table = model.time_table(config.steps)
+            self._rope = model.rope_tables(MAX_POSITIONS)
         self._slots: OrderedDict[Bucket, Slot] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
         self._captures = 0
@@ -168,13 +175,14 @@ class CudaGraphBackend:
             "buckets": [bucket.label for bucket in self._slots],
             "graphs_captured": self._captures,
             "max_buckets": MAX_BUCKETS,
+            "kernels": dict(self._coverage),
         }
 
     # --- what the graphs contain ----------------------------------------------------------------------------------
 
     def _prefix(self, inputs: ModelInputs, views: Tensor) -> tuple[Tensor, PrefixCache]:
         embeds, mask = self.model.embed_prefix(inputs, views)
-        return embeds, self.model.prefill(embeds, mask, state=inputs.state)
+        return embeds, self.model.prefill(embeds, mask, state=inputs.state, tables=self._tables(embeds.shape[1]))
 
     def _flow(self, cache: PrefixCache, buffers: FlowBuffers, key: FlowKey) -> Tensor:
         horizon, mode, max_guidance = key
@@ -186,8 +194,11 @@ class CudaGraphBackend:
             previous = PreviousChunk(buffers.older, 0, "guided", buffers.weights, max_guidance)
         return run_flow(
             self.model, self.model.denoise_step, self._table, cache, buffers.noise,
-            previous=previous, committed=committed, trace=None,
+            previous=previous, committed=committed, trace=None, tables=self._tables(cache.k[0].shape[1] + horizon),
         )  # fmt: skip
+
+    def _tables(self, positions: int) -> RopeTables | None:
+        return self._rope if positions + 1 <= MAX_POSITIONS else None
 
     def _everything(self, inputs: ModelInputs, buffers: FlowBuffers) -> Tensor:
         _, cache = self._prefix(inputs, self.model.embed_views(inputs.images))
@@ -250,4 +261,10 @@ def create(model: Pi, config: EngineConfig) -> CudaGraphBackend:
 
     if reason := denoise.why_not(head_dim=model.config.expert.head_dim, device=model.device):
         raise Unsupported("the denoise kernels cannot run", got=reason, do="choose another --backend")
-    return CudaGraphBackend(model, config, ops=denoise.denoise_ops(prefill.prefill_ops(model)))
+    coverage: dict[str, str] = {}
+
+    def record(layer: str, operation: str, kernel: str) -> None:
+        coverage[f"{layer} {operation}"] = kernel
+
+    ops = denoise.denoise_ops(prefill.prefill_ops(model, record=record), record=record)
+    return CudaGraphBackend(model, config, ops=ops, coverage=coverage)

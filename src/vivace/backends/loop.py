@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model import flow
-from ..model.pi import Pi, StepCondition, SuffixContext, TimeTable
+from ..model.pi import Pi, RopeTables, StepCondition, SuffixContext, TimeTable
 from ..types import PrefixCache, PreviousChunk, Trace
 
 Step = Callable[[Tensor, StepCondition, PrefixCache, SuffixContext], Tensor]
@@ -25,12 +25,14 @@ def run_flow(
     previous: PreviousChunk | None,
     trace: Trace | None,
     committed: Tensor | None = None,
+    tables: RopeTables | None = None,
 ) -> Tensor:
     """Integrate from noise [B, H, 32] with `step` (same contract as `Pi.denoise_step`); see Backend.denoise.
 
     committed  as in `flow.sample`; None = derive it from `previous`
+    tables     from `Pi.rope_tables`, where angles shall not be computed again
     """
-    context = model.suffix_context(cache, noise.shape[1])
+    context = model.suffix_context(cache, noise.shape[1], tables=tables)
     if committed is None:
         committed = flow.committed_mask(previous, noise.shape[1], noise.device)
 

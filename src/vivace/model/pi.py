@@ -64,6 +64,14 @@ class StepCondition:
 
 
 @dataclass(frozen=True)
+class RopeTables:
+    """Rotary tables over all positions that a bucket can have, one per stack; two [P, head_dim/2] each."""
+
+    prefix: Rope
+    suffix: Rope
+
+
+@dataclass(frozen=True)
 class SuffixContext:
     """What all denoise steps of one request share: rotary table of the suffix positions, visible keys."""
 
@@ -146,15 +154,20 @@ class Pi(nn.Module):
         mask = masks.prefix_mask(inputs.view_mask, inputs.token_mask, shape=shape)
         return torch.cat([views, self.embed_prompt(inputs.tokens)], dim=1), mask
 
-    def prefill(self, embeds: Tensor, mask: Tensor | None, *, state: Tensor | None = None) -> PrefixCache:
+    def prefill(
+        self, embeds: Tensor, mask: Tensor | None, *, state: Tensor | None = None, tables: RopeTables | None = None
+    ) -> PrefixCache:
         """Keys and values of every prefix layer; pi0 appends those of its state token.
 
-        embeds [B, S, D],  mask bool [B, S] or None,  state float32 [B, 32] (pi0)
+        embeds [B, S, D],  mask bool [B, S] or None,  state float32 [B, 32] (pi0),  tables from `rope_tables`
         """
         stack, x = self.prefix, embeds.to(self.prefix_dtype)
         B, S = x.shape[:2]
-        positions = masks.positions(mask, shape=(B, S), device=x.device)
-        rope = transformer.rope_table(positions, stack.config.head_dim, x.dtype)
+        if tables is not None and mask is None:
+            rope = transformer.rope_rows(tables.prefix, slice(0, S))
+        else:
+            positions = masks.positions(mask, shape=(B, S), device=x.device)
+            rope = self._rope(positions, stack, x.dtype, tables.prefix if tables is not None else None)
         keys, values = [], []
         n = self.ops.rms_norm(x, stack.block(0).norm1, None, stack.block(0).qkv)
         for index in range(stack.config.layers - 1):
@@ -169,14 +182,27 @@ class Pi(nn.Module):
         k, v = self.ops.kv_rope(n, stack.block(stack.config.layers - 1).qkv, rope, stack.heads[1:])
         length = masks.lengths(mask, shape=(B, S), device=x.device)
         cache = PrefixCache(k=(*keys, k), v=(*values, v), length=length, mask=mask)
-        return cache if self.config.kind == "pi05" else self._append_state(cache, state)
+        return cache if self.config.kind == "pi05" else self._append_state(cache, state, tables)
 
-    def _append_state(self, cache: PrefixCache, state: Tensor | None) -> PrefixCache:
+    def rope_tables(self, positions: int) -> RopeTables:
+        """Rotary tables of positions 0 .. `positions`-1 for both stacks, for callers that run often."""
+        every = torch.arange(positions, device=self.device)
+        return RopeTables(
+            transformer.rope_table(every, self.config.prefix.head_dim, self.prefix_dtype),
+            transformer.rope_table(every, self.config.expert.head_dim, self.suffix_dtype),
+        )
+
+    def _rope(self, positions: Tensor, stack: transformer.GemmaStack, dtype: torch.dtype, table: Rope | None) -> Rope:
+        if table is not None:
+            return transformer.rope_rows(table, positions)
+        return transformer.rope_table(positions, stack.config.head_dim, dtype)
+
+    def _append_state(self, cache: PrefixCache, state: Tensor | None, tables: RopeTables | None) -> PrefixCache:
         """pi0: run the state token alone through the expert and add its keys and values to the cache."""
         assert state is not None, "pi0 needs the normalised state"
         stack = self.expert
         x = self.ops.linear(state.to(self.state.weight.dtype), self.state)[:, None].to(self.suffix_dtype)
-        context = self.suffix_context(cache, 1)
+        context = self.suffix_context(cache, 1, tables=tables)
         keys, values = [], []
         n = self.ops.rms_norm(x, stack.block(0).norm1, None, stack.block(0).qkv)
         for index in range(stack.config.layers):
@@ -217,10 +243,14 @@ class Pi(nn.Module):
         packed = ops.linear(condition.to(self.expert.modulation.weight.dtype), self.expert.modulation)
         return TimeTable(tuple(times), packed.float().unflatten(-1, (-1, 3 * E)), None)
 
-    def suffix_context(self, cache: PrefixCache, suffix: int) -> SuffixContext:
-        """Positions and visible keys of `suffix` tokens that follow the cache."""
-        positions = cache.length[:, None] + torch.arange(suffix, device=cache.length.device)
-        rope = transformer.rope_table(positions, self.expert.config.head_dim, self.suffix_dtype)
+    def suffix_context(self, cache: PrefixCache, suffix: int, *, tables: RopeTables | None = None) -> SuffixContext:
+        """Positions and visible keys of `suffix` tokens that follow the cache; tables from `rope_tables`."""
+        if tables is not None and cache.mask is None:
+            S = cache.k[0].shape[1]
+            rope = transformer.rope_rows(tables.suffix, slice(S, S + suffix))
+        else:
+            positions = cache.length[:, None] + torch.arange(suffix, device=cache.length.device)
+            rope = self._rope(positions, self.expert, self.suffix_dtype, tables.suffix if tables is not None else None)
         return SuffixContext(rope=rope, mask=masks.with_suffix(cache.mask, suffix))
 
     def embed_suffix(self, x: Tensor, condition: StepCondition) -> Tensor:

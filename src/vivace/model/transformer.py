@@ -70,6 +70,14 @@ def rope_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Rope:
     return Rope((torch.cos(angles).to(dtype), torch.sin(angles).to(dtype)))
 
 
+def rope_rows(table: Rope, positions: Tensor | slice) -> Rope:
+    """Rows of a table over all positions.  table two [P, head_dim/2]; positions [B, T] or a slice (then no work at all)."""
+    cos, sin = table
+    if isinstance(positions, slice):
+        return Rope((cos[None, positions], sin[None, positions]))
+    return Rope((cos[positions], sin[positions]))
+
+
 def gate_of(modulation: Tensor | None) -> Tensor | None:
     """The third part of scale | shift | gate, or None for a plain norm."""
     return None if modulation is None else modulation.chunk(3, dim=-1)[2]

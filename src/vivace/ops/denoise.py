@@ -9,6 +9,7 @@ at most MAX_ROWS token rows, which is the action expert; everything larger goes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from .layers import Fp8Linear, LayerNorm, RmsNorm
 from .table import AnyLinear, AnyNorm, OpTable, Table
 
 MAX_ROWS = 128
+Recorder = Callable[[str, str, str], None]  # layer name, operation, kernel
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,15 @@ def _small(x: Tensor) -> bool:
     return _rows(x) <= MAX_ROWS
 
 
-def denoise_ops(base: OpTable, tiles: Tiles | None = None) -> OpTable:
-    """`base`, with calls of at most MAX_ROWS rows taken by the kernels of this file. `tiles` replaces the tuned table."""
+def denoise_ops(base: OpTable, tiles: Tiles | None = None, *, record: Recorder | None = None) -> OpTable:
+    """`base`, with calls of at most MAX_ROWS rows taken by the kernels of this file. `tiles` replaces the tuned table.
+
+    record  called with (layer, operation, kernel) whenever one of these kernels is launched
+    """
+
+    def note(name: str, operation: str) -> None:
+        if record is not None:
+            record(name, operation, "triton")
 
     def cut(x: Tensor, layer: AnyLinear) -> Tiles:
         return tiles if tiles is not None else tiles_for(_rows(x), layer)
@@ -94,6 +103,7 @@ def denoise_ops(base: OpTable, tiles: Tiles | None = None) -> OpTable:
         if not _small(x):
             return base.rms_norm(x, norm, modulation, into)
         chosen = cut(x, into)
+        note(norm.name, "rms_norm")
         return denoise_norm.sum_norm(
             None, _flat(x), None, norm, modulation, into, warps=chosen.norm_warps, early=chosen.norm_early
         )[1].view(x.shape)
@@ -102,6 +112,7 @@ def denoise_ops(base: OpTable, tiles: Tiles | None = None) -> OpTable:
         out, inside = layer.weight.shape
         if not _small(x) or isinstance(layer, Fp8Linear) or min(out, inside) > 64:
             return base.linear(x, layer)
+        note(layer.name, "linear")
         return denoise_gemm.narrow(x.reshape(-1, inside), layer).view(*x.shape[:-1], out)
 
     def linear_residual_norm(
@@ -116,6 +127,7 @@ def denoise_ops(base: OpTable, tiles: Tiles | None = None) -> OpTable:
         if not _small(x) or isinstance(norm, LayerNorm):
             return base.linear_residual_norm(x, layer, residual, gate, norm, modulation, into)
         chosen = cut(x, layer)
+        note(layer.name, "linear_residual_norm")
         parts = denoise_gemm.parts(_flat(x), layer, chosen.down if layer.name.endswith("down") else chosen.o)
         total, normed = denoise_norm.sum_norm(
             parts, _flat(residual), gate, norm, modulation, into, warps=chosen.norm_warps, early=chosen.norm_early
@@ -125,6 +137,7 @@ def denoise_ops(base: OpTable, tiles: Tiles | None = None) -> OpTable:
     def geglu(x: Tensor, layer: AnyLinear, into: AnyLinear) -> Tensor:
         if not _small(x):
             return base.geglu(x, layer, into)
+        note(layer.name, "geglu")
         return denoise_gemm.geglu(_flat(x), layer, into, cut(x, layer).gate_up).view(*x.shape[:-1], -1)
 
     def qkv_rope(
@@ -132,6 +145,7 @@ def denoise_ops(base: OpTable, tiles: Tiles | None = None) -> OpTable:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not _small(x):
             return base.qkv_rope(x, layer, rope, heads)
+        note(layer.name, "qkv_rope")
         N, K, head_dim = heads
         cos, sin = (table.reshape(-1, head_dim // 2) for table in rope)
         packed = denoise_gemm.qkv(_flat(x), layer, (cos, sin), heads, cut(x, layer).qkv)
@@ -141,6 +155,7 @@ def denoise_ops(base: OpTable, tiles: Tiles | None = None) -> OpTable:
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Table | None, into: AnyLinear) -> Tensor:
         if past is None or q.shape[0] * q.shape[1] > MAX_ROWS:
             return base.attention(q, k, v, mask, past, into)
+        note(into.name, "attention")
         chosen = tiles if tiles is not None else tiles_for(q.shape[0] * q.shape[1], into)
         return denoise_attention.attention(q, k, v, mask, past, into, chosen.attention)
 
