@@ -1,6 +1,6 @@
 """Checks, tunes and times kernels and whole policies on one NVIDIA GPU, many variants in one process.
 
-    PYTHONPATH=src python benchmarks/gpu_probe.py --out results.json --phases denoise,tune,policy
+    PYTHONPATH=src python benchmarks/gpu_probe.py --out results.json --loops 50:968:bf16:tune,10:560:fp8
 
 Right before fast: nothing is timed whose output was not compared with float32 on the same weights first. Every output
 buffer is poisoned with NaN in the checked run, and replays are compared bit by bit. Times are medians over replays of a
@@ -44,7 +44,7 @@ from vivace.types import ModelInputs, PrefixCache
 DEVICE = torch.device("cuda")
 EXPERT_ONLY = ModelConfig(vision=VisionConfig(layers=1), prefix=GemmaConfig(layers=1, mlp_width=64), vocab_size=64)
 SETTINGS = {"3,200,50": (3, 200, 50), "3,16,50": (3, 16, 50), "2,0,63": (2, 0, 63), "2,48,10": (2, 48, 10),
-            "1,48,50": (1, 48, 50)}  # fmt: skip
+            "1,48,50": (1, 48, 50), "2,45,10": (2, 45, 10)}  # fmt: skip
 
 
 # --- random networks and requests ---------------------------------------------------------------------------------
@@ -147,7 +147,13 @@ def replay_ms(replay: Callable[[], Any], n: int = 40) -> dict[str, float]:
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
     times.sort()
-    return {"p50": statistics.median(times), "p95": times[int(0.95 * n)], "min": times[0], "n": n}
+    return {
+        "p50": statistics.median(times),
+        "p95": times[int(0.95 * n)],
+        "p99": times[int(0.99 * n)],
+        "min": times[0],
+        "n": n,
+    }
 
 
 def kernel_times(replay: Callable[[], Any]) -> dict[str, list[float]]:
@@ -220,7 +226,7 @@ def make_loop(T: int, S: int, fp8: bool, seed: int) -> Loop:
     return Loop(model, T, S, cache, noise, truth, table, rows)
 
 
-def check_loop(loop: Loop, tiles: Tiles, *, profile: bool = False, replays: int = 200) -> dict[str, Any]:
+def check_loop(loop: Loop, tiles: Tiles, *, profile: bool = False, replays: int = 1000) -> dict[str, Any]:
     ops = denoise.denoise_ops(reference_ops(), tiles)
     with poisoned():
         eager_out = loop.run(ops)
@@ -293,6 +299,16 @@ def early_variants(start: Tiles) -> dict[str, Tiles]:
         "light + qkv": replace(light, qkv=replace(start.qkv, early=True)),
         "all": replace(light, qkv=replace(start.qkv, early=True), gate_up=replace(start.gate_up, early=True)),
     }
+
+
+def attention_variants(start: Tiles) -> dict[str, Tiles]:
+    """Other cuts of the attention, for caches of other lengths than the tuned one."""
+    tiles = [
+        replace(start.attention, rows=rows, keys=keys, warps=warps, combine_rows=c)
+        for rows, keys, warps in ((64, 32, 4), (64, 64, 8), (32, 32, 4), (32, 64, 4), (64, 64, 4), (16, 64, 4))
+        for c in (2, 4)
+    ]
+    return {short(tile): replace(start, attention=tile) for tile in tiles}
 
 
 def chain_of(loop: Loop, field: str) -> Callable[[Any], Callable[[], Any]]:
@@ -425,7 +441,7 @@ def policy_row(made: Any, inputs: ModelInputs, noise: Tensor, truth: Tensor, pla
     slot = made._slot(cuda_graph.bucket_of(inputs, step=made._step))
     flow_graph = next(iter(slot.flows.values()))[1]
     return {
-        "p50": replay_ms(replay, 60), "vision": replay_ms(slot.vision.replay, 40)["p50"],
+        "p50": replay_ms(replay, 100), "vision": replay_ms(slot.vision.replay, 40)["p50"],
         "prefix": replay_ms(slot.prefix.replay, 40)["p50"], "denoise": replay_ms(flow_graph.replay, 40)["p50"],
         "error": error(whole, truth), "error_plain_bf16": plain, "stages_equal_whole": bool(torch.equal(actions, whole)),
         "bit_identical": f"{same}/50", "fresh": fresh, "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
@@ -434,16 +450,17 @@ def policy_row(made: Any, inputs: ModelInputs, noise: Tensor, truth: Tensor, pla
 
 
 def loop_phase(index: int, text: str, tuned: str, report: dict[str, Any]) -> None:
-    """One denoise loop: checked and timed as it is, then tuned, then checked again."""
+    """One denoise loop: checked and timed as it is; "tune", "early", "attention": then its variants."""
     T, S, kind = text.split(":")
     fp8 = kind == "fp8"
     loop = make_loop(int(T), int(S), fp8, seed=index)
     start = denoise.TILES[(16 if int(T) <= 16 else denoise.MAX_ROWS, fp8)]
     row = report[text] = {**loop.rows, "default": check_loop(loop, start)}
     print(text, {k: v for k, v in row.items() if k != "default"}, json.dumps(row["default"]), flush=True)
-    if tuned == "early":
-        row["early"] = {name: round(loop.ms(tiles, n=40), 4) for name, tiles in early_variants(start).items()}
-        print(text, row["early"], flush=True)
+    if tuned in ("early", "attention"):
+        variants = early_variants(start) if tuned == "early" else attention_variants(start)
+        row[tuned] = {name: round(loop.ms(tiles, n=25), 4) for name, tiles in variants.items()}
+        print(text, row[tuned], flush=True)
     elif tuned == "tune":
         best, row["tuned"] = tune(loop, start, fp8=fp8)
         row["best_tiles"], row["failures"] = {k: short(v) for k, v in vars(best).items()}, loop.rows
@@ -481,8 +498,9 @@ def main() -> None:
     report: dict[str, Any] = {"environment": environment(), "denoise": {}, "policy": {}}
     phases, begin = args.phases.split(","), time.perf_counter()
     try:
-        for index, text in enumerate(args.loops.split(",") if {"denoise", "tune", "early"} & set(phases) else []):
-            guarded(loop_phase, index, text, next((p for p in phases if p in ("tune", "early")), ""), report["denoise"])
+        for index, text in enumerate(args.loops.split(",") if "denoise" in phases else []):
+            T, S, kind, *more = text.split(":")
+            guarded(loop_phase, index, f"{T}:{S}:{kind}", (more or [""])[0], report["denoise"])
             torch.cuda.empty_cache()
             print(f"-- {time.perf_counter() - begin:.0f} s", flush=True)
         if "policy" in phases:
