@@ -523,7 +523,7 @@ def chains(result: dict[str, Any], tuning: Tuning, own: Tuning) -> None:
             ]
         print(f"{name} errors ours / plain: " + ", ".join(
             f"{k} {v[0]:.2e}/{v[1]:.2e}" for k, v in row.items() if k != "format"), flush=True)  # fmt: skip
-        for label, table in variants.items():
+        for label, table in list(variants.items())[: 1 if own is tuning else None]:
             ops = prefill.prefill_ops(model, tuning=table)
             for views, prompt in SETTINGS if label == "chosen" else SETTINGS[:1]:
                 times = stages(model, ops, images[:, :views], views * 256 + prompt,

@@ -116,14 +116,22 @@ def test_what_cannot_run_is_named(model):
     q = torch.zeros(1, 2, 1, 24, device=DEVICE)
     with pytest.raises(Unsupported, match="head dim 24"):
         ops.attention(q, q, q, None, None, layer)
-    quantised = quantise_layer(Linear(32, 32, name="q").to(DEVICE), amax=1.0)
-    with pytest.raises(Unsupported, match="GELU"):
-        table(model, Blas()).linear_gelu(x, Linear(32, 32, name="l").to(DEVICE), quantised)
 
 
 class Blas(Tuning):
     def choose(self, epilogue, *, rows, shape, fp8):
         return Choice(None)
+
+
+def test_gelu_without_bias_does_not_go_to_cublas(model):
+    launched = []
+    ops = table(model, Blas(), record=lambda *row: launched.append(row))
+    layer = Linear(32, 48, name="no bias").to(DEVICE)
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    wanted = reference_ops().linear_gelu(x, layer, layer)
+    torch.testing.assert_close(ops.linear_gelu(x, layer, layer), wanted, rtol=1e-4, atol=1e-4)
+    assert launched == [("no bias", "linear_gelu", "triton")]
 
 
 def test_why_not_names_device_alignment_and_capability():

@@ -24,7 +24,7 @@ from . import prefill_attention, prefill_patches, prefill_pointwise
 from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
 from .prefill_gemm import Rotation, gemm
 from .prefill_limits import why_not
-from .prefill_tuning import TUNED, Choice, Tuning
+from .prefill_tuning import TUNED, Choice, Tuning, untuned
 from .table import OpTable
 
 AnyLinear = Linear | Fp8Linear
@@ -146,11 +146,13 @@ class Prefill:
     def linear_gelu(self, x: Tensor, layer: AnyLinear, into: AnyLinear) -> Tensor:
         """`reference.linear_gelu`."""
         rows = self._rows(x, layer)
-        choice = self._choose("gelu", layer, rows, "linear_gelu")
+        # cuBLAS' GELU epilogue takes and gives bfloat16, and wants a bias
+        bias, formats = layer.bias, (layer, into)
+        plain = bias is not None and not any(isinstance(one, Fp8Linear) for one in formats)
+        choice = self._choose("gelu", layer, rows, "linear_gelu", blas_can=plain)
         if choice.tile is None:
-            if isinstance(layer, Fp8Linear) or isinstance(into, Fp8Linear) or layer.bias is None:
-                raise Unsupported("cuBLAS' GELU epilogue is bfloat16 in and out", got=layer.name, do="tune a tile")
-            done: Tensor = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
+            assert bias is not None, layer.name
+            done: Tensor = torch._addmm_activation(bias, rows, layer.weight.t(), use_gelu=True)
             return done.view(*x.shape[:-1], -1)
         out = self._for(into, rows, layer.weight.shape[0])
         gemm(
@@ -264,10 +266,14 @@ class Prefill:
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
-    def _choose(self, epilogue: str, layer: AnyLinear, rows: Tensor, operation: str) -> Choice:
+    def _choose(
+        self, epilogue: str, layer: AnyLinear, rows: Tensor, operation: str, *, blas_can: bool = True
+    ) -> Choice:
         """The tuned way to run this product, noted for coverage."""
-        fp8 = isinstance(layer, Fp8Linear)
-        choice = self.tuning.choose(epilogue, rows=rows.shape[0], shape=tuple(layer.weight.shape), fp8=fp8)
+        fp8, shape = isinstance(layer, Fp8Linear), tuple(layer.weight.shape)
+        choice = self.tuning.choose(epilogue, rows=rows.shape[0], shape=shape, fp8=fp8)
+        if choice.tile is None and not blas_can:
+            choice = untuned(epilogue, fp8=fp8)
         self._note(layer.name, operation, "cublas" if choice.tile is None else "triton")
         return choice
 

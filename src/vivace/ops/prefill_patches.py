@@ -87,21 +87,21 @@ def _unfold_kernel(
         gdc_wait()  # the memory of `out` may still be in use by the kernel before
         gdc_launch_dependents()
     x = tl.load(pixels + corner + at, mask=number < numbers, other=0).to(tl.float32)
-    mask, kind = number < columns, out.dtype.element_ty
+    mask = number < columns
     if UINT8:
         for term in tl.static_range(3):
-            tl.store(out + (token * 3 + term) * columns + number, x.to(kind), mask=mask)
+            tl.store(out + (token * 3 + term) * columns + number, x.to(out.dtype.element_ty), mask=mask)
     else:
         high = x.to(tl.bfloat16).to(tl.float32)
         middle = (x - high).to(tl.bfloat16).to(tl.float32)
         low = x - high - middle
         to = out + token * 6 * columns + number
-        tl.store(to, high.to(kind), mask=mask)
-        tl.store(to + columns, high.to(kind), mask=mask)
-        tl.store(to + 2 * columns, middle.to(kind), mask=mask)
-        tl.store(to + 3 * columns, middle.to(kind), mask=mask)
-        tl.store(to + 4 * columns, high.to(kind), mask=mask)
-        tl.store(to + 5 * columns, low.to(kind), mask=mask)
+        tl.store(to, high.to(out.dtype.element_ty), mask=mask)
+        tl.store(to + columns, high.to(out.dtype.element_ty), mask=mask)
+        tl.store(to + 2 * columns, middle.to(out.dtype.element_ty), mask=mask)
+        tl.store(to + 3 * columns, middle.to(out.dtype.element_ty), mask=mask)
+        tl.store(to + 4 * columns, high.to(out.dtype.element_ty), mask=mask)
+        tl.store(to + 5 * columns, low.to(out.dtype.element_ty), mask=mask)
 
 
 def patch_embed(images: Tensor, weights: PatchWeights, *, dtype: torch.dtype, tile: Tile, pdl: bool = False) -> Tensor:

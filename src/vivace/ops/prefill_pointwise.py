@@ -128,20 +128,21 @@ def residual_norm(
     bias: Tensor | None = None,
     total: Tensor | None = None,
     out_inverse: Tensor | None = None,
-    warps: int = 4,
+    warps: int | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """total = residual + sum(parts) * channel_scale + bias, then its norm to `out`.  All [M, D] contiguous.
 
     parts  [P, M, D], added in order, or None: the norm of `residual` alone, and `total` is not written
     shift  [D]: LayerNorm with gain and shift; None: RMSNorm with gain 1 + gain
+    warps  None: 8 from 2,048 columns on (968 rows: 3.5 us against 3.8 with 4), else 2 (768 x 1,152: 2.5 against 2.9)
     """
     M, D = residual.shape
     block = triton.next_power_of_2(D)
     _norm_kernel[(M,)](
         parts, channel_scale, bias, residual, total, gain, shift, out, out_inverse, M, D, NORM_EPS,
         PARTS=0 if parts is None else parts.shape[0], MEAN=shift is not None, BLOCK=block,
-        **(_options(D, pdl) | {"num_warps": warps}),
+        **(_options(D, pdl) | {"num_warps": warps or (8 if D >= 2048 else 2)}),
     )  # fmt: skip
     return out
 

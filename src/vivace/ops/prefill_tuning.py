@@ -1,6 +1,6 @@
 """Which kernel and which tile a product of the prefill runs on: rows chosen by measurement, and a rule for the rest.
 
-A row holds for one epilogue, weight shape and format, up to a number of rows M. Every row names the run that chose it.
+A row holds for one epilogue, weight shape and format, up to a number of rows M; its comment is what chose it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Tuning:
         """The choice for x [rows, K] and a weight of `shape` [N, K]."""
         known = self.products.get(Key(epilogue, shape[0], shape[1], fp8))
         if known is None:
-            return untuned(epilogue, shape=shape, fp8=fp8)
+            return untuned(epilogue, fp8=fp8)
         return next((choice for limit, choice in known if rows <= limit), known[-1][1])
 
     def attention_tile(self, *, rows: int) -> AttentionTile:
@@ -54,11 +54,88 @@ class Tuning:
         return next((tile for limit, tile in self.attention if rows <= limit), self.attention[-1][1])
 
 
-def untuned(epilogue: str, *, shape: tuple[int, ...], fp8: bool) -> Choice:
+def untuned(epilogue: str, *, fp8: bool) -> Choice:
     """For shapes that nobody measured: cuBLAS where it needs no epilogue of ours, else a middling tile that always fits."""
     if epilogue in ("plain", "parts"):
         return Choice(None)
     return Choice(Tile(64, 32 if epilogue == "qkv_rope" else 64, 128 if fp8 else 64, warps=4, stages=3))
 
 
-TUNED = Tuning()
+def _own(
+    block_m: int, block_n: int, block_k: int, warps: int, stages: int, *, split_k: int = 1, bulk: bool = False
+) -> Choice:
+    return Choice(Tile(block_m, block_n, block_k, warps, stages, split_k=split_k, bulk_store=bulk))
+
+
+BLAS = Choice(None)
+# us on an H100 at the row's M: chosen (the other engine), both with whatever kernel they need beside them.
+# Run: benchmarks/results/prefill-h100-2026-11-24.json
+_PRODUCTS: dict[Key, tuple[tuple[int, Choice], ...]] = {
+    # prefix, M = 304, 560, 968
+    Key("qkv_rope", 2560, 2048, fp8=False): ((968, BLAS),),  # 20.8 (25.2), 14.7 (15.6), 14.0 (13.7)
+    Key("qkv_rope", 2560, 2048, fp8=True): (
+        (560, _own(64, 64, 128, 4, 4)),  # 9.2 (10.5), 10.6 (11.3)
+        (968, _own(64, 64, 128, 4, 3)),  # 15.4 (15.6)
+    ),
+    Key("qkv_rope", 512, 2048, fp8=False): ((968, BLAS),),  # the last layer's keys and values: once a prefill
+    Key("qkv_rope", 512, 2048, fp8=True): ((968, _own(64, 64, 128, 4, 4)),),
+    Key("parts", 2048, 2048, fp8=False): ((968, BLAS),),  # 8.4 (9.5), 12.0 (12.9), 14.2 (14.0)
+    Key("parts", 2048, 2048, fp8=True): (
+        (560, BLAS),  # 5.8 (5.9), 7.6 (8.1)
+        (968, _own(128, 128, 128, 4, 4, bulk=True)),  # 8.6 (9.7)
+    ),
+    Key("geglu", 32768, 2048, fp8=False): (
+        (640, BLAS),  # 75.6 (87.6), 120.8 (133.1): 560 rows are 4.4 tiles of 128
+        (968, _own(128, 128, 64, 8, 4)),  # 195.6, 205.4, 210.6 (229.1, 230.8, 234.6), three runs
+    ),
+    Key("geglu", 32768, 2048, fp8=True): (
+        (640, BLAS),  # 46.8 (51.7), 76.4 (78.1)
+        (968, _own(128, 128, 128, 8, 4)),  # 117.8, 123.9, 124.4 (125.1, 127.0, 124.2), and no 63 MB of scratch
+    ),
+    Key("parts", 2048, 16384, fp8=False): ((968, BLAS),),  # 43.8 (52.6), 58.3 (83.0), 87.1 (94.1)
+    Key("parts", 2048, 16384, fp8=True): ((968, BLAS),),  # 26.3 (29.6), 35.2 (44.8), 45.7 (48.3)
+    # SigLIP, M = 256, 512, 768
+    Key("plain", 3456, 1152, fp8=False): (
+        (256, _own(64, 64, 64, 4, 4, bulk=True)),  # 7.9 (8.1)
+        (512, BLAS),  # 9.9 (11.6)
+        (768, _own(64, 128, 64, 4, 3, bulk=True)),  # 13.2 (13.7)
+    ),
+    Key("plain", 3456, 1152, fp8=True): (
+        (256, _own(64, 64, 128, 4, 4)),  # 5.2 (8.0)
+        (768, _own(64, 128, 128, 4, 3, bulk=True)),  # 7.9 (8.4), 8.9 (11.2)
+    ),
+    Key("parts", 1152, 1152, fp8=False): (
+        (256, _own(64, 64, 64, 4, 6)),  # 5.5 (5.7)
+        (768, _own(64, 128, 64, 4, 5, bulk=True)),  # 6.3 (6.3), 6.6 (7.6)
+    ),
+    Key("parts", 1152, 1152, fp8=True): (
+        (256, _own(64, 64, 128, 4, 6)),  # 3.6 (4.6)
+        (768, _own(64, 128, 128, 4, 5, bulk=True)),  # 4.0 (5.0), 4.2 (5.6)
+    ),
+    Key("gelu", 4304, 1152, fp8=False): (
+        (256, _own(64, 64, 64, 4, 4, bulk=True)),  # 9.9 (10.1)
+        (768, BLAS),  # 12.5 (14.7), 15.5 (17.0)
+    ),
+    Key("gelu", 4304, 1152, fp8=True): (  # cuBLAS has no GELU from and to E4M3
+        (256, _own(64, 64, 128, 4, 4)),  # 6.9
+        (512, _own(64, 128, 128, 4, 3, bulk=True)),  # 10.2
+        (768, _own(128, 128, 128, 8, 3, bulk=True)),  # 12.2
+    ),
+    Key("parts", 1152, 4304, fp8=False): (
+        (512, BLAS),  # 11.1 (11.6), 13.0 (15.0)
+        (768, _own(128, 128, 64, 4, 4, split_k=2)),  # 19.6 (22.7), the norm's second part included
+    ),
+    Key("parts", 1152, 4304, fp8=True): ((768, BLAS),),  # 8.3 (9.1), 12.4 (12.8), 15.2 (16.2)
+    Key("plain", 2048, 1152, fp8=False): ((768, BLAS),),  # projector: 6.0 (7.8), 7.8 (8.7), 8.9 (9.7)
+    Key("plain", 2048, 1152, fp8=True): (
+        (768, _own(64, 128, 128, 4, 4, bulk=True)),
+    ),  # 5.2 (7.7), 6.0 (7.7), 6.6 (8.3)
+}
+
+TUNED = Tuning(
+    products=_PRODUCTS,
+    attention=(
+        (1 << 30, AttentionTile(64, 64, warps=4, stages=3)),
+    ),  # 20.8 us, with a key mask 22.9; cuDNN 30.3 and 65.0
+    vision_tile=AttentionTile(64, 128, warps=4, stages=2),  # 7.0 us; cuDNN with its copies 10.5
+)
