@@ -189,7 +189,7 @@ class Loop:
             self.model, self.model.denoise_step, self.table, self.cache, self.noise, previous=None, trace=None
         )
 
-    def ms(self, tiles: Tiles, *, n: int = 25, limit: float = 1.0) -> float:
+    def ms(self, tiles: Tiles, *, n: int = 25) -> float:
         """Checked, then timed. Infinite where the variant is wrong, does not fit, or does not compile."""
         try:
             graph, out = captured(lambda: self.run(denoise.denoise_ops(reference_ops(), tiles)))
@@ -198,7 +198,10 @@ class Loop:
             return float("inf")
         graph.replay()
         torch.cuda.synchronize()
-        if not error(out, self.truth) < limit:
+        if (
+            not error(out, self.truth)
+            < 1.5 * self.rows["error_fp8_reference" if self.rows["fp8"] else "error_plain_bf16"]
+        ):
             return float("inf")
         return replay_ms(graph.replay, n)["p50"]
 
@@ -308,7 +311,7 @@ def attention_variants(start: Tiles) -> dict[str, Tiles]:
         for rows, keys, warps in ((64, 32, 4), (64, 64, 8), (32, 32, 4), (32, 64, 4), (64, 64, 4), (16, 64, 4))
         for c in (2, 4)
     ]
-    return {short(tile): replace(start, attention=tile) for tile in tiles}
+    return {short(tile): replace(start, attention=tile, attention_mid=None) for tile in tiles}
 
 
 def chain_of(loop: Loop, field: str) -> Callable[[Any], Callable[[], Any]]:
@@ -424,13 +427,15 @@ def policy_phase(settings: list[str], names: list[str], report: dict[str, Any]) 
         quantize.apply(model, plan)
         made = cuda_graph.create(model, engine)
         for s, (inputs, noise) in requests.items():
-            report[f"{s} {name}"] = policy_row(made, inputs, noise, truth[s], plain[s])
-            print(s, name, {k: v for k, v in report[f"{s} {name}"].items() if k != "kernels"}, flush=True)
+            guarded(policy_row, report, f"{s} {name}", made, inputs, noise, truth[s], plain[s])
+            print(s, name, json.dumps(report.get(f"{s} {name}")), flush=True)
         if name != names[-1] and plan.rules:
             model = random_model(config)
 
 
-def policy_row(made: Any, inputs: ModelInputs, noise: Tensor, truth: Tensor, plain: float) -> dict[str, Any]:
+def policy_row(
+    report: dict[str, Any], key: str, made: Any, inputs: ModelInputs, noise: Tensor, truth: Tensor, plain: float
+) -> None:
     actions = made.denoise(made.prefill(inputs), noise)
     whole = made.infer(inputs, noise)
     replay = made.graph_of(inputs, noise)
@@ -440,7 +445,7 @@ def policy_row(made: Any, inputs: ModelInputs, noise: Tensor, truth: Tensor, pla
     made.infer(inputs, noise)
     slot = made._slot(cuda_graph.bucket_of(inputs, step=made._step))
     flow_graph = next(iter(slot.flows.values()))[1]
-    return {
+    report[key] = {
         "p50": replay_ms(replay, 100), "vision": replay_ms(slot.vision.replay, 40)["p50"],
         "prefix": replay_ms(slot.prefix.replay, 40)["p50"], "denoise": replay_ms(flow_graph.replay, 40)["p50"],
         "error": error(whole, truth), "error_plain_bf16": plain, "stages_equal_whole": bool(torch.equal(actions, whole)),

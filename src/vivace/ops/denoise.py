@@ -22,6 +22,7 @@ from .layers import Fp8Linear, LayerNorm, RmsNorm
 from .table import AnyLinear, AnyNorm, OpTable, Table
 
 MAX_ROWS = 128
+MIN_MID_KEYS, MAX_MID_KEYS = 400, 640
 Recorder = Callable[[str, str, str], None]  # layer name, operation, kernel
 
 
@@ -34,6 +35,7 @@ class Tiles:
     gate_up: Tile
     down: Tile
     attention: AttentionTile
+    attention_mid: AttentionTile | None = None  # for MIN_MID_KEYS to MAX_MID_KEYS cached keys, where it differs
     norm_warps: int = 8
     norm_early: bool = True
 
@@ -56,6 +58,7 @@ TILES: dict[tuple[int, bool], Tiles] = {
         attention=AttentionTile(16, 32, 4, 1, 4, torch.bfloat16, early=True, combine_early=True),
     ),
     (MAX_ROWS, False): Tiles(
+        attention_mid=AttentionTile(64, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=True),
         qkv=Tile(16, 128, stages=5, early=True),
         o=Tile(32, 256, split_k=4, stages=3, bulk=True, early=True),
         gate_up=Tile(32, 128, bulk=True),
@@ -63,6 +66,7 @@ TILES: dict[tuple[int, bool], Tiles] = {
         attention=AttentionTile(64, 64, 4, 4, 8, torch.bfloat16, early=True, combine_early=True),
     ),
     (MAX_ROWS, True): Tiles(
+        attention_mid=AttentionTile(64, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=True),
         qkv=Tile(16, 256, stages=5, early=True),
         o=Tile(32, 256, split_k=4, stages=3, bulk=True, early=True),
         gate_up=Tile(16, 256),
@@ -157,7 +161,8 @@ def denoise_ops(base: OpTable, tiles: Tiles | None = None, *, record: Recorder |
             return base.attention(q, k, v, mask, past, into)
         note(into.name, "attention")
         chosen = tiles if tiles is not None else tiles_for(q.shape[0] * q.shape[1], into)
-        return denoise_attention.attention(q, k, v, mask, past, into, chosen.attention)
+        mid = chosen.attention_mid if MIN_MID_KEYS < past[0].shape[1] <= MAX_MID_KEYS else None
+        return denoise_attention.attention(q, k, v, mask, past, into, mid or chosen.attention)
 
     return replace(
         base,
