@@ -47,8 +47,8 @@ class InputBuffers:
     @property
     def inputs(self) -> ModelInputs:
         """The buffers as a request."""
-        masks = (self.view_mask, self.token_mask) if self.masked else (None, None)
-        return ModelInputs(self.images, self.tokens, *masks, state=self.state)
+        views, tokens = (self.view_mask, self.token_mask) if self.masked else (None, None)
+        return ModelInputs(self.images, self.tokens, view_mask=views, token_mask=tokens, state=self.state)
 
     def fill(self, request: ModelInputs) -> None:
         """Copy a request in; asynchronous. Whatever the last request left beyond the new prompt is masked, not read."""
