@@ -166,7 +166,7 @@ def test_attention(kv_heads, masked):
         mask[0, :17] = False  # a whole first block without a valid key
     wanted = reference.attention(q, k, v, mask, None, KEEP)
     out = prefill_attention.attention(
-        q, k, v, poisoned(B, T, N * head_dim), tile=AttentionTile(16, 16, warps=4, stages=1), mask=mask
+        q, k, v, poisoned(B, T, N * head_dim), tile=AttentionTile(16, 16, warps=4, stages=2), mask=mask
     )
     torch.testing.assert_close(out, wanted, **TIGHT)
     if masked:
@@ -181,7 +181,7 @@ def test_vision_attention_of_odd_head_dims(head_dim):
     V, T, heads = 2, 21, 3
     qkv = randn(V, T, 3 * heads * head_dim, seed=0)
     out = prefill_attention.vision_attention(
-        qkv, poisoned(V, T, heads * head_dim), heads=heads, tile=AttentionTile(16, 16, warps=4, stages=1)
+        qkv, poisoned(V, T, heads * head_dim), heads=heads, tile=AttentionTile(16, 16, warps=4, stages=2)
     )
     torch.testing.assert_close(out, reference.vision_attention(qkv, heads, KEEP), **TIGHT)
 
@@ -192,7 +192,7 @@ def test_keys_inside_a_wider_cache_are_read_in_place():
     B, T, N, head_dim = 2, 21, 4, 16
     q, room = randn(B, T, N, head_dim, seed=0), randn(2, B, 30, 1, 40, seed=1)
     k, v = room[0, :, :T, :, :head_dim], room[1, :, :T, :, :head_dim]
-    tile = AttentionTile(16, 16, warps=4, stages=1)
+    tile = AttentionTile(16, 16, warps=4, stages=2)
     out = prefill_attention.attention(q, k, v, poisoned(B, T, N * head_dim), tile=tile)
     torch.testing.assert_close(out, reference.attention(q, k, v, None, None, KEEP), **TIGHT)
     with pytest.raises(ShapeError, match="as rows"):
@@ -212,8 +212,8 @@ def test_pixels_to_tokens(kind):
         weight, bias, position, uint8=kind == "uint8", dtype=torch.bfloat16 if GPU else torch.float32
     )
     got = prefill_patches.patch_embed(images, made, dtype=torch.float32, tile=SMALL)
-    # far below bfloat16's 4e-3: the parts of pixels and weights are all there
-    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    # one missing part of the pixels or the weights would show as 4e-3 or 1.5e-5; a matrix unit's sums are worth 5e-6
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
 
 
 def test_three_parts_hold_a_float32():

@@ -36,7 +36,10 @@ MASKED = tl.constexpr(-1.0e30)
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """block_m rows (token x head) by block_n keys."""
+    """block_m rows (token x head) by block_n keys.
+
+    stages   two or more: with one, Triton 3.6 reads through descriptors out of bounds (illegal access on an H100)
+    """
 
     block_m: int
     block_n: int
@@ -155,6 +158,7 @@ def attention(
     pdl: bool = False,
 ) -> Tensor:
     """q [B, T, N, d], k and v [B, S, K, d], mask bool [B, S] or None, out [B, T, N * d]; heads contiguous in each."""
+    assert tile.stages >= 2, tile
     B, T, N, head_dim = q.shape
     S, K = k.shape[1], k.shape[2]
     rows = T * (N // K)
@@ -180,6 +184,7 @@ def vision_attention(
     pdl: bool = False,
 ) -> Tensor:
     """qkv contiguous [V, T, 3 D] = q | k | v, out [V, T, D]; every view sees itself alone."""
+    assert tile.stages >= 2, tile
     V, T, packed = qkv.shape
     head_dim = packed // 3 // heads
     main, rest = split_head_dim(head_dim)

@@ -8,9 +8,12 @@ a bfloat16 number exactly, and a float32 weight is the sum of three. So with the
 
     W (p / 127.5 - 1) + b  =  p (Wh + Wm + Wl) + (b - sum W),      W / 127.5 = Wh + Wm + Wl
 
-is one product of 3 * 588 columns with float32 sums, and its only error is that of a float32 product. Float pixels need
-three parts too; of the nine products the six largest are kept, what is left out is below float32 rounding.
-Position embeddings are a bias per token. One rounding, at the end.
+is one product of 3 * 588 columns with float32 sums. Float pixels need three parts too; of the nine products the six
+largest are kept, what is left out is below float32 rounding. Position embeddings are a bias per token. One rounding, at
+the end.
+
+What is left is how the matrix unit adds: measured on an H100 against float64, 5.5e-6 relative (torch's float32 product:
+4.3e-7), 300 times below the rounding to bfloat16 that follows. 15 us for three views; torch in float32 takes 135.
 """
 
 from __future__ import annotations
