@@ -153,7 +153,9 @@ def operands(product: Product, M: int, fp8: bool, *, copies: int) -> tuple[Tenso
     return x, made, options
 
 
-def launches(product: Product, M: int, fp8: bool, x: Tensor, options: dict[str, Any]) -> Callable[[Tensor, Tile], Tensor]:
+def launches(
+    product: Product, M: int, fp8: bool, x: Tensor, options: dict[str, Any]
+) -> Callable[[Tensor, Tile], Tensor]:
     """A function (weight, tile) that runs the product with its real epilogue. Outputs are allocated once."""
     out_dtype = E4M3 if fp8 and product.epilogue in ("geglu", "gelu") else BF16
     options = dict(options)
@@ -207,7 +209,9 @@ def blas(product: Product, M: int, fp8: bool, x: Tensor, options: dict[str, Any]
     q, k, v = (torch.empty(M, n * 256, device="cuda", dtype=BF16) for n in (8, 1, 1))
     tables = torch.randn(2, M, 128, device="cuda").to(BF16)
     pair = (tables[0], tables[1])
-    return lambda w: prefill_pointwise.rope_split(raw(w), q, k, v, tables=pair, heads=HEADS, channel_scale=scale, pdl=True)
+    return lambda w: prefill_pointwise.rope_split(
+        raw(w), q, k, v, tables=pair, heads=HEADS, channel_scale=scale, pdl=True
+    )
 
 
 def norm_us(M: int, D: int, parts: int, *, mean: bool, warps: int = 4) -> float:
@@ -219,7 +223,14 @@ def norm_us(M: int, D: int, parts: int, *, mean: bool, warps: int = 4) -> float:
     def body() -> None:
         for _ in range(40):
             prefill_pointwise.residual_norm(
-                residual, gain[0], out, parts=pieces, total=total, shift=gain[0] if mean else None, warps=warps, pdl=True
+                residual,
+                gain[0],
+                out,
+                parts=pieces,
+                total=total,
+                shift=gain[0] if mean else None,
+                warps=warps,
+                pdl=True,
             )
 
     return replay_us(captured(body), 40)
@@ -243,9 +254,14 @@ def _compile(job: tuple[Any, ...]) -> None:
                 out = torch.empty(3, 256, 1152, device="cuda", dtype=BF16)
                 prefill_attention.vision_attention(qkv, out, heads=16, tile=candidate, pdl=True)
             else:
-                q, k = torch.randn(1, 968, 8, 256, device="cuda").to(BF16), torch.randn(1, 968, 1, 256, device="cuda").to(BF16)
+                q, k = (
+                    torch.randn(1, 968, 8, 256, device="cuda").to(BF16),
+                    torch.randn(1, 968, 1, 256, device="cuda").to(BF16),
+                )
                 mask = torch.ones(1, 968, device="cuda", dtype=torch.bool) if job[1] else None
-                prefill_attention.attention(q, k, k, torch.empty_like(q).flatten(2), tile=candidate, mask=mask, pdl=True)
+                prefill_attention.attention(
+                    q, k, k, torch.empty_like(q).flatten(2), tile=candidate, mask=mask, pdl=True
+                )
             torch.cuda.synchronize()
         except Exception as problem:  # the parent meets the same error and drops the candidate
             del problem
@@ -273,7 +289,9 @@ def tune(result: dict[str, Any], *, formats: tuple[bool, ...], rows_of: Callable
              for D, all_rows in ((2048, PREFIX_ROWS), (1152, VISION_ROWS)) for parts in (1, 2, 3)
              for M in all_rows[:1]}  # fmt: skip
     for D in (2048, 1152):
-        by_warps = {w: round(norm_us(968 if D == 2048 else 768, D, 1, mean=D == 1152, warps=w), 2) for w in (1, 2, 4, 8)}
+        by_warps = {
+            w: round(norm_us(968 if D == 2048 else 768, D, 1, mean=D == 1152, warps=w), 2) for w in (1, 2, 4, 8)
+        }
         print(f"norm of {D}: us by warps {by_warps}")
         result[f"norm_warps_{D}"] = by_warps
     result["norm_us"] = {f"{D}x{parts}x{M}": us for (D, parts, M), us in norms.items()}
@@ -371,7 +389,9 @@ def time_attention(result: dict[str, Any]) -> tuple[AttentionTile, AttentionTile
             except Exception as problem:  # a tile that does not fit is no candidate
                 print("dropped attention", tile, str(problem)[:80], file=sys.stderr)
                 continue
-            rows_out.append({"what": "prefix", "keys": name, "tile": dataclasses.asdict(tile), "us": us, "error": wrong})
+            rows_out.append(
+                {"what": "prefix", "keys": name, "tile": dataclasses.asdict(tile), "us": us, "error": wrong}
+            )
             if keys is None or wrong <= 2 * plain:
                 best[name] = min(best.get(name, (1e9, tile)), (us, tile), key=lambda row: row[0])
     lines = [f"prefix attention S={S}: " + ", ".join(f"{n} {us:.1f} us {tuple(dataclasses.astuple(t))}" for n, (us, t) in best.items())
@@ -579,7 +599,7 @@ def check_products(result: dict[str, Any]) -> None:
                 got = launches(product, M, fp8, x, options)
                 out = got(w, tile)
                 wide = x.float() @ w.float().T
-                plain = (x.float() @ w.float().T if fp8 else (x @ w.T).float())
+                plain = x.float() @ w.float().T if fp8 else (x @ w.T).float()
                 if scale is not None and product.epilogue != "parts":
                     wide, plain = wide * scale, (plain * scale).to(BF16).float()
                 if bias is not None and product.epilogue != "parts":
@@ -596,7 +616,10 @@ def check_products(result: dict[str, Any]) -> None:
                 if out is None:
                     continue
                 kept = E4M3 if out.dtype == E4M3 else BF16
-                ours, theirs = error(out, wide), error(plain.clamp(-448, 448).to(kept) if kept == E4M3 else plain.to(kept), wide)
+                ours, theirs = (
+                    error(out, wide),
+                    error(plain.clamp(-448, 448).to(kept) if kept == E4M3 else plain.to(kept), wide),
+                )
                 worst = max(worst, ours / max(theirs, 1e-9))
                 result.setdefault("check", []).append([product.name, fp8, M, ours, theirs])
                 if not ours <= 2 * theirs:
