@@ -82,7 +82,7 @@ class EngineConfig:
     device: str = "auto"
     """auto = cuda if there is one, else cpu."""
     precision: str = "auto"
-    """float32, bfloat16, or auto = what the checkpoint declares."""
+    """float32, bfloat16, auto = what the checkpoint declares, or the file of a precision plan (`vivace calibrate`)."""
     num_denoise_steps: int | None = None
     """Euler steps of the flow; None = what the checkpoint says, else 10 (openpi's and LeRobot's default)."""
     seed: int | None = 0
@@ -98,7 +98,13 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ResolvedEngine:
-    """What really runs; stored in every result."""
+    """What really runs; stored in every result.
+
+    precision        float32, bfloat16, or a plan's name, hash and data source
+    checkpoint_hash  of the weights, see `checkpoints.fingerprint`
+    plan             facts of the precision plan; None = no plan
+    coverage         summary of what the operations really ran; None = not recorded yet
+    """
 
     backend: str
     device: str
@@ -112,6 +118,9 @@ class ResolvedEngine:
     flavour: str
     version: str
     details: dict[str, Any] = field(default_factory=dict)
+    checkpoint_hash: str = ""
+    plan: dict[str, Any] | None = None
+    coverage: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON types."""

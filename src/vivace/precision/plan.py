@@ -10,11 +10,13 @@ Layer names (`ops.layers.Linear.name`):  {prefix,expert}.layers.{i}.{attn.qkv, a
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import ConfigError
 
@@ -43,6 +45,8 @@ class PrecisionPlan:
     amax             {layer name: largest |input| of that layer}; every e4m3 layer needs one
     checkpoint_hash  of the weights that the ranges belong to; "" in a preset
     data             where the observations came from; "" in a preset, "synthetic: ..." when no robot ever saw them
+    data_hash        of those observations
+    method           how ranges were taken: "amax" or "percentile 99.99"
     """
 
     name: str
@@ -50,6 +54,8 @@ class PrecisionPlan:
     amax: Mapping[str, float] = field(default_factory=dict)
     checkpoint_hash: str = ""
     data: str = ""
+    data_hash: str = ""
+    method: str = ""
 
     def rule(self, layer: str) -> Rule | None:
         """The rule that decides about `layer`, or None."""
@@ -63,6 +69,16 @@ class PrecisionPlan:
     def to_json(self) -> str:
         """The plan as a JSON document."""
         return json.dumps({"version": 1, **asdict(self)}, indent=1, sort_keys=True)
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits over the whole plan, ranges included."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    @property
+    def label(self) -> str:
+        """One line for people and results: name, hash, data source."""
+        return f"{self.name} (plan {self.digest}, data {self.data or 'none'})"
 
 
 _PREFIX_MLP = (Rule("prefix.layers.*.mlp.*"),)
@@ -86,6 +102,20 @@ def preset(name: str) -> PrecisionPlan:
     return PrecisionPlan(name=name, rules=PRESETS[name])
 
 
+def rules_problem(rules: tuple[Rule, ...], amax: Mapping[str, float]) -> str | None:
+    """What no plan may contain, or None: an unknown format, or a range that is not a positive number."""
+    for rule in rules:
+        for value, known in ((rule.format, get_args(Format)), (rule.weight_scale, get_args(WeightScale))):
+            if value not in known:
+                return f"{value!r} in the rule for {rule.pattern!r}, wanted one of {list(known)}"
+    wrong = [f"{name}: {value!r}" for name, value in amax.items() if not _positive(value)]
+    return f"ranges that are not positive numbers: {', '.join(wrong[:4])}" if wrong else None
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0.0
+
+
 def read(path: Path) -> PrecisionPlan:
     """A plan from its JSON file. Raises ConfigError naming the file and what is wrong with it."""
     try:
@@ -93,8 +123,11 @@ def read(path: Path) -> PrecisionPlan:
         if document.pop("version") != 1:
             raise ConfigError("unknown version of a precision plan", got=path, do="calibrate again with this vivace")
         rules = tuple(Rule(**rule) for rule in document.pop("rules"))
-        return PrecisionPlan(rules=rules, **document)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        plan = PrecisionPlan(rules=rules, **document)
+        if problem := rules_problem(plan.rules, plan.amax):
+            raise ConfigError(f"the precision plan {path} is damaged", got=problem, do="calibrate again")
+        return plan
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(
             "not a precision plan", got=f"{path}: {error}", do="write one with `vivace calibrate`"
         ) from error
