@@ -77,6 +77,15 @@ def test_a_cpu_is_refused_with_the_reason():
     assert "need an NVIDIA GPU" in base.why_not("cuda_graph", device="cpu")
 
 
+def test_a_network_in_another_format_is_refused_by_the_name_of_its_layer():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from vivace.backends import cuda_graph
+
+    config = tiny_config("pi05")
+    reason = cuda_graph.why_not_model(build(config, random_tensors(config)))
+    assert reason == "vision.layers.0.attn.qkv is torch.float32, the kernels take bfloat16 and E4M3"
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 

@@ -111,13 +111,13 @@ def attention():
     for B, T, S, heads, tile in [
         (1, 5, 40, (8, 1, 16), AttentionTile(rows=16, keys=16)),
         (2, 7, 33, (4, 2, 16), AttentionTile(rows=16, keys=16, combine_rows=4)),
-        (1, 50, 16, (8, 1, 16), AttentionTile(rows=64, keys=32)),
+        (1, 20, 12, (8, 1, 16), AttentionTile(rows=64, keys=32)),
     ]:
         N, K, head_dim = heads
         packed = rand(B, T, N + 2 * K, head_dim)
         q, k, v = packed.split([N, K, K], dim=2)
         past, into = (rand(B, S, K, head_dim), rand(B, S, K, head_dim)), layer(8, N * head_dim)
-        for mask in (None, torch.arange(S + T).expand(B, -1) % 3 != 1, torch.arange(S + T).expand(B, -1) >= 20):
+        for mask in (None, torch.arange(S + T).expand(B, -1) % 3 != 1, torch.arange(S + T).expand(B, -1) >= 18):
             got = denoise_attention.attention(q, k, v, mask, past, into, tile)
             close(got, reference.attention(q, k, v, mask, past, into))
         # a masked key has exactly zero probability: whatever it holds, the bits stay
@@ -137,19 +137,24 @@ SMALL = Tiles(
 
 
 def policy():
-    """The whole tiny policy, both kinds, plain and masked, equals the eager backend."""
-    for kind in ("pi05", "pi0"):
+    """The whole tiny policy, both kinds, plain and masked, equals the eager backend; what ran is recorded."""
+    for kind, masked in (("pi05", True), ("pi0", False)):
         config = tiny_config(kind)
         model, size = build(config, random_tensors(config)), config.vision.image_size
-        for mask in (None, torch.tensor([[True, True, True, False, False]])):
+        ran = set()
+        for mask in (torch.tensor([[True, True, True, False, False]]) if masked else None,):
             inputs = ModelInputs(rand(1, 2, 3, size, size), torch.arange(5)[None], token_mask=mask, state=rand(1, 32))
             noise = rand(1, config.horizon, 32)
             answers = []
-            for ops in (reference_ops(), denoise.denoise_ops(reference_ops(), SMALL)):
+            kernels = denoise.denoise_ops(reference_ops(), SMALL, record=lambda *what, ran=ran: ran.add(what))
+            for ops in (reference_ops(), kernels):
                 model.ops = ops
-                backend = eager.create(model, EngineConfig(num_denoise_steps=2))
+                backend = eager.create(model, EngineConfig(num_denoise_steps=1))
                 answers.append(backend.denoise(backend.prefill(inputs), noise))
             close(answers[1], answers[0], 1e-5)
+        layers = {layer for layer, operation, _ in ran if operation in ("qkv_rope", "geglu", "linear_residual_norm")}
+        parts = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
+        assert {f"expert.layers.{i}.{part}" for i in range(3) for part in parts} <= layers
 
 
 def poison():

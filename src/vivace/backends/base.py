@@ -56,10 +56,14 @@ WhyNot = Callable[..., str | None]
 
 @dataclass(frozen=True)
 class BackendEntry:
-    """One row of the registry: the module is imported only when the backend is asked for."""
+    """One row of the registry: the module is imported only when the backend is asked for.
+
+    judges_model  the module also has `why_not_model(model)`: not every network that fits the device fits its kernels
+    """
 
     module: str
     summary: str
+    judges_model: bool = False
 
 
 BACKENDS: dict[str, BackendEntry] = {
@@ -71,18 +75,24 @@ BACKENDS: dict[str, BackendEntry] = {
 }
 
 
-def why_not(name: str, *, device: str) -> str | None:
-    """Return why backend `name` cannot run on `device`, or None if it can. Raises ConfigError for an unknown name."""
-    return str(reason) if (reason := _load(name).why_not(device=device)) else None
+def why_not(name: str, *, device: str, model: Pi | None = None) -> str | None:
+    """Return why backend `name` cannot run on `device`, or cannot run `model` there; None if it can.
+
+    Raises ConfigError for an unknown name.
+    """
+    module = _load(name)
+    reason: str | None = module.why_not(device=device)
+    if reason is None and model is not None and BACKENDS[name].judges_model:
+        reason = module.why_not_model(model)
+    return reason
 
 
 def build(name: str, model: Pi, config: EngineConfig) -> Backend:
     """Construct a backend around a loaded model, or raise Unsupported with the reason."""
-    module = _load(name)
     device = str(model.device)
-    if reason := module.why_not(device=device):
+    if reason := why_not(name, device=device, model=model):
         raise Unsupported(f"backend {name!r} cannot run on {device}", got=reason, do="choose another --backend")
-    backend: Backend = module.create(model, config)
+    backend: Backend = _load(name).create(model, config)
     return backend
 
 

@@ -23,7 +23,9 @@ from ..config import EngineConfig
 from ..errors import ShapeError, Unsupported
 from ..model import flow
 from ..model.pi import Pi, RopeTables
+from ..ops.layers import Linear
 from ..ops.table import OpTable
+from ..precision.coverage import Coverage
 from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
 from .buffers import Bucket, FlowBuffers, InputBuffers, bucket_of, flow_buffers, input_buffers
 from .loop import run_flow
@@ -49,6 +51,20 @@ def why_not(*, device: str) -> str | None:
     except ImportError:
         return "triton is not installed"
     return None
+
+
+def why_not_model(model: Pi) -> str | None:
+    """None if every product of the network is in a format that the kernels take, and its heads have a size they take."""
+    from ..ops import denoise, prefill_limits
+
+    for stack in (model.vision, model.projector, model.prefix, model.expert):
+        for layer in stack.modules():
+            in_block = isinstance(layer, Linear) and layer is not model.vision.patch and ".modulation" not in layer.name
+            if in_block and layer.dtype != torch.bfloat16:
+                return f"{layer.name} is {layer.dtype}, the kernels take bfloat16 and E4M3"
+    return denoise.why_not(head_dim=model.config.expert.head_dim, device=model.device) or prefill_limits.why_not(
+        device=str(model.device), model=model
+    )
 
 
 @dataclass
@@ -259,12 +275,6 @@ def create(model: Pi, config: EngineConfig) -> CudaGraphBackend:
     """Registry constructor: the prefill kernels for large calls, the denoise kernels for small ones."""
     from ..ops import denoise, prefill
 
-    if reason := denoise.why_not(head_dim=model.config.expert.head_dim, device=model.device):
-        raise Unsupported("the denoise kernels cannot run", got=reason, do="choose another --backend")
-    coverage: dict[str, str] = {}
-
-    def record(layer: str, operation: str, kernel: str) -> None:
-        coverage[f"{layer} {operation}"] = kernel
-
-    ops = denoise.denoise_ops(prefill.prefill_ops(model, record=record), record=record)
-    return CudaGraphBackend(model, config, ops=ops, coverage=coverage)
+    coverage = Coverage(kernel="torch")  # calls that no kernel of ours reports are torch's own
+    ops = denoise.denoise_ops(prefill.prefill_ops(model, record=coverage.record), record=coverage.record)
+    return CudaGraphBackend(model, config, ops=coverage.wrap(ops), coverage=coverage.kernels)

@@ -90,36 +90,37 @@ def _small(x: Tensor) -> bool:
     return _rows(x) <= MAX_ROWS
 
 
-def denoise_ops(base: OpTable, tiles: Tiles | None = None, *, record: Recorder | None = None) -> OpTable:
-    """`base`, with calls of at most MAX_ROWS rows taken by the kernels of this file. `tiles` replaces the tuned table.
+@dataclass(frozen=True)
+class Denoise:
+    """The operations as methods, contracts in `ops.reference`; what is too large for them goes to `base`.
 
+    tiles   replaces the tuned table
     record  called with (layer, operation, kernel) whenever one of these kernels is launched
     """
 
-    def note(name: str, operation: str) -> None:
-        if record is not None:
-            record(name, operation, "triton")
+    base: OpTable
+    tiles: Tiles | None = None
+    record: Recorder | None = None
 
-    def cut(x: Tensor, layer: AnyLinear) -> Tiles:
-        return tiles if tiles is not None else tiles_for(_rows(x), layer)
-
-    def rms_norm(x: Tensor, norm: RmsNorm, modulation: Tensor | None, into: AnyLinear) -> Tensor:
+    def rms_norm(self, x: Tensor, norm: RmsNorm, modulation: Tensor | None, into: AnyLinear) -> Tensor:
+        """`reference.rms_norm`."""
         if not _small(x):
-            return base.rms_norm(x, norm, modulation, into)
-        chosen = cut(x, into)
-        note(norm.name, "rms_norm")
+            return self.base.rms_norm(x, norm, modulation, into)
+        chosen = self._chosen(_rows(x), into, norm.name, "rms_norm")
         return denoise_norm.sum_norm(
             None, _flat(x), None, norm, modulation, into, warps=chosen.norm_warps, early=chosen.norm_early
         )[1].view(x.shape)
 
-    def linear(x: Tensor, layer: AnyLinear) -> Tensor:
+    def linear(self, x: Tensor, layer: AnyLinear) -> Tensor:
+        """`reference.linear` for the 32-wide action projections; wider ones are `base`'s."""
         out, inside = layer.weight.shape
         if not _small(x) or isinstance(layer, Fp8Linear) or min(out, inside) > 64:
-            return base.linear(x, layer)
-        note(layer.name, "linear")
+            return self.base.linear(x, layer)
+        self._chosen(_rows(x), layer, layer.name, "linear")
         return denoise_gemm.narrow(x.reshape(-1, inside), layer).view(*x.shape[:-1], out)
 
     def linear_residual_norm(
+        self,
         x: Tensor,
         layer: AnyLinear,
         residual: Tensor,
@@ -128,50 +129,65 @@ def denoise_ops(base: OpTable, tiles: Tiles | None = None, *, record: Recorder |
         modulation: Tensor | None,
         into: AnyLinear,
     ) -> tuple[Tensor, Tensor]:
+        """`reference.linear_residual_norm`; the residual stream comes back in float32."""
         if not _small(x) or isinstance(norm, LayerNorm):
-            return base.linear_residual_norm(x, layer, residual, gate, norm, modulation, into)
-        chosen = cut(x, layer)
-        note(layer.name, "linear_residual_norm")
+            return self.base.linear_residual_norm(x, layer, residual, gate, norm, modulation, into)
+        chosen = self._chosen(_rows(x), layer, layer.name, "linear_residual_norm")
         parts = denoise_gemm.parts(_flat(x), layer, chosen.down if layer.name.endswith("down") else chosen.o)
         total, normed = denoise_norm.sum_norm(
             parts, _flat(residual), gate, norm, modulation, into, warps=chosen.norm_warps, early=chosen.norm_early
         )
         return total.view(residual.shape), normed.view(residual.shape)
 
-    def geglu(x: Tensor, layer: AnyLinear, into: AnyLinear) -> Tensor:
+    def geglu(self, x: Tensor, layer: AnyLinear, into: AnyLinear) -> Tensor:
+        """`reference.geglu`."""
         if not _small(x):
-            return base.geglu(x, layer, into)
-        note(layer.name, "geglu")
-        return denoise_gemm.geglu(_flat(x), layer, into, cut(x, layer).gate_up).view(*x.shape[:-1], -1)
+            return self.base.geglu(x, layer, into)
+        tile = self._chosen(_rows(x), layer, layer.name, "geglu").gate_up
+        return denoise_gemm.geglu(_flat(x), layer, into, tile).view(*x.shape[:-1], -1)
 
     def qkv_rope(
-        x: Tensor, layer: AnyLinear, rope: Table, heads: tuple[int, int, int]
+        self, x: Tensor, layer: AnyLinear, rope: Table, heads: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """`reference.qkv_rope`; q, k and v are views of one packed row per token."""
         if not _small(x):
-            return base.qkv_rope(x, layer, rope, heads)
-        note(layer.name, "qkv_rope")
+            return self.base.qkv_rope(x, layer, rope, heads)
         N, K, head_dim = heads
         cos, sin = (table.reshape(-1, head_dim // 2) for table in rope)
-        packed = denoise_gemm.qkv(_flat(x), layer, (cos, sin), heads, cut(x, layer).qkv)
+        tile = self._chosen(_rows(x), layer, layer.name, "qkv_rope").qkv
+        packed = denoise_gemm.qkv(_flat(x), layer, (cos, sin), heads, tile)
         q, k, v = packed.view(*x.shape[:-1], N + 2 * K, head_dim).split([N, K, K], dim=-2)
         return q, k, v
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Table | None, into: AnyLinear) -> Tensor:
-        if past is None or q.shape[0] * q.shape[1] > MAX_ROWS:
-            return base.attention(q, k, v, mask, past, into)
-        note(into.name, "attention")
-        chosen = tiles if tiles is not None else tiles_for(q.shape[0] * q.shape[1], into)
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Table | None, into: AnyLinear
+    ) -> Tensor:
+        """`reference.attention` with a past."""
+        rows = q.shape[0] * q.shape[1]
+        if past is None or rows > MAX_ROWS:
+            return self.base.attention(q, k, v, mask, past, into)
+        chosen = self._chosen(rows, into, into.name, "attention")
         mid = chosen.attention_mid if MIN_MID_KEYS < past[0].shape[1] <= MAX_MID_KEYS else None
         return denoise_attention.attention(q, k, v, mask, past, into, mid or chosen.attention)
 
+    def _chosen(self, rows: int, layer: AnyLinear, name: str, operation: str) -> Tiles:
+        """The cuts for this call, which is noted for coverage."""
+        if self.record is not None:
+            self.record(name, operation, "triton")
+        return self.tiles if self.tiles is not None else tiles_for(rows, layer)
+
+
+def denoise_ops(base: OpTable, tiles: Tiles | None = None, *, record: Recorder | None = None) -> OpTable:
+    """`base`, with calls of at most MAX_ROWS rows taken by the kernels of this file; see `Denoise`."""
+    ops = Denoise(base, tiles, record)
     return replace(
         base,
-        rms_norm=rms_norm,
-        linear=linear,
-        linear_residual_norm=linear_residual_norm,
-        geglu=geglu,
-        qkv_rope=qkv_rope,
-        attention=attention,
+        rms_norm=ops.rms_norm,
+        linear=ops.linear,
+        linear_residual_norm=ops.linear_residual_norm,
+        geglu=ops.geglu,
+        qkv_rope=ops.qkv_rope,
+        attention=ops.attention,
     )
 
 
