@@ -152,7 +152,7 @@ def test_a_policy_that_produces_nan_says_so(folders):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"precision": "float8"}, "float32 or bfloat16"), ({"device": "gpu"}, "cuda"), ({"backend": "eagr"}, "eager"),
+    ({"precision": "float8"}, "float32, bfloat16"), ({"device": "gpu"}, "cuda"), ({"backend": "eagr"}, "eager"),
 ])  # fmt: skip
 def test_wrong_settings_are_named(folders, change, message):
     with pytest.raises(vivace.ConfigError, match=message):

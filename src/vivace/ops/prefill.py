@@ -121,6 +121,7 @@ class Prefill:
     def _norm(self, x: Tensor, norm: RmsNorm | LayerNorm, into: AnyLinear) -> Tensor:
         rows = x.flatten(0, -2).contiguous()
         out = self._for(into, rows, rows.shape[1])
+        self._note(norm.name, "layer_norm" if isinstance(norm, LayerNorm) else "rms_norm", "triton")
         prefill_pointwise.residual_norm(
             rows, _gain(norm), out, shift=_shift(norm), out_inverse=self._inverse(into), pdl=self._early(norm.name)
         )

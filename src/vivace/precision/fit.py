@@ -13,17 +13,17 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import ConfigError
+from ..ops.layers import Fp8Linear, Linear
 from .plan import PRESETS, PrecisionPlan
-from .quantize import linears
 
 # Everything else (patches, time, actions, state, modulation) is small and feeds sums that rounding would spoil.
 QUANTISABLE = re.compile(r"(prefix|expert|vision)\.layers\.\d+\.(attn|mlp)\.|projector$")
 CALIBRATE = "run `vivace calibrate CHECKPOINT --data RECORDED --preset {} -o plan.json`, then `--precision plan.json`"
 
 
-def layer_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of every linear in the model, in the model's order."""
-    return tuple(layer.name for _, _, layer in linears(model))
+def all_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of every linear, quantised already or not."""
+    return tuple(layer.name for layer in model.modules() if isinstance(layer, Linear | Fp8Linear))
 
 
 def check_fit(plan: PrecisionPlan, names: Iterable[str], *, checkpoint_hash: str) -> None:

@@ -19,18 +19,21 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..backends import base
 from ..backends.spans import Spans
+from ..checkpoints.fingerprint import Fingerprint
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.source import Checkpoint
 from ..config import EngineConfig, ResolvedEngine
-from ..errors import ConfigError, NumericsError, ObservationError
+from ..errors import ConfigError, NumericsError, ObservationError, Unsupported
 from ..model import weights
 from ..model.pi import Pi
 from ..precision.flavours import parameter_dtype
+from ..precision.plan import PrecisionPlan
 from ..robots.io import resolve
 from ..robots.pipeline import RobotPipeline
 from ..robots.tokenizer import Tokenizer, load_tokenizer
 from ..types import ActionChunk, Embodiment, Observation, PreparedObservation, PreviousChunk, RobotIO, Trace
 from . import noise as noise_source
+from . import precision as precisions
 from .collate import collate
 
 logger = logging.getLogger(__name__)
@@ -43,10 +46,10 @@ class Policy:
 
     def __init__(
         self, *, checkpoint: Checkpoint, io: RobotIO, pipeline: RobotPipeline, backend: base.Backend, model: Pi,
-        engine: ResolvedEngine,
+        engine: ResolvedEngine, plan: PrecisionPlan | None = None,
     ) -> None:  # fmt: skip
         self.checkpoint, self.io, self.pipeline = checkpoint, io, pipeline
-        self.backend, self.model, self.engine = backend, model, engine
+        self.backend, self.model, self.engine, self.plan = backend, model, engine, plan
         self._lock = threading.Lock()
 
     @property
@@ -201,31 +204,33 @@ def load_policy(
         io = replace(io, embodiment=replace(io.embodiment, default_prompt=default_prompt))
     pipeline = RobotPipeline(io, _tokenizer(tokenizer, checkpoint))
     config = replace(config, num_denoise_steps=config.num_denoise_steps or checkpoint.num_denoise_steps)
-    device, precision = _device(config), _precision(config, checkpoint)
-    model = load_model(checkpoint, device=device, precision=precision)
-    name = _backend(config, device)
+    device, precision = _device(config), precisions.resolve(config.precision, checkpoint)
+    seen = Fingerprint()
+    model = load_model(checkpoint, device=device, precision=precision.dtype, seen=seen)
+    plan = precisions.quantise(model, precision, checkpoint_hash=seen.digest())
+    name = _backend(config, device, model, quantised=bool(plan and plan["layers"]))
     backend = base.build(name, model, config)
     engine = ResolvedEngine(
-        backend=name, device=str(device), precision=precision, num_denoise_steps=config.steps,
+        backend=name, device=str(device), precision=precision.label, num_denoise_steps=config.steps,
         seed=config.seed, checkpoint=str(checkpoint.path), policy_kind=checkpoint.model.kind,
         horizon=checkpoint.model.horizon, action_dim=io.embodiment.action_dim, flavour=checkpoint.model.flavour,
-        version=__version__, details=backend.describe(),
+        version=__version__, details=backend.describe(), checkpoint_hash=seen.digest(), plan=plan,
     )  # fmt: skip
     logger.info("engine: %s", engine.to_json())
-    return Policy(checkpoint=checkpoint, io=io, pipeline=pipeline, backend=backend, model=model, engine=engine)
+    return Policy(
+        checkpoint=checkpoint, io=io, pipeline=pipeline, backend=backend, model=model, engine=engine,
+        plan=precision.plan,
+    )  # fmt: skip
 
 
-def load_model(checkpoint: Checkpoint, *, device: torch.device, precision: str) -> Pi:
-    """The checkpoint's network on `device`, in the checkpoint's own flavour of `precision`."""
-    if precision not in ("float32", "bfloat16"):
-        raise ConfigError("unknown precision", got=repr(precision), wanted="auto, float32 or bfloat16")
+def load_model(checkpoint: Checkpoint, *, device: torch.device, precision: precisions.Dtype, seen: Fingerprint) -> Pi:
+    """The checkpoint's network on `device`, in the checkpoint's own flavour of `precision`; `seen` hashes what is read."""
     flavour = checkpoint.model.flavour
-    wanted: Literal["float32", "bfloat16"] = "float32" if precision == "float32" else "bfloat16"
     return weights.load(
         checkpoint.model,
-        checkpoint.tensors,
+        seen.watch(checkpoint.tensors),
         device=device,
-        dtype_of=lambda name: parameter_dtype(name, precision=wanted, flavour=flavour),
+        dtype_of=lambda name: parameter_dtype(name, precision=precision, flavour=flavour),
     )
 
 
@@ -263,16 +268,18 @@ def _device(config: EngineConfig) -> torch.device:
         raise ConfigError("unknown device", got=repr(config.device), wanted="auto, cpu, cuda or cuda:N") from error
 
 
-def _precision(config: EngineConfig, checkpoint: Checkpoint) -> str:
-    return checkpoint.model.declared_dtype if config.precision == "auto" else config.precision
-
-
-def _backend(config: EngineConfig, device: torch.device) -> str:
+def _backend(config: EngineConfig, device: torch.device, model: Pi, *, quantised: bool) -> str:
     if config.backend != "auto":
         return config.backend
     if device.type == "cpu":
         return "eager"
     for name in ("cuda_graph", "compiled"):
-        if name in base.BACKENDS and base.why_not(name, device=str(device)) is None:
+        reason = base.why_not(name, device=str(device), model=model)
+        if reason is None:
             return name
+        if quantised:  # the others only simulate E4M3: slower than bfloat16, and never what was asked for
+            raise Unsupported(
+                "the FP8 kernels cannot run this plan here", got=reason, wanted="a GPU and a network that they fit",
+                do="use --precision bfloat16, or name --backend eager to simulate the plan's numbers",
+            )  # fmt: skip
     return "eager"

@@ -56,7 +56,7 @@ def quantise(model: Pi, precision: Precision, *, checkpoint_hash: str) -> dict[s
     if precision.plan is None:
         return None
     chosen = precision.plan
-    fit.check_fit(chosen, fit.layer_names(model), checkpoint_hash=checkpoint_hash)
+    fit.check_fit(chosen, fit.all_layers(model), checkpoint_hash=checkpoint_hash)
     layers = quantize.apply(model, chosen)
     return {
         "name": chosen.name,
