@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backends.base import Backend
+from ..config import ResolvedEngine
 from ..errors import ShapeError
 from ..types import ModelInputs, Trace
 from .metrics import Errors, at_least, at_most, errors, worst
@@ -89,6 +90,9 @@ class PassMarks:
 
 FLOAT32_MARKS = PassMarks(rel_l2=1e-5, grows_with_depth=False, actions_cosine=0.999999, actions_cosine_worst=0.999999)
 BFLOAT16_MARKS = PassMarks()
+# E4M3 has 3 mantissa bits: rounding to them is off by 2^-4 / sqrt(3) * sqrt(1/2) = 2.6 % (root mean square, relative),
+# and a product of two rounded operands by sqrt(2) times that. The bounds on actions are those of bfloat16.
+FP8_MARKS = PassMarks(rel_l2=3.6e-2)
 PLAIN_FACTOR = 2.0
 """Two-error rule: how many times worse than plain PyTorch in the same precision an engine may be."""
 
@@ -116,8 +120,13 @@ class Summary:
 
 
 def marks_for(precision: str) -> PassMarks:
-    """The stated marks of a precision: float32 strict, anything narrower the bfloat16 ones."""
+    """The stated marks of a dtype: float32 strict, anything narrower the bfloat16 ones."""
     return FLOAT32_MARKS if precision == "float32" else BFLOAT16_MARKS
+
+
+def marks_of(engine: ResolvedEngine) -> PassMarks:
+    """The stated marks of an engine: those of FP8 if it has a plan that quantises layers, else those of its dtype."""
+    return FP8_MARKS if engine.plan is not None and engine.plan["layers"] else marks_for(engine.precision)
 
 
 def run_traced(backend: Backend, inputs: ModelInputs, noise: Tensor) -> Snapshot:

@@ -17,11 +17,11 @@ from rich.table import Table
 from ..check import bench, environment, observations
 from ..check.budget import budget, read_run
 from ..check.metrics import at_least, cosine, rel_l2
-from ..check.parity import marks_for
+from ..check.parity import marks_of
 from ..check.results import result, write_result
 from ..check.setting import setting_of
 from ..errors import ConfigError, NumericsError
-from .output import FAILED, OK, console, emit
+from .output import FAILED, OK, console, emit, show_coverage
 from .policy_args import PolicyArgs, load
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Args:
     path: tyro.conf.Positional[Path]
     """Checkpoint folder."""
     engines: str = "eager"
-    """Comma-separated BACKEND or BACKEND:PRECISION; the first one is the baseline of every speed-up."""
+    """Comma-separated BACKEND or BACKEND:PRECISION (a precision may be a plan file); the first one is the baseline."""
     samples: int = 200
     """Rounds; every engine is called once per round, in random order."""
     warmup_seconds: float = 120.0
@@ -62,7 +62,7 @@ def run(args: Args) -> int:
     outputs: dict[str, dict[str, float]] = {}
 
     def refcheck(name: str, chunk: Any) -> str | None:
-        got, limits = chunk.actions_normalized, marks_for(policies[name].engine.precision)
+        got, limits = chunk.actions_normalized, marks_of(policies[name].engine)
         outputs[name] = {"cosine": cosine(got, wanted), "rel_l2": rel_l2(got, wanted)}
         good = at_least(outputs[name]["cosine"], limits.actions_cosine_worst)
         return None if good else f"cosine {outputs[name]['cosine']:.6f}, wanted at least {limits.actions_cosine_worst}"
@@ -74,7 +74,7 @@ def run(args: Args) -> int:
         console.print(str(error), style="red", markup=False)
         document = result("bench", {"passed": False, "error": str(error), "output": outputs})
     else:
-        engines = {name: _engine(policies[name], times[name], outputs[name]) for name in names}
+        engines = {name: _engine(policies[name], times[name], outputs[name], request) for name in names}
         speedups = [bench.speedup(times[name], times[names[0]]) for name in names[1:]]
         document = _document(args, policies[names[0]], request, {"engines": engines, "speedups": speedups}, before)
         _show(document)
@@ -105,7 +105,7 @@ def _document(
     args: Args, baseline: Policy, request: Any, found: dict[str, Any], before: dict[str, Any]
 ) -> dict[str, Any]:
     body = {
-        "passed": True,
+        "passed": not any(row["fallback"] for engine in found["engines"].values() for row in engine["coverage"]),
         "checkpoint": str(args.path),
         "boundary": BOUNDARY,
         "setting": setting_of(baseline, baseline.prepare(request)),
@@ -168,12 +168,16 @@ def _on_gpu(policies: dict[str, Policy]) -> bool:
     return any(policy.engine.device.startswith("cuda") for policy in policies.values())
 
 
-def _engine(policy: Policy, times: bench.EngineTimes, output: dict[str, float]) -> dict[str, Any]:
+def _engine(policy: Policy, times: bench.EngineTimes, output: dict[str, float], request: Any) -> dict[str, Any]:
+    from ..precision.coverage import as_json
+    from ..runtime.coverage import record
+
     total = bench.summary(times.total_ms)
     return {
         "precision": policy.engine.precision,
         "engine": policy.engine.to_json(),
         "output": output,
+        "coverage": as_json(record(policy, _call(policy, request))),
         "cold_ms": times.cold_ms,
         "warmup_calls": times.warmup_calls,
         "stable": times.stable,
@@ -220,6 +224,8 @@ def _show(document: dict[str, Any]) -> None:
         where.add_row(label, *(f"{ms:.2f} ({split['share'][stage]:.0%})" for stage, ms in split["mean_ms"].items()))
     console.print(latency)
     console.print(where)
+    for name, row in document["engines"].items():
+        show_coverage(row["coverage"], title=f"coverage of {name}")
     for speedup in document["speedups"]:
         console.print(
             f"{escape(speedup['engine'])} is {speedup['ratio']:.2f}x as fast as {escape(speedup['baseline'])} "

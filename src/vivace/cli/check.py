@@ -18,7 +18,7 @@ from ..check.metrics import Errors
 from ..check.results import result, write_result
 from ..check.setting import setting_of
 from ..errors import ShapeError
-from .output import FAILED, OK, console, emit
+from .output import FAILED, OK, console, emit, show_coverage
 from .policy_args import PolicyArgs, load
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Args:
     backend: str = "auto"
     """The engine to judge; see vivace doctor."""
     precision: str = "auto"
-    """float32, bfloat16, or auto = what the checkpoint declares."""
+    """float32, bfloat16, auto = what the checkpoint declares, or a plan file (vivace calibrate)."""
     observations: str = "4"
     """A number = that many made-up observations; a folder = recorded ones, .npz files with the keys of a request."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -56,6 +56,7 @@ class Evidence:
     wanted: list[parity.Snapshot]
     got: list[parity.Snapshot]
     plain: list[parity.Snapshot]
+    coverage: list[dict[str, Any]]
 
 
 def run(args: Args) -> int:
@@ -74,11 +75,13 @@ def run(args: Args) -> int:
         console.print(str(error), style="red", markup=False)
     else:
         body |= {
-            "passed": all(mark.passed for mark in marks),
-            "limits": parity.marks_for(found.candidate.engine.precision),
+            "passed": all(mark.passed for mark in marks) and not any(row["fallback"] for row in found.coverage),
+            "limits": parity.marks_of(found.candidate.engine),
         }
         body |= {"marks": marks, "summary": summary, "remarks": _remarks(found.candidate)}
+        body |= {"coverage": found.coverage}
         _show(summary, marks, found.candidate, found.source)
+        show_coverage(found.coverage, title="what ran")
         for remark in body["remarks"]:
             console.print(escape(remark), style="dim", highlight=False)
     document = result("check", body, environment=environment.collect())
@@ -90,11 +93,14 @@ def run(args: Args) -> int:
 
 def _gather(args: Args) -> Evidence:
     """One engine after the other: a full model in float32 is 13 GB, so two are never held."""
+    from ..precision.coverage import as_json
+    from ..runtime.coverage import record
+
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("reference: loading", total=None)
         reference = load(args.path, args.policy, backend="eager", precision="float32")
         requests, source = _requests(args.observations, reference, args.policy.seed or 0)
-        bar.update(task, total=2 * len(requests), description="reference: eager float32")
+        bar.update(task, total=2 * len(requests) + 1, description="reference: eager float32")
         wanted = _run_all(reference, requests, bar, task)
         setting = setting_of(reference, reference.prepare(requests[0]))
         facts = {"reference": reference.engine.to_json(), "setting": setting}
@@ -104,12 +110,13 @@ def _gather(args: Args) -> Evidence:
         engine = candidate.engine
         bar.update(task, description=f"candidate: {engine.backend} {engine.precision}")
         got = _run_all(candidate, requests, bar, task)
+        coverage = as_json(record(candidate, lambda: _run_all(candidate, requests[:1], bar, task)))
         plain = []
         if engine.backend != "eager" and engine.precision != "float32":
-            bar.update(task, total=3 * len(requests), description=f"yardstick: eager {engine.precision}")
-            other = load(args.path, args.policy, backend="eager", precision=engine.precision)
+            bar.update(task, total=3 * len(requests) + 1, description=f"yardstick: eager {engine.precision}")
+            other = load(args.path, args.policy, backend="eager", precision=args.precision)
             plain = _run_all(other, requests, bar, task)
-    return Evidence(candidate, requests, source, facts, wanted, got, plain)
+    return Evidence(candidate, requests, source, facts, wanted, got, plain, coverage)
 
 
 def _judge(found: Evidence) -> tuple[parity.Summary, tuple[parity.Mark, ...]]:
@@ -120,7 +127,7 @@ def _judge(found: Evidence) -> tuple[parity.Summary, tuple[parity.Mark, ...]]:
     summary, precision = summary_of(found.got), found.candidate.engine.precision
     config = found.candidate.model.config
     depths = {"vision_layers": config.vision.layers, "layers": config.prefix.layers}
-    marks = parity.judge(summary, parity.marks_for(precision), **depths)
+    marks = parity.judge(summary, parity.marks_of(found.candidate.engine), **depths)
     if found.plain:
         marks += parity.judge_against_plain(summary, summary_of(found.plain), name=precision)
     return summary, marks

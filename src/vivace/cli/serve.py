@@ -6,12 +6,14 @@ import asyncio
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
 
 from ..errors import ConfigError
+from ..precision.coverage import summary
+from ..runtime.coverage import record
 from ..serving.server import PolicyServer
 from .output import OK, console
 from .policy_args import PolicyArgs, load
@@ -34,7 +36,7 @@ class Args:
     backend: str = "auto"
     """How to execute; auto = the fastest that can run here. See vivace doctor."""
     precision: str = "auto"
-    """float32, bfloat16, or auto = what the checkpoint declares."""
+    """float32, bfloat16, auto = what the checkpoint declares, or a plan file (vivace calibrate)."""
     api_key_file: Path | None = None
     """File with the key that clients must send as Authorization: Api-Key KEY."""
     max_message_mb: int = 64
@@ -53,6 +55,7 @@ def run(args: Args) -> int:
     api_key = None if args.api_key_file is None else _read_key(args.api_key_file)
     with console.status(f"loading {args.path}"):
         policy = load(args.path, args.policy, backend=args.backend, precision=args.precision)
+        policy.engine = replace(policy.engine, coverage=summary(record(policy)))
     server = PolicyServer(
         policy,
         host=args.host,
