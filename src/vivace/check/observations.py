@@ -7,7 +7,8 @@ both smooth and busy regions. States are drawn inside the checkpoint's own stati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ PROMPTS = (
     "hand me the screwdriver next to the blue box",
 )
 IMAGE_SIZE = (240, 320)
+NOISE_CORRELATION = 0.2  # of neighbouring pixels: photographs of anything are above 0.8, white noise is at 0
 
 
 def synthetic(io: RobotIO, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -49,6 +51,48 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
     if not files:
         raise ConfigError(f"no recorded observations in {folder}", wanted="a folder of .npz files, one request each")
     return [_load(path) for path in files]
+
+
+def digest(requests: Sequence[Mapping[str, Any]]) -> str:
+    """12 hex digits over every key and value of the requests."""
+    whole = hashlib.sha256()
+    for request in requests:
+        for key in sorted(request):
+            value = np.asarray(request[key])
+            whole.update(f"{key} {value.dtype} {value.shape}\n".encode())
+            whole.update(np.ascontiguousarray(value).tobytes())
+    return whole.hexdigest()[:12]
+
+
+def doubts(requests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Reasons to believe that no robot saw these: constant images, white noise, the same observation again and again.
+
+    It recognises the usual stand-ins and nothing more: a good forgery passes.
+    """
+    found = []
+    for index, request in enumerate(requests):
+        images = {key: np.asarray(value) for key, value in request.items() if np.ndim(value) == 3}
+        if not images:
+            found.append(f"observation {index} has no image")
+        for key, image in images.items():
+            if (reason := _unlike_a_camera(image)) is not None:
+                found.append(f"observation {index}, {key}: {reason}")
+    if len(requests) > 1 and len({digest([request]) for request in requests}) == 1:
+        found.append(f"all {len(requests)} observations are the same")
+    return found
+
+
+def _unlike_a_camera(image: NDArray[Any]) -> str | None:
+    if image.min() == image.max():
+        return "the image is constant"
+    channels_first = image.shape[0] in (1, 3, 4) and image.shape[-1] not in (1, 3, 4)
+    grey = image.astype(np.float64).mean(axis=0 if channels_first else -1)
+    left, right = grey[:, :-1].ravel(), grey[:, 1:].ravel()
+    if left.std() == 0.0 or right.std() == 0.0:
+        return None
+    if np.corrcoef(left, right)[0, 1] < NOISE_CORRELATION:
+        return "neighbouring pixels have nothing to do with each other: noise"
+    return None
 
 
 def scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:

@@ -94,6 +94,7 @@ def bench(document: Document) -> str:
             ),
             *(_budget_line(name, answer) for name, answer in budgets.items()),
             fold("stages per engine", _stage_table(engines)),
+            *(fold(f"coverage of {name}", _coverage(row)) for name, row in engines.items() if row.get("coverage")),
         ]
     )
 

@@ -13,6 +13,7 @@ from .output import BAD_USE, OK, console
 VERBS: dict[str, str] = {
     "inspect": "say what a checkpoint is: kind, sizes, cameras, state, normalisation, prompt, what is missing",
     "serve": "answer robots over openpi's websocket protocol",
+    "calibrate": "a precision plan (FP8) from recorded observations, layer sensitivities, a plan within an error bound",
     "check": "compare an engine with the float32 reference, layer by layer, step by step, in robot units",
     "bench": "time named engines side by side: percentiles, stages, environment",
     "budget": "what must shrink, and by how much, to reach a control rate",

@@ -31,9 +31,11 @@ from torch import Tensor
 
 from ..errors import NumericsError
 from ..ops.layers import Fp8Linear, Linear
+from ..ops.reference import E4M3_MAX
 from ..ops.table import OpTable
 from .plan import PrecisionPlan
 
+HALF_STEP = 2.0**-10 / E4M3_MAX  # of a range: E4M3's smallest number is 2^-9 scales
 READERS = ("linear", "linear_gelu", "linear_residual_norm", "geglu", "qkv_rope", "kv_rope")
 BINS = 1 << 15
 
@@ -52,6 +54,7 @@ class LayerRange:
     chosen     the range that the method chose: the plan's number
     values     how many were seen
     saturated  how many of them lie above `chosen`
+    flushed    how many become zero, because they lie below half of E4M3's smallest step under that range
     steps      largest |x| per denoise step; () outside the action expert
     """
 
@@ -60,6 +63,7 @@ class LayerRange:
     chosen: float
     values: int
     saturated: int
+    flushed: int
     steps: tuple[float, ...] = ()
 
     @property
@@ -120,6 +124,7 @@ class Ranges:
             steps = self._steps.get(name, {})
             table[name] = LayerRange(
                 layer=name, amax=amax, chosen=chosen, values=int(counts.sum()), saturated=_above(counts, chosen),
+                flushed=_flushed(counts, chosen),
                 steps=tuple(float(steps[index]) for index in sorted(steps)),
             )  # fmt: skip
         return table
@@ -198,3 +203,8 @@ def _percentile(counts: Tensor, percentile: float) -> float:
 def _above(counts: Tensor, limit: float) -> int:
     """How many values lie above `limit`; float32 values are counted as the bfloat16 numbers nearest to them."""
     return int(counts[_edges() > max(limit, float(torch.tensor(limit).bfloat16()))].sum())
+
+
+def _flushed(counts: Tensor, limit: float) -> int:
+    edges = _edges()
+    return int(counts[(edges > 0.0) & (edges <= limit * HALF_STEP)].sum())
