@@ -347,11 +347,12 @@ def _show(found: Measured, rows: Sequence[Alone], body: Mapping[str, Any], writt
         _show_alone(rows)
     if "mixed" in body:
         mixed, held = body["mixed"], body["mixed"]["held_out"]
+        left_out = ", ".join(row.layer for row in mixed["left_out"]) or "nothing"
         console.print(
             f"{mixed['flops_share']:.1%} of the FLOPs of {escape(found.plan.name)} run in FP8; "
-            f"action error {held.rel_l2:.2e}, cosine {held.cosine:.6f} on {mixed['held_out_observations']} held-out observations "
-            f"(bound {mixed['max_action_error']:g}); left out: "
-            + (", ".join(row.layer for row in mixed["left_out"]) or "nothing"),
+            f"action error {held.rel_l2:.2e}, cosine {held.cosine:.6f} "
+            f"on {mixed['held_out_observations']} held-out observations (bound {mixed['max_action_error']:g}); "
+            f"left out: {left_out}",
             highlight=False,
         )
     for remark in body["remarks"]:

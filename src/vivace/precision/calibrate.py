@@ -96,7 +96,7 @@ class Ranges:
         name, magnitude = layer.name, x.detach().abs()
         largest = magnitude.amax().float()
         self._amax[name] = _larger(self._amax.get(name), largest)
-        bins = magnitude.to(torch.bfloat16).view(torch.int16).flatten().int()
+        bins = magnitude.to(torch.bfloat16).view(torch.int16).flatten().int() & (BINS - 1)  # a NaN may carry a sign
         counts = torch.bincount(bins, minlength=BINS)
         self._counts[name] = counts if name not in self._counts else self._counts[name] + counts
         if self._denoising and name.startswith("expert.layers."):
