@@ -70,3 +70,29 @@ def test_pickles_and_empty_folders_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", evil=np.array([{"a": 1}], dtype=object))
     with pytest.raises(ConfigError, match="pickled"):
         observations.recorded(tmp_path)
+
+
+def test_stand_ins_for_recordings_are_doubted_and_camera_images_are_not():
+    g = np.random.default_rng(0)
+    scene = observations.scene(g, 48, 64)
+    for image in (scene, np.ascontiguousarray(scene.transpose(2, 0, 1)), scene.astype(np.float32) / 255):
+        assert observations.doubts([{"image": image, "prompt": "x"}]) == []
+    noise = g.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    for image, said in ((np.zeros_like(scene), "constant"), (noise, "noise"), (noise.transpose(2, 0, 1), "noise")):
+        assert said in observations.doubts([{"image": image}])[0]
+    assert observations.doubts([{"prompt": "x"}]) == ["observation 0 has no image"]
+    other = observations.scene(g, 48, 64)
+    assert observations.doubts([{"image": scene}] * 3) == ["all 3 observations are the same"]
+    assert observations.doubts([{"image": scene}, {"image": other}]) == []
+
+
+def test_a_digest_follows_keys_types_and_values():
+    a = {"image": np.zeros((2, 3), np.uint8), "prompt": "x"}
+    known = observations.digest([a])
+    assert observations.digest([dict(reversed(a.items()))]) == known, "order of keys"
+    changed = [
+        {**a, "prompt": "y"}, {**a, "more": 1}, {**a, "image": np.zeros((3, 2), np.uint8)},
+        {**a, "image": np.zeros((2, 3), np.int8)}, {**a, "image": np.ones((2, 3), np.uint8)},
+    ]  # fmt: skip
+    assert known not in [observations.digest([one]) for one in changed]
+    assert observations.digest([a, a]) != known

@@ -126,7 +126,7 @@ def test_sensitivity_ranks_every_layer_alone(vivace, checkpoint, recorded):
     assert {row["layer"] for row in rows} == set(document["plan"]["amax"])
     errors = [row["score"]["rel_l2"] for row in rows]
     assert errors == sorted(errors, reverse=True)
-    assert 1e-6 < errors[-1], "a layer in E4M3 changed nothing: it was not quantised"
+    assert errors[-1] > 1e-6, "a layer in E4M3 changed nothing: it was not quantised"
     assert errors[0] < 0.1
     assert "each layer alone" in text
 

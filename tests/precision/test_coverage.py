@@ -140,6 +140,8 @@ def test_kernels_report_themselves_and_the_rest_has_the_default_name():
     assert seen.kernels == {"a linear": "triton"}
     assert layer_flops(seen, steps=STEPS) == {"a": 2 * 3 * 8 * 4}
     assert seen.seen["a", "linear"].moved_bytes == 4 * (3 * 8 + 8 * 4 + 3 * 4)
+    seen.clear()
+    assert (rows(seen, steps=STEPS), seen.kernels) == ((), {})
 
 
 def test_holders_in_a_model_are_what_the_plan_says(quantised):

@@ -19,6 +19,8 @@ from vivace.precision.plan import Rule
 from vivace.runtime import coverage as recorded
 from vivace.runtime import policy as runtime
 from vivace.runtime.policy import load_policy
+from vivace.serving.protocol import unpack
+from vivace.serving.results import metadata_frame
 
 
 @pytest.fixture(scope="module", params=["pi05", "pi0"])
@@ -64,7 +66,7 @@ def test_a_plan_runs_and_the_engine_says_which(checkpoint, made, tmp_path):
     a, b = (p.infer(requests[0]).actions_normalized for p in (policy, before))
     error = np.linalg.norm(a - b) / np.linalg.norm(b)
     assert 1e-4 < error < 0.1, error
-    assert coverage.fallbacks(recorded.record(policy)) == []
+    assert coverage.fallbacks(recorded.record(policy, lambda: policy.infer(requests[0]))) == []
 
 
 def test_without_a_plan_nothing_changes(made):
@@ -78,7 +80,7 @@ def test_without_a_plan_nothing_changes(made):
 def test_recording_leaves_the_policy_as_it_was(made):
     policy, requests, _ = made
     before, table = policy.infer(requests[0]).actions, policy.model.ops
-    rows = recorded.record(policy)
+    rows = recorded.record(policy, lambda: policy.infer(requests[0]))
     assert policy.model.ops is table
     assert np.array_equal(policy.infer(requests[0]).actions, before)
     assert {row.kernel for row in rows} == {"eager"}
@@ -147,3 +149,16 @@ def test_on_a_gpu_that_cannot_run_it_a_plan_is_not_simulated_unasked(made, monke
     with pytest.raises(Unsupported, match="the GPU is too old"):
         runtime._backend(config, device, made[0].model, quantised=True)
     assert runtime._backend(config, device, made[0].model, quantised=False) == "eager"
+
+
+def test_a_warm_up_records_what_ran_and_a_server_tells_its_clients(checkpoint, made, tmp_path):
+    policy = load(checkpoint, written(tmp_path, made[2]))
+    assert policy.engine.coverage is None
+    policy.warmup()
+    said = policy.engine.coverage
+    assert said["fallbacks"] == []
+    assert said["flops_by_precision"]["e4m3"] > 0.01
+    assert sum(said["flops_by_kernel"].values()) == pytest.approx(1.0, abs=1e-3)
+    frame = unpack(metadata_frame({}, policy.engine))
+    assert frame["vivace"]["coverage"] == said
+    assert frame["vivace"]["plan"]["hash"] == made[2].digest

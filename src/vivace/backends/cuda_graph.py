@@ -27,7 +27,7 @@ from ..ops.layers import Linear
 from ..ops.table import OpTable
 from ..precision.coverage import Coverage
 from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
-from .buffers import Bucket, FlowBuffers, InputBuffers, bucket_of, flow_buffers, input_buffers
+from .buffers import Bucket, FlowBuffers, InputBuffers, bucket_of, choose, flow_buffers, input_buffers
 from .loop import run_flow
 from .spans import Spans, span
 
@@ -184,6 +184,11 @@ class CudaGraphBackend:
         for inputs, noise in requests:
             self.denoise(self.prefill(inputs), noise)
 
+    def prompt_lengths(self, longest: int) -> tuple[int, ...]:
+        """See Backend.prompt_lengths: one that does not fill each bucket, so that the graph with masks is captured."""
+        lengths = range(self._step - 1, longest + self._step - 1, self._step)
+        return tuple(min(length, longest) for length in lengths)[: MAX_BUCKETS - 1]
+
     def describe(self) -> dict[str, Any]:
         """See Backend.describe."""
         return {
@@ -223,6 +228,7 @@ class CudaGraphBackend:
     # --- slots and captures -----------------------------------------------------------------------------------------
 
     def _slot(self, bucket: Bucket) -> Slot:
+        bucket = choose(bucket, self._slots)
         if bucket in self._slots:
             self._slots.move_to_end(bucket)
             return self._slots[bucket]
@@ -277,4 +283,6 @@ def create(model: Pi, config: EngineConfig) -> CudaGraphBackend:
 
     coverage = Coverage(kernel="torch")  # calls that no kernel of ours reports are torch's own
     ops = denoise.denoise_ops(prefill.prefill_ops(model, record=coverage.record), record=coverage.record)
-    return CudaGraphBackend(model, config, ops=coverage.wrap(ops), coverage=coverage.kernels)
+    backend = CudaGraphBackend(model, config, ops=coverage.wrap(ops), coverage=coverage.kernels)
+    coverage.clear()  # making the time table is no part of an inference
+    return backend

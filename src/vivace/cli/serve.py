@@ -6,14 +6,12 @@ import asyncio
 import json
 import logging
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
 from ..errors import ConfigError
-from ..precision.coverage import summary
-from ..runtime.coverage import record
 from ..serving.server import PolicyServer
 from .output import OK, console
 from .policy_args import PolicyArgs, load
@@ -55,7 +53,6 @@ def run(args: Args) -> int:
     api_key = None if args.api_key_file is None else _read_key(args.api_key_file)
     with console.status(f"loading {args.path}"):
         policy = load(args.path, args.policy, backend=args.backend, precision=args.precision)
-        policy.engine = replace(policy.engine, coverage=summary(record(policy)))
     server = PolicyServer(
         policy,
         host=args.host,

@@ -77,6 +77,11 @@ class Coverage:
         self.kernels[f"{layer} {operation}"] = kernel
         self._reported.append(kernel)
 
+    def clear(self) -> None:
+        """Forget everything seen so far."""
+        self.kernels.clear()
+        self.seen.clear()
+
     def wrap(self, ops: OpTable) -> RecordedOps:
         """`ops`, watched."""
         watched = {one.name: self._watched(one.name, getattr(ops, one.name)) for one in fields(OpTable)}

@@ -26,12 +26,14 @@ from ..config import EngineConfig, ResolvedEngine
 from ..errors import ConfigError, NumericsError, ObservationError, Unsupported
 from ..model import weights
 from ..model.pi import Pi
+from ..precision.coverage import summary
 from ..precision.flavours import parameter_dtype
 from ..precision.plan import PrecisionPlan
 from ..robots.io import resolve
 from ..robots.pipeline import RobotPipeline
 from ..robots.tokenizer import Tokenizer, load_tokenizer
 from ..types import ActionChunk, Embodiment, Observation, PreparedObservation, PreviousChunk, RobotIO, Trace
+from . import coverage
 from . import noise as noise_source
 from . import precision as precisions
 from .collate import collate
@@ -89,19 +91,29 @@ class Policy:
         return self._infer(requests, noise, None, None)
 
     def warmup(self, prompt_tokens: Sequence[int] = (48,)) -> None:
-        """Run once per prompt length, so that compilation, capture and page faults are over before a robot waits."""
+        """Run once per prompt length, so that compilation, capture and page faults are over before a robot waits.
+
+        Also records, once, what the operations really ran: `engine.coverage`.
+        """
+        rows = [self._blank(length) for length in prompt_tokens]
+        noise = np.zeros((1, self.engine.horizon, self.io.action_width), dtype=np.float32)
+        with self._lock:
+            for row in rows:
+                self._run([row], noise, None, None, Spans())
+            if rows and self.engine.coverage is None:
+                seen = coverage.record(self, lambda: self._run(rows[:1], noise, None, None, Spans()))
+                self.engine = replace(self.engine, coverage=summary(seen))
+
+    def _blank(self, tokens: int) -> PreparedObservation:
+        """An observation of all cameras with a prompt of `tokens` tokens."""
         V, size = len(self.io.embodiment.cameras), self.io.image_size
-        for length in prompt_tokens:
-            row = PreparedObservation(
-                images=np.zeros((V, 3, size, size), dtype=np.uint8),
-                tokens=np.full(min(length, self.io.max_prompt_tokens), 2, dtype=np.int32),
-                state=np.zeros(self.io.action_width, dtype=np.float32),
-                state_robot=np.zeros(0), state_normalized=np.zeros(0),
-                views=tuple(camera.view for camera in self.io.embodiment.cameras),
-            )  # fmt: skip
-            shape = (1, self.engine.horizon, self.io.action_width)
-            with self._lock:
-                self._run([row], np.zeros(shape, dtype=np.float32), None, None, Spans())
+        return PreparedObservation(
+            images=np.zeros((V, 3, size, size), dtype=np.uint8),
+            tokens=np.full(min(tokens, self.io.max_prompt_tokens), 2, dtype=np.int32),
+            state=np.zeros(self.io.action_width, dtype=np.float32),
+            state_robot=np.zeros(0), state_normalized=np.zeros(0),
+            views=tuple(camera.view for camera in self.io.embodiment.cameras),
+        )  # fmt: skip
 
     def _infer(
         self,

@@ -89,7 +89,8 @@ class PolicyServer:
         self.metrics = _metrics(metrics, registry)
         self.engine = policy.engine
         self._policy = policy
-        self._greeting = metadata_frame({**policy.metadata, **(metadata or {})}, self.engine)
+        self._metadata = {**policy.metadata, **(metadata or {})}
+        self._greeting = metadata_frame(self._metadata, self.engine)
         self._sessions: set[Session] = set()
         self._stopping = False
         self._socket: socket.socket | None = None
@@ -117,6 +118,8 @@ class PolicyServer:
             outcome = await self._worker.submit(self._policy.warmup).future
             if outcome.error is not None:
                 raise outcome.error
+            self.engine = self._policy.engine  # a warm-up learns what really runs
+            self._greeting = metadata_frame(self._metadata, self.engine)
             self._server = await self._listen(self._socket)
         except BaseException:
             self._socket.close()
