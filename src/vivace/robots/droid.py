@@ -1,5 +1,8 @@
 """DROID: a Franka arm with a Robotiq gripper, one exterior and one wrist camera, 15 Hz.
 
+Clients of DROID stations may also send the second exterior camera and the right eyes of the stereo cameras; the policies
+were not trained on them.
+
 Source: openpi policies/droid_policy.py, training/config.py, examples/droid.
 """
 
@@ -8,6 +11,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..types import Camera, Embodiment, PolicyKind, StatePart
+
+UNUSED_CAMERAS = (
+    "observation/exterior_image_2_left",
+    "observation/exterior_image_1_right",
+    "observation/exterior_image_2_right",
+    "observation/wrist_image_right",
+)
 
 
 def embodiment(kind: PolicyKind) -> Embodiment:
@@ -23,6 +33,7 @@ def embodiment(kind: PolicyKind) -> Embodiment:
             StatePart("observation/gripper_position", 1, "0 open .. 1 closed"),
         ),
         action_dim=8,
+        ignored_keys=UNUSED_CAMERAS,
         control_hz=15.0,
         action_units=("joint velocity, normalised",) * 7 + ("0 open .. 1 closed",),
     )

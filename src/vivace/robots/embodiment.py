@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def embodiment(name: str, kind: PolicyKind) -> Embodiment:
     """
     if name not in EMBODIMENTS:
         raise ConfigError(
-            f"unknown embodiment {name!r}{_did_you_mean(name, EMBODIMENTS)}",
+            f"unknown embodiment {name!r}{did_you_mean(name, EMBODIMENTS)}",
             wanted=f"one of {sorted(EMBODIMENTS)}, or the path of a TOML file",
         )
     module, function = EMBODIMENTS[name]
@@ -124,7 +124,7 @@ def _record(record: type[Any], table: Any, *, where: str) -> Any:
     for key in table:
         if key not in known:
             raise ConfigError(
-                f"{where}: unknown key {key!r}{_did_you_mean(key, known)}", wanted=f"some of {sorted(known)}"
+                f"{where}: unknown key {key!r}{did_you_mean(key, known)}", wanted=f"some of {sorted(known)}"
             )
     for name, field in known.items():
         if name not in table and field.default is MISSING and field.default_factory is MISSING:
@@ -155,6 +155,7 @@ def _typed(value: Any, types: tuple[type[Any], ...], *, where: str) -> Any:
     return float(value) if float in types else value
 
 
-def _did_you_mean(name: str, known: Any) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'wrist'?)" for the closest of `known`, "" if none is close."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 
 from ..errors import ObservationError
 from ..types import Camera, Embodiment, Observation, StatePart
+from .embodiment import did_you_mean
 from .images import check_image
 
 PROMPT_KEYS = ("prompt", "task")
 """Accepted beside the embodiment's own prompt key: openpi's name and LeRobot's."""
 TOKEN_KEY, TOKEN_MASK_KEY = "tokenized_prompt", "tokenized_prompt_mask"
+NOISE_KEY = "noise"
+"""Read by `runtime.policy`, not here."""
 ABSENT = object()
 
 
@@ -80,12 +83,12 @@ def _from_observation(request: Observation, robot: Embodiment, *, dtype: type[np
 
 
 def _from_dict(request: Mapping[str, Any], robot: Embodiment, *, dtype: type[np.floating[Any]]) -> Gathered:
-    _refuse_unknown_cameras(request, robot)
     found: dict[str, tuple[str, Any]] = {}
     for camera in robot.cameras:
         hit = _first(request, (camera.key, *camera.aliases))
         if hit is not None:
             found[camera.view] = hit
+    _refuse_unused_images(request, robot, used={key for key, _ in found.values()})
     prompt = _first(request, tuple(dict.fromkeys((robot.prompt_key, *PROMPT_KEYS))))
     tokens = _find(request, TOKEN_KEY)
     return Gathered(
@@ -120,28 +123,41 @@ def _first(request: Mapping[str, Any], paths: tuple[str, ...]) -> tuple[str, Any
     return None
 
 
-def _leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[str]:
+def _leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{before}{key}/")
         else:
-            yield f"{before}{key}"
+            yield f"{before}{key}", value
+
+
+def _refuse_unused_images(request: Mapping[str, Any], robot: Embodiment, *, used: set[str]) -> None:
+    """A misspelt camera must not become a missing one: every picture is used, or named in `ignored_keys`."""
+    cameras = {path: camera.key for camera in robot.cameras for path in (camera.key, *camera.aliases)}
+    others = {path for part in robot.state for path in (part.key, *part.aliases)} | {robot.prompt_key, *PROMPT_KEYS}
+    passed = used | others | {TOKEN_KEY, TOKEN_MASK_KEY, NOISE_KEY} | set(robot.ignored_keys)
+    groups = {_parent(path) for path in cameras} - {_parent(path) for path in others} - {""}
+    for path, value in _leaves(request):
+        if path in passed or value is None or not (_is_picture(value) or _parent(path) in groups):
+            continue
+        if path in cameras:
+            raise ObservationError(
+                f"camera {cameras[path]!r} was sent twice", got=f"also as {path!r}", wanted="one picture of each camera"
+            )
+        raise ObservationError(
+            f"unknown camera {path!r}{did_you_mean(path, cameras)}",
+            wanted=f"some of {[camera.key for camera in robot.cameras]}",
+            do="correct the name, or list it in ignored_keys of the robot's TOML file",
+        )
 
 
 def _parent(path: str) -> str:
     return path.rpartition("/")[0] if "/" in path else path.rpartition(".")[0]
 
 
-def _refuse_unknown_cameras(request: Mapping[str, Any], robot: Embodiment) -> None:
-    """A misspelt camera must not become a missing one: in a group that holds only cameras every name must be known."""
-    known = {path for camera in robot.cameras for path in (camera.key, *camera.aliases)} | set(robot.ignored_keys)
-    others = {path for part in robot.state for path in (part.key, *part.aliases)} | {robot.prompt_key}
-    groups = {_parent(path) for path in known} - {_parent(path) for path in others} - {""}
-    for path in _leaves(request):
-        if _parent(path) in groups and path not in known:
-            raise ObservationError(
-                f"unknown camera {path!r}", wanted=f"some of {[camera.key for camera in robot.cameras]}"
-            )
+def _is_picture(value: Any) -> bool:
+    """Bytes per value or three axes: no state, prompt or reward of a robot looks like this."""
+    return isinstance(value, np.ndarray) and value.ndim > 0 and (value.dtype == np.uint8 or value.ndim > 2)
 
 
 # --- checking -----------------------------------------------------------------------------------------------------
