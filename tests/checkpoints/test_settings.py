@@ -83,6 +83,26 @@ def test_modes_eps_rename_and_length_come_from_the_steps(folder):
         open_checkpoint(folder)
 
 
+def test_pictures_scaled_by_statistics_are_refused(folder):
+    def visual(mode):
+        return lambda t: step(t, "normalizer_processor")["config"]["norm_map"].update(VISUAL=mode)
+
+    edit(folder, PRE, visual("MEAN_STD"))
+    with pytest.raises(
+        CheckpointError, match="normalisation of VISUAL cannot be used; got 'MEAN_STD'; wanted IDENTITY"
+    ):
+        open_checkpoint(folder)
+    edit(folder, PRE, visual("NormalizationMode.IDENTITY"))
+    open_checkpoint(folder)
+    edit(folder, PRE, lambda t: step(t, "normalizer_processor")["config"]["norm_map"].pop("VISUAL"))
+    open_checkpoint(folder)
+    for file in folder.glob("policy_*"):
+        file.unlink()
+    edit(folder, "config.json", lambda t: t["normalization_mapping"].update(VISUAL="MIN_MAX"))
+    with pytest.raises(CheckpointError, match="VISUAL cannot be used; got 'MIN_MAX'"):
+        open_checkpoint(folder)
+
+
 def test_without_processors_the_folder_opens_and_says_so(folder):
     for file in folder.glob("policy_*"):
         file.unlink()

@@ -94,6 +94,7 @@ def robot_facts(
     unnormalizer = _find(processors.post, "unnormalizer_processor")
     tokenizer = _find(processors.pre, "tokenizer_processor")
     rename = _find(processors.pre, "rename_observations_processor")
+    _check_pictures_unscaled(normalizer, config)
     cameras = [name for name, feature in inputs.items() if feature["type"] == "VISUAL"]
     action_dim = _size(outputs, ACTION, file)
     stats, notes = _statistics(folder, normalizer, unnormalizer)
@@ -172,10 +173,26 @@ def _prompt_flavour(kind: PolicyKind, version: LeRobotVersion) -> PromptFlavour:
     return "lerobot04_pi05" if version == "0.4" else "lerobot_pi05"
 
 
-def _mode(step: Step | None, config: Mapping[str, Any], what: str, kind: PolicyKind) -> NormMode:
+def _told_mode(step: Step | None, config: Mapping[str, Any], what: str, default: str) -> str:
     table = as_table(step.config.get("norm_map"), "norm_map") if step else {}
     table = table or as_table(config.get("normalization_mapping"), "normalization_mapping")
-    told = str(table.get(what, DEFAULT_MODES[kind])).rsplit(".", 1)[-1]
+    return str(table.get(what, default)).rsplit(".", 1)[-1]
+
+
+def _check_pictures_unscaled(step: Step | None, config: Mapping[str, Any]) -> None:
+    """Pictures reach the network in [-1, 1]; scaling them by statistics would be another network's input."""
+    told = _told_mode(step, config, "VISUAL", "IDENTITY")
+    if told != "IDENTITY":
+        raise CheckpointError(
+            "normalisation of VISUAL cannot be used",
+            got=repr(told),
+            wanted="IDENTITY: pi0 and pi0.5 take pictures in [-1, 1]",
+            do="if the policy was trained without it, set VISUAL to IDENTITY in policy_preprocessor.json and config.json",
+        )
+
+
+def _mode(step: Step | None, config: Mapping[str, Any], what: str, kind: PolicyKind) -> NormMode:
+    told = _told_mode(step, config, what, DEFAULT_MODES[kind])
     if told not in MODES:
         raise CheckpointError(
             f"normalisation of {what} cannot be used", got=repr(told), wanted=f"one of {sorted(MODES)}"
