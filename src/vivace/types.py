@@ -146,6 +146,7 @@ class RobotIO:
     max_prompt_tokens   longer prompts are an error that names the length
     action_width        the model's padded action width (32)
     image_size          pixels per side of a view as the model sees it (224)
+    vocab_size          rows of the model's embedding, which bound the token ids; 0 = not known
     """
 
     embodiment: Embodiment
@@ -157,6 +158,7 @@ class RobotIO:
     max_prompt_tokens: int = 200
     action_width: int = 32
     image_size: int = 224
+    vocab_size: int = 0
 
 
 @dataclass(frozen=True)

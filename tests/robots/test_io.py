@@ -48,6 +48,11 @@ def test_openpi_defaults(openpi_facts: RobotFacts, toml: Path) -> None:
     assert resolve(replace(openpi_facts, max_prompt_tokens=64), "pi0", embodiment=toml).max_prompt_tokens == 64
 
 
+def test_the_vocabulary_is_handed_through(openpi_facts: RobotFacts, toml: Path) -> None:
+    assert resolve(openpi_facts, "pi05", embodiment=toml).vocab_size == 0
+    assert resolve(openpi_facts, "pi05", embodiment=toml, vocab_size=512).vocab_size == 512
+
+
 def test_openpi_needs_an_embodiment(openpi_facts: RobotFacts) -> None:
     with pytest.raises(ConfigError, match=r"which robot.*'so101'.*aloha.*droid.*libero"):
         resolve(openpi_facts, "pi05")

@@ -115,6 +115,33 @@ def test_pre_tokenised_prompts_need_no_tokenizer(pipeline: RobotPipeline, reques
         bare.prepare(request_of())
 
 
+def test_ids_beyond_the_embedding_are_refused(pipeline: RobotPipeline, request_of) -> None:
+    """The stand-in tokenizer's largest id is that of the prompt's largest letter, plus 3."""
+    top = int(pipeline.prepare(request_of()).tokens.max())
+    for vocabulary in (0, top + 1):  # not known; just enough
+        enough = replace(pipeline, io=replace(pipeline.io, vocab_size=vocabulary))
+        assert enough.prepare(request_of()).tokens.max() == top
+        assert enough.prepare(request_of(tokenized_prompt=np.array([top]))).tokens.tolist() == [top]
+    short = replace(pipeline, io=replace(pipeline.io, vocab_size=top))
+    with pytest.raises(ObservationError, match=f"tokenizer 'test' gave .*; got {top}; wanted 0 .. {top - 1}"):
+        short.prepare(request_of())
+    with pytest.raises(ObservationError, match=f"tokenized_prompt gave .*; got {top}; wanted 0 .. {top - 1}"):
+        short.prepare(request_of(tokenized_prompt=np.array([2, top])))
+    with pytest.raises(ObservationError, match=f"tokenized_prompt gave .*; got {top}"):
+        short.prepare(Observation({"base_0_rgb": ZEROS}, np.zeros(6), tokens=np.array([top], dtype=np.int32)))
+
+
+def test_negative_ids_of_a_tokenizer_are_refused(pipeline: RobotPipeline, request_of) -> None:
+    class Negative:
+        source = "negative"
+
+        def encode(self, text: str, *, add_bos: bool) -> list[int]:
+            return [2, -1]
+
+    with pytest.raises(ObservationError, match=r"tokenizer 'negative' gave .*; got -1; wanted >= 0"):
+        replace(pipeline, tokenizer=Negative()).prepare(request_of())
+
+
 @pytest.mark.parametrize(
     ("observation", "match"),
     [

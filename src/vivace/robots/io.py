@@ -40,11 +40,13 @@ def resolve(
     max_prompt_tokens: int | None = None,
     image_size: int = 224,
     action_width: int = 32,
+    vocab_size: int = 0,
 ) -> RobotIO:
     """Decide everything between a request and the model, and check that it fits together.
 
     embodiment  a known name, a TOML file, or the record itself; None = inferred
     asset_id    which statistics of an openpi folder; None = the only ones, or those of the embodiment
+    vocab_size  rows of the model's embedding: token ids beyond it are refused; 0 = not known, not checked
     Raises: ConfigError that lists the choices.
     """
     if facts.source == "lerobot":
@@ -63,6 +65,7 @@ def resolve(
         max_prompt_tokens=max_prompt_tokens or facts.max_prompt_tokens or PROMPT_TOKENS[kind],
         action_width=action_width,
         image_size=image_size,
+        vocab_size=vocab_size,
     )
     check_io(io)
     return io

@@ -24,8 +24,8 @@ from .actions import to_absolute
 from .aloha import gripper_from_angle, gripper_to_angle
 from .images import view_pil, view_torch
 from .normalize import normalize_state, unnormalize_actions
-from .prompt import check_length, encode, segments
-from .request import Gathered, gather
+from .prompt import check_ids, check_length, encode, segments
+from .request import TOKEN_KEY, Gathered, gather
 from .tokenizer import Tokenizer, missing_tokenizer
 
 Convert = Callable[[NDArray[Any]], NDArray[Any]]
@@ -98,6 +98,7 @@ class RobotPipeline:
         io = self.io
         if parts.tokens is not None:
             check_length(len(parts.tokens), max_tokens=io.max_prompt_tokens)
+            check_ids(parts.tokens, vocab_size=io.vocab_size, source=TOKEN_KEY)
             return parts.tokens, ""
         task = io.embodiment.default_prompt if parts.prompt is None else parts.prompt
         if task is None:
@@ -116,6 +117,7 @@ class RobotPipeline:
             pad_state_to=io.pad_state_to,
         )
         tokens = encode(parts_of_prompt, self.tokenizer, max_tokens=io.max_prompt_tokens)
+        check_ids(tokens, vocab_size=io.vocab_size, source=f"tokenizer {self.tokenizer.source!r}")
         return tokens, "".join(part.text for part in parts_of_prompt)
 
 

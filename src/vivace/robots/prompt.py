@@ -89,3 +89,19 @@ def check_length(tokens: int, *, max_tokens: int) -> None:
         )
     if tokens == 0:
         raise ObservationError("the prompt has no tokens", got=0, wanted=f"1 to {max_tokens}")
+
+
+def check_ids(tokens: NDArray[np.int32], *, vocab_size: int, source: str) -> None:
+    """Raise ObservationError for an id without a row in the embedding; a GPU that reads past it serves nobody after.
+
+    vocab_size  rows of the embedding; 0 = not known
+    source      where the ids came from, begins the message
+    """
+    low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+    if low < 0 or (vocab_size and high >= vocab_size):
+        raise ObservationError(
+            f"{source} gave token ids that the model does not have",
+            got=high if low >= 0 else low,
+            wanted=f"0 .. {vocab_size - 1}" if vocab_size else ">= 0",
+            do="use the tokenizer that the checkpoint was trained with",
+        )
