@@ -52,7 +52,10 @@ def test_a_right_request(pipeline: RobotPipeline, request_of) -> None:
         ({"prompt": 3}, "prompt 'prompt' is not text; got int"),
         ({"prompt": ["a"]}, "prompt 'prompt' is not text; got list"),
         ({"prompt": b"\xff"}, "prompt 'prompt' is not UTF-8"),
-        ({"prompt": "w" * 300}, "the prompt is too long; got 3\\d\\d tokens; wanted at most 200"),
+        (
+            {"prompt": "w" * 300},
+            "the prompt is too long; got 3\\d\\d tokens; wanted at most 200; .*--max-prompt-tokens",
+        ),
         ({"tokenized_prompt": np.zeros(3)}, "'tokenized_prompt' is malformed; got float64"),
         ({"tokenized_prompt": "abc"}, "'tokenized_prompt' is malformed"),
         ({"tokenized_prompt": np.array([-1])}, "impossible ids"),

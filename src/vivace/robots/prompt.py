@@ -85,7 +85,10 @@ def check_length(tokens: int, *, max_tokens: int) -> None:
     """Raise ObservationError for a prompt that the policy never saw in training: too long, or empty."""
     if tokens > max_tokens:
         raise ObservationError(
-            "the prompt is too long", got=f"{tokens} tokens", wanted=f"at most {max_tokens}", do="shorten the task text"
+            "the prompt is too long",
+            got=f"{tokens} tokens",
+            wanted=f"at most {max_tokens}",
+            do="shorten the task text, or allow more with --max-prompt-tokens",
         )
     if tokens == 0:
         raise ObservationError("the prompt has no tokens", got=0, wanted=f"1 to {max_tokens}")
