@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from vivace.config import GemmaConfig, ModelConfig, VisionConfig  # noqa: E402
-from vivace.model.pi import Pi  # noqa: E402
-from vivace.ops import prefill  # noqa: E402
-from vivace.ops.prefill_tuning import Choice, Tile, Tuning  # noqa: E402
-from vivace.precision import calibrate, fit, plan, quantize  # noqa: E402
-from vivace.precision.coverage import Coverage, fallbacks, rows  # noqa: E402
+from vivace.config import GemmaConfig, ModelConfig, VisionConfig
+from vivace.model.pi import Pi
+from vivace.ops import prefill
+from vivace.ops.prefill_tuning import Choice, Tile, Tuning
+from vivace.precision import calibrate, fit, plan, quantize
+from vivace.precision.coverage import Coverage, fallbacks, rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = ModelConfig(
