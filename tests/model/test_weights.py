@@ -72,6 +72,15 @@ def test_one_bad_number_is_refused_with_its_tensor(value):
         load(config, tensors)
 
 
+def test_the_files_own_name_of_a_damaged_tensor_is_told():
+    config = tiny_config("pi05")
+    tensors = random_tensors(config)
+    tensors["action_in.bias"][0] = float("nan")
+    sources = {name: InMemory(value, key=f"file/{name}") for name, value in tensors.items()}
+    with pytest.raises(CheckpointError, match=r"action_in\.bias \(in the file: file/action_in\.bias\)"):
+        weights.load(config, sources, device=torch.device("cpu"), dtype_of=lambda n: torch.float32)
+
+
 def test_bfloat16_flavours_keep_what_the_originals_keep():
     for name, openpi, lerobot in [
         ("vision.patch.weight", "float32", "float32"),

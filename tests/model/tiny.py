@@ -56,6 +56,7 @@ class InMemory:
     """A tensor that is already loaded, as a checkpoint tensor."""
 
     value: Tensor
+    key: str = "in memory"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -24,6 +24,11 @@ class TensorSource(Protocol):
     """One tensor of a checkpoint, not yet in memory (`checkpoints.source.TensorRef`)."""
 
     @property
+    def key(self) -> str:
+        """How the file calls it, which is what a person can look for."""
+        ...
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape as stored under vivace's name."""
         ...
@@ -95,7 +100,7 @@ def load(
     for count, name in enumerate(wanted, start=1):
         slot, value = places[name], tensors[name].read(device)
         if not bool(torch.isfinite(value).all()):
-            damaged.append(name)
+            damaged.append(f"{name} (in the file: {tensors[name].key})")
             continue
         target = parameters[slot.parameter]
         target[slot.start : slot.start + slot.count].copy_(value.reshape(slot.count, *target.shape[1:]))
