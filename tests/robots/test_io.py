@@ -54,21 +54,21 @@ def test_the_vocabulary_is_handed_through(openpi_facts: RobotFacts, toml: Path) 
 
 
 def test_openpi_needs_an_embodiment(openpi_facts: RobotFacts) -> None:
-    with pytest.raises(ConfigError, match=r"which robot.*'so101'.*aloha.*droid.*libero"):
+    with pytest.raises(ConfigError, match=r"which robot.*'so101'.*aloha.*droid.*libero.*--embodiment"):
         resolve(openpi_facts, "pi05")
 
 
 def test_openpi_chooses_statistics(openpi_facts: RobotFacts, toml: Path) -> None:
     robot = from_toml(toml)
     several = with_assets(openpi_facts, "so101", "other")
-    with pytest.raises(ConfigError, match=r"several robots.*'other', 'so101'"):
+    with pytest.raises(ConfigError, match=r"several robots.*'other', 'so101'.*--asset-id"):
         resolve(several, "pi05", embodiment=robot)
     with pytest.raises(ConfigError, match="several robots"):
         resolve(several, "pi05")
     assert resolve(several, "pi05", embodiment=robot, asset_id="other").embodiment == robot
-    with pytest.raises(ConfigError, match="no such asset id; got 'third'"):
+    with pytest.raises(ConfigError, match=r"no such asset id; got 'third'.*--asset-id"):
         resolve(several, "pi05", embodiment=robot, asset_id="third")
-    with pytest.raises(ConfigError, match="no normalisation statistics"):
+    with pytest.raises(ConfigError, match=r"no normalisation statistics.*; copy the assets folder"):
         resolve(replace(openpi_facts, stats={}), "pi05", embodiment=robot)
 
 

@@ -220,6 +220,13 @@ def _state(step: Step | None) -> dict[str, torch.Tensor]:
     """The numbers of a normaliser, images left out: they are never scaled by it in this family."""
     if step is None or step.state_file is None:
         return {}
+    if not step.state_file.is_file():
+        raise CheckpointError(
+            f"the statistics of {step.name} are missing",
+            got=f"no file {step.state_file}",
+            wanted="the safetensors file that the pipeline names",
+            do="copy the whole folder, with the policy_*processor*.safetensors files",
+        )
     stored = read_header(step.state_file).tensors
     wanted = {key: item for key, item in stored.items() if key.startswith((STATE + ".", ACTION + "."))}
     tensors = {key: read_tensor(item, torch.device("cpu")) for key, item in wanted.items()}

@@ -17,6 +17,9 @@ from ..types import NormStats, PolicyKind, RobotFacts
 from .folder import read_json, tokenizer_dir
 
 FILE = "norm_stats.json"
+REPAIR = (
+    "copy the file again from the training run, or compute the statistics again (openpi: scripts/compute_norm_stats.py)"
+)
 PROMPT_TOKENS = {"pi0": 48, "pi05": 200}
 
 
@@ -59,17 +62,21 @@ def load_norm_stats(file: Path) -> tuple[NormStats, NormStats]:
     table = table.get("norm_stats", table)
     if not isinstance(table, dict) or "state" not in table or "actions" not in table:
         got = sorted(table) if isinstance(table, dict) else type(table).__name__
-        raise CheckpointError(f"{file} has no statistics", got=got, wanted="norm_stats with state and actions")
+        raise CheckpointError(
+            f"{file} has no statistics", got=got, wanted="norm_stats with state and actions", do=REPAIR
+        )
     return _vector_stats(file, "state", table["state"]), _vector_stats(file, "actions", table["actions"])
 
 
 def _vector_stats(file: Path, name: str, entry: Any) -> NormStats:
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{file}: {name} has no statistics", got=type(entry).__name__, wanted="a table")
+        raise CheckpointError(
+            f"{file}: {name} has no statistics", got=type(entry).__name__, wanted="a table", do=REPAIR
+        )
     arrays = {key: _vector(file, f"{name}.{key}", entry.get(key)) for key in ("mean", "std", "q01", "q99")}
     sizes = {key: array.shape[0] for key, array in arrays.items() if array is not None}
     if len(set(sizes.values())) != 1:
-        raise CheckpointError(f"{file}: statistics of {name} differ in length or are empty", got=sizes)
+        raise CheckpointError(f"{file}: statistics of {name} differ in length or are empty", got=sizes, do=REPAIR)
     return NormStats(**arrays)
 
 
@@ -79,9 +86,9 @@ def _vector(file: Path, name: str, value: Any) -> NDArray[np.float64] | None:
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {name} is not a list of numbers", got=str(error)[:100]) from error
+        raise CheckpointError(f"{file}: {name} is not a list of numbers", got=str(error)[:100], do=REPAIR) from error
     if array.ndim != 1 or not array.size or not np.isfinite(array).all():
         raise CheckpointError(
-            f"{file}: {name} cannot be used", got=str(value)[:100], wanted="finite numbers, one a dim"
+            f"{file}: {name} cannot be used", got=str(value)[:100], wanted="finite numbers, one a dim", do=REPAIR
         )
     return array

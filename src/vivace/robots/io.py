@@ -121,7 +121,12 @@ def _choose_asset(
         )
     if asset_id is not None:
         if asset_id not in facts.stats:
-            raise ConfigError("the checkpoint has no such asset id", got=repr(asset_id), wanted=f"one of {known}")
+            raise ConfigError(
+                "the checkpoint has no such asset id",
+                got=repr(asset_id),
+                wanted=f"one of {known}",
+                do="pass another --asset-id, or copy its folder into assets/",
+            )
         return asset_id
     matching = known
     if len(known) > 1 and wanted is not None:
@@ -129,7 +134,10 @@ def _choose_asset(
         matching = [asset for asset in known if infer_embodiment(asset) == name]
     if len(matching) != 1:
         raise ConfigError(
-            "the checkpoint has statistics of several robots", got="no asset id", wanted=f"one of {known}", do="pass it"
+            "the checkpoint has statistics of several robots",
+            got="no asset id",
+            wanted=f"one of {known}",
+            do="pass it as --asset-id",
         )
     return matching[0]
 
@@ -145,6 +153,7 @@ def _open(wanted: Embodiment | str | Path, kind: PolicyKind, *, infer: bool) -> 
                 "cannot tell which robot this checkpoint is for",
                 got=f"asset id {str(wanted)!r}",
                 wanted=f"an embodiment: one of {sorted(EMBODIMENTS)}, or a TOML file",
+                do="pass it as --embodiment",
             )
         return embodiment(name, kind)
     if isinstance(wanted, Path) or str(wanted).endswith(".toml"):
