@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .errors import ConfigError
 from .types import PolicyKind
 
 TimeGrid = Literal["accumulated", "direct"]
@@ -89,6 +90,13 @@ class EngineConfig:
     """Noise is a function of seed and request, whatever came before; None draws fresh noise for every request."""
     prompt_bucket: int = 16
     """Static-shape backends pad prompts to steps of this size; masked keys get zero probability."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no engine can run with."""
+        for name in ("num_denoise_steps", "prompt_bucket"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1", got=value)
 
     @property
     def steps(self) -> int:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,17 @@ from vivace.backends import compiled
 from vivace.types import ModelInputs
 
 
-@pytest.mark.parametrize(("length", "wanted"), [(0, 16), (1, 16), (16, 16), (17, 32), (33, 64), (200, 256)])
+@pytest.mark.parametrize(("length", "wanted"), [(0, 64), (1, 64), (64, 64), (65, 256), (200, 256), (257, 1024)])
 def test_buckets(length, wanted):
     assert compiled.bucket(length, smallest=16) == wanted
+
+
+def test_warm_up_meets_every_program():
+    """Every prompt length up to the longest falls into a bucket that one of the warm-up lengths falls into."""
+    lengths = compiled.CompiledBackend.prompt_lengths(SimpleNamespace(_smallest=16), 200)
+    warm = {compiled.bucket(length, smallest=16) for length in lengths}
+    assert {compiled.bucket(length, smallest=16) for length in range(201)} == warm
+    assert max(lengths) <= 200
 
 
 def test_padding_is_masked_and_the_prompt_untouched():

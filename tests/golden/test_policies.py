@@ -86,6 +86,63 @@ def test_a_damaged_checkpoint_is_a_failed_row_not_a_crash(copied):
     assert "CheckpointError" in rows[0].note
 
 
+OPTIONAL = {
+    "openpi_pytorch_pi0_fp32": [
+        ("embodiment", "delta_mask"),
+        ("embodiment", "output_dims"),
+        ("embodiment", "asset_id"),
+        ("embodiment", "adapt_to_pi"),
+        ("not_inferable",),
+        ("num_prefix_tokens",),
+        ("prefix_kv_layers",),
+        ("name",),
+        ("num_steps",),
+    ],
+    "lerobot_pi05_rtc_guided": [
+        ("rtc", "max_guidance_weight"),
+        ("rtc", "schedule"),
+        ("rtc", "config_execution_horizon"),
+        ("max_token_len",),
+        ("dims",),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "keys"), [(name, keys) for name, paths in OPTIONAL.items() for keys in paths])
+def test_a_fixture_may_leave_out_what_the_checkpoint_says(copied, name, keys):
+    """Fixtures written later need not repeat every key; only vision heads that are not 72 wide must be told."""
+    folder = copied(name)
+    case = json.loads((folder / "case.json").read_text())
+    inner = case
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    if keys == ("prefix_kv_layers",):
+        expected = load_file(folder / "expected.safetensors")
+        assert len(expected["prefix_k"]) == 2
+    (folder / "case.json").write_text(json.dumps(case))
+    rows, _ = golden.replay(folder)
+    failed = [row for row in rows if not row.passed]
+    if keys == ("not_inferable",):
+        assert "vision_heads" in failed[0].note.replace("-", "_")
+    else:
+        assert failed == []
+
+
+def test_one_damaged_fixture_does_not_hide_the_others(copied, tmp_path, capsys):
+    copied("lerobot_pi05_rtc_trained")
+    broken = copied("lerobot_pi0_relative_fp32")
+    (broken / "expected.safetensors").write_bytes((broken / "expected.safetensors").read_bytes()[:-50])
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed" / "case.json").write_text("[1, 2]")
+    assert main(["golden", str(tmp_path)]) == 1
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    by_case = {case: [row["passed"] for row in rows if row["case"] == case] for case in {row["case"] for row in rows}}
+    assert by_case["lerobot_pi0_relative_fp32"] == [False]
+    assert by_case["listed"] == [False]
+    assert all(by_case["lerobot_pi05_rtc_trained"])
+
+
 def test_verb_exits_0_and_1_and_2(copied, tmp_path, capsys):
     folder = copied("lerobot_pi05_rtc_trained")
     assert main(["golden", str(folder)]) == 0

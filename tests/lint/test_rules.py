@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "vivace"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400
-MAX_FUNCTION_LINES = 60  # 40 is the aim; docstrings with shape tables count too
+MAX_FUNCTION_LINES = 40  # without its docstring: a contract may take the space that it needs
 
 # Imports go one way: a package may import those of a lower rank, and of its own rank only itself.
 RANK = {
@@ -84,7 +84,9 @@ def test_functions_are_short(path):
         return
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            first = node.body[0]
+            docstring = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(node) else 0
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1 - docstring
             assert lines <= MAX_FUNCTION_LINES, f"{node.name}: {lines} lines"
 
 

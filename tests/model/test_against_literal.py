@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -72,18 +73,18 @@ def test_all_simplifications_together_equal_the_literal_formula(kind, grid):
     assert cache.length.item() == S + (kind == "pi0")
 
 
-MISTAKES = {
-    "erf_gelu": 3e-5, "text_not_scaled": 1e-3, "masked_view_left_in": 1e-3, "padding_left_in": 1e-3,
-    "causal_prefix": 1e-3, "suffix_positions_plus_one": 3e-4, "time_one_step_early": 1e-3, "padded_dims_zeroed": 1e-2,
-}  # fmt: skip
+MISTAKES = [
+    "erf_gelu", "text_not_scaled", "masked_view_left_in", "padding_left_in", "causal_prefix", "suffix_positions_plus_one",
+    "time_one_step_early", "padded_dims_zeroed",
+]  # fmt: skip
+ONLY_PI05 = ["scale_shift_swapped", "gate_ignored"]  # pi0 has no modulation
 
 
-@pytest.mark.parametrize("kind", ["pi0", "pi05"])
-@pytest.mark.parametrize("mistake", [*MISTAKES, "scale_shift_swapped", "gate_ignored"])
+@pytest.mark.parametrize(
+    ("kind", "mistake"), [*itertools.product(["pi0", "pi05"], MISTAKES), *itertools.product(["pi05"], ONLY_PI05)]
+)
 def test_every_planted_mistake_is_seen(kind, mistake):
     """Negative controls: a comparison at TOLERANCE separates each wrong variant from rounding."""
-    if kind == "pi0" and mistake in ("scale_shift_swapped", "gate_ignored"):
-        mistake = "text_not_scaled"  # pi0 has no modulation; keep the pair count honest with a control it has
     config = tiny_config(kind)
     tensors, case = random_tensors(config), padded_case(config)
     wrong, *_ = Literal(config, tensors, mistake).sample(case, flow.time_grid(STEPS, "accumulated"))

@@ -178,3 +178,68 @@ def test_bfloat16_is_near_float32_but_not_equal(folders):
     error = np.linalg.norm(a - b) / np.linalg.norm(a)
     assert 0 < error < 2e-2
     assert low.engine.precision == "bfloat16"
+
+
+def test_guided_chunking_needs_weights_that_fit(policy):
+    H = policy.engine.horizon
+    good = torch.zeros(1, H, 32)
+    bad = {
+        "shape": PreviousChunk(torch.zeros(1, 1, 32), 1, "trained"),
+        "finite": PreviousChunk(torch.full((1, H, 32), float("nan")), 1, "trained"),
+        "delay": PreviousChunk(good, -1, "guided", torch.ones(H)),
+        "weight": PreviousChunk(good, 1, "guided"),
+        "one weight": PreviousChunk(good, 1, "guided", torch.ones(H + 1)),
+    }
+    for message, previous in bad.items():
+        with pytest.raises(vivace.ShapeError, match=message):
+            policy.infer(request_for(policy), previous=previous)
+
+
+def test_words_as_noise_are_refused(policy):
+    with pytest.raises(vivace.ShapeError, match="noise"):
+        policy.infer({**dict(wire_request(policy)), "noise": "white"})
+
+
+def wire_request(policy):
+    from vivace.check import observations
+
+    return observations.synthetic(policy.io, 1)[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_named_before_anything_is_loaded(folders):
+    with pytest.raises(vivace.Unsupported, match="0 CUDA devices"):
+        vivace.load_policy(folders["pi05"], config=EngineConfig(device="cuda"))
+    with pytest.raises(vivace.Unsupported, match="GPU"):
+        vivace.load_policy(folders["pi05"], config=EngineConfig(backend="cuda_graph"))
+
+
+@pytest.mark.parametrize("change", [{"num_denoise_steps": 0}, {"prompt_bucket": 0}, {"num_denoise_steps": -3}])
+def test_numbers_that_no_engine_can_run_with_are_refused(change):
+    with pytest.raises(vivace.ConfigError, match="at least 1"):
+        EngineConfig(**change)
+
+
+def test_warm_up_feeds_what_robots_send(folders):
+    """Pixel type and prompt lengths of the warm-up are those of real requests: nothing is compiled for the first one."""
+    policy, seen = vivace.load_policy(folders["pi05"]), []
+    prefill = policy.backend.prefill
+
+    def watch(inputs, **more):
+        seen.append((inputs.images.dtype, tuple(inputs.images.shape), inputs.tokens.shape[1]))
+        return prefill(inputs, **more)
+
+    policy.backend.prefill = watch
+    policy.backend.prompt_lengths = lambda longest: (16, longest)
+    policy.warmup()
+    warm = set(seen)
+    seen.clear()
+    policy.infer(request_for(policy))
+    assert {(dtype, shape) for dtype, shape, _ in seen} <= {(dtype, shape) for dtype, shape, _ in warm}
+    assert {length for *_, length in warm} == {16, policy.io.max_prompt_tokens}
+
+
+def test_another_prompt_limit(folders):
+    policy = vivace.load_policy(folders["pi0"], max_prompt_tokens=3)
+    with pytest.raises(vivace.ObservationError, match="3"):
+        policy.infer(request_for(policy))

@@ -46,6 +46,10 @@ class Backend(Protocol):
         """Integrate the flow from noise [B, H, 32] float32 to actions [B, H, 32] float32. Opens the span "denoise"."""
         ...
 
+    def prompt_lengths(self, longest: int) -> tuple[int, ...]:
+        """Prompt lengths to run before a robot waits, so that no prompt of up to `longest` tokens meets a cold path."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Facts for the ResolvedEngine: buckets, graphs, kernels, caches."""
         ...

@@ -6,7 +6,8 @@ device as data, so a prompt whose length changes from frame to frame changes a f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,16 @@ class Bucket:
     def label(self) -> str:
         """For people: "1x3 views + 48 tokens, masked"."""
         return f"{self.batch}x{self.views} views + {self.tokens} tokens{', masked' if self.masked else ''}"
+
+
+def choose(wanted: Bucket, known: Collection[Bucket]) -> Bucket:
+    """The bucket to run a request in: its own if its graphs exist, else one with masks that can hold it exactly.
+
+    A prompt that fills its bucket needs no mask and runs a little faster without; but a prompt of changing length fills a
+    bucket by chance, and then must not stop the robot for a capture.
+    """
+    masked = replace(wanted, masked=True)
+    return masked if wanted not in known and masked in known else wanted
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """torch.compile around the model's own methods: the portable fast path, with no kernels of our own.
 
-Shapes are static. A prompt is padded to the next bucket (16, 32, 64, ... tokens) and the padding masked, so a prompt whose
-length changes from frame to frame stays in its compiled program; masked keys get exactly zero probability. Programs are
-kept on disk under the cache folder, so a second process start compiles nothing.
+Shapes are static. A prompt is padded to the next bucket and the padding masked, so a prompt whose
+length changes from frame to frame stays in its compiled program; masked keys get exactly zero probability. Buckets are few
+and wide (64, 256 tokens) because each costs seconds to compile; the padding adds at most a tenth to the prefix. Programs
+are kept on disk under the cache folder, so a second process start compiles nothing.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -21,8 +23,11 @@ from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
 from .loop import run_flow
 from .spans import Spans, span
 
+logger = logging.getLogger(__name__)
+
 # Programs that one process may hold: buckets x views x batch sizes; torch's own limit of 8 is too small for that.
 MAX_PROGRAMS = 64
+GROWTH = 4  # from one bucket to the next
 
 
 def why_not(*, device: str) -> str | None:
@@ -37,10 +42,10 @@ def why_not(*, device: str) -> str | None:
 
 
 def bucket(length: int, *, smallest: int) -> int:
-    """Smallest power-of-two multiple of `smallest` that holds `length` tokens."""
-    size = smallest
+    """Number of tokens of the program that holds `length` tokens: 4, 16, 64, ... times `smallest`."""
+    size = GROWTH * smallest
     while size < length:
-        size *= 2
+        size *= GROWTH
     return size
 
 
@@ -79,7 +84,9 @@ class CompiledBackend:
     def prefill(self, inputs: ModelInputs, *, trace: Trace | None = None, spans: Spans | None = None) -> PrefixCache:
         """See Backend.prefill. Under a trace, prefix_embeds holds the valid tokens only."""
         length = bucket(inputs.tokens.shape[1], smallest=self._smallest)
-        self._buckets.add(length)
+        if length not in self._buckets:
+            logger.info("compiling for prompts of up to %d tokens, %d views", length, inputs.images.shape[1])
+            self._buckets.add(length)
         padded = pad_prompt(inputs, length)
         with torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS):
             with span(spans, "vision"):
@@ -97,6 +104,11 @@ class CompiledBackend:
         """See Backend.denoise."""
         with span(spans, "denoise"), torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS):
             return run_flow(self.model, self._step, self._table, cache, noise, previous=previous, trace=trace)
+
+    def prompt_lengths(self, longest: int) -> tuple[int, ...]:
+        """See Backend.prompt_lengths: one per program."""
+        sizes = {bucket(length, smallest=self._smallest) for length in range(longest + 1)}
+        return tuple(min(size, longest) for size in sorted(sizes))
 
     def describe(self) -> dict[str, Any]:
         """See Backend.describe."""

@@ -52,6 +52,10 @@ class EagerBackend:
                 self.model, self.model.denoise_step, self._table, cache, noise, previous=previous, trace=trace
             )
 
+    def prompt_lengths(self, longest: int) -> tuple[int, ...]:
+        """See Backend.prompt_lengths: every length runs the same code."""
+        return (longest,)
+
     def describe(self) -> dict[str, Any]:
         """See Backend.describe."""
         return {"ops": "reference"}

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -31,6 +32,18 @@ from .golden_wire import replay_wire
 from .rows import Row
 
 FLOAT32_LIMIT, JAX_LIMIT, BFLOAT16_LIMIT = 1e-5, 1e-4, 5e-3
+# What a damaged fixture or checkpoint raises below us: its case fails, and the other cases go on.
+BROKEN = (
+    VivaceError,
+    SafetensorError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OSError,
+    RuntimeError,
+)
 EXACT_STAGES = ("tokens", "token_mask", "images_u8")
 
 
@@ -47,7 +60,10 @@ class Replay:
 def replay(folder: Path) -> tuple[list[Row], float]:
     """Replay one fixture folder of any kind; returns its rows and how many seconds it took."""
     start = time.perf_counter()
-    case = _read_case(folder)
+    try:
+        case = _read_case(folder)
+    except ConfigError as error:
+        return [Row(folder.name, "case.json", float("inf"), 0.0, False, str(error))], 0.0
     by_kind: dict[str, Callable[[Path], list[Row]]] = {
         "policy": replay_policy, "prompts": replay_tables, "transforms": replay_tables,
         "tokenizer": replay_tables, "websocket": replay_wire,
@@ -58,7 +74,7 @@ def replay(folder: Path) -> tuple[list[Row], float]:
         return [Row(folder.name, "kind", 1.0, 0.0, False, f"unknown kind {kind!r}, wanted one of {wanted}")], 0.0
     try:
         rows = by_kind[kind](folder)
-    except (VivaceError, KeyError, ValueError, OSError) as error:
+    except BROKEN as error:
         rows = [Row(folder.name, "replay", float("inf"), 0.0, False, f"{type(error).__name__}: {error}")]
     if not rows:
         rows = [Row(folder.name, "replay", 1.0, 0.0, False, "the folder holds nothing to compare")]
@@ -101,42 +117,46 @@ def run(folder: Path, case: Mapping[str, Any], *, precision: str, backend: str) 
     policy = load_policy(
         folder / "checkpoint",
         embodiment=_embodiment(case),
-        asset_id=case["embodiment"]["asset_id"] if "embodiment" in case else None,
-        tokenizer=(folder / case["tokenizer"]).resolve(),
+        asset_id=(case.get("embodiment") or {}).get("asset_id"),
+        tokenizer=(folder / case["tokenizer"]).resolve() if case.get("tokenizer") else None,
         horizon=case["horizon"],
-        vision_heads=case["not_inferable"]["vision_heads"],
+        vision_heads=case.get("not_inferable", {}).get("vision_heads"),
+        max_prompt_tokens=case.get("max_token_len"),
         lerobot_version="0.4" if case.get("pad_state_before_discretise") else "auto",
         config=EngineConfig(
-            backend=backend, device="cpu", precision=precision, num_denoise_steps=case["num_steps"], seed=0
+            backend=backend, device="cpu", precision=precision, num_denoise_steps=case.get("num_steps"), seed=0
         ),
     )
     trace = Trace()
-    previous = _previous(case, inputs, width=policy.io.action_width)
+    previous = _previous(case, inputs, policy)
     chunk = policy.infer(_request(case, inputs), noise=inputs["noise"], previous=previous, trace=trace)
     return Replay(case, policy, chunk, trace)
 
 
 def _read_case(folder: Path) -> dict[str, Any]:
     try:
-        case: dict[str, Any] = json.loads((folder / "case.json").read_text())
+        case: Any = json.loads((folder / "case.json").read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
             "cannot read the fixture", got=f"{folder}: {error}", wanted="a folder with case.json"
         ) from error
-    return case
+    if not isinstance(case, dict):
+        raise ConfigError("case.json is not an object", got=type(case).__name__, wanted="{...}")
+    return {"name": folder.name, "tolerances": {}, **case}
 
 
 def _embodiment(case: Mapping[str, Any]) -> Embodiment | None:
-    """openpi fixtures name their robot and how its config deviates; LeRobot folders describe theirs."""
-    if "embodiment" not in case:
+    """openpi fixtures name their robot and how its config deviates; LeRobot's, and silent ones, leave it to the folder."""
+    told = case.get("embodiment")
+    if not told:
         return None
-    told = case["embodiment"]
-    robot = replace(
-        embodiment(told["name"], case["model"]),
-        delta_mask=tuple(told["delta_mask"]),
-        action_dim=told["output_dims"],
-        state_in_prompt=bool(case.get("discrete_state_input", True)),
-    )
+    in_prompt = bool(case.get("discrete_state_input", True))
+    robot = replace(embodiment(told["name"], case["model"]), state_in_prompt=in_prompt)
+    if told.get("delta_mask") is not None:
+        robot = replace(robot, delta_mask=tuple(told["delta_mask"]))
+    if (dims := told.get("output_dims")) is not None and dims != robot.action_dim:
+        units = robot.action_units[:dims] if dims < robot.action_dim else ()
+        robot = replace(robot, action_dim=dims, action_units=units)
     if told.get("adapt_to_pi") is False:
         robot = replace(robot, joint_signs=(), gripper_adapter="none")
     return robot
@@ -157,24 +177,35 @@ def _request(case: Mapping[str, Any], inputs: Mapping[str, NDArray[Any]]) -> dic
             request[f"observation.{name}"] = value
         elif name == "state":
             request["observation.state"] = value
-    request["prompt" if "embodiment" in case else "task"] = case["task"]
+    request["task" if str(case["flavour"]).startswith("lerobot") else "prompt"] = case["task"]
     return request
 
 
-def _previous(case: Mapping[str, Any], inputs: Mapping[str, NDArray[Any]], *, width: int) -> PreviousChunk | None:
-    """Real-time chunking inputs, zero-padded to [1, H, width] as LeRobot does."""
-    rtc = case.get("rtc")
-    if rtc is None:
+def _previous(case: Mapping[str, Any], inputs: Mapping[str, NDArray[Any]], policy: Policy) -> PreviousChunk | None:
+    """Real-time chunking inputs, zero-padded to [1, H, width] as LeRobot does; unnamed settings are the checkpoint's."""
+    rtc, facts = case.get("rtc"), policy.checkpoint.rtc
+    if not rtc:
         return None
     left = inputs["prev_chunk_left_over"]
-    actions = torch.zeros(1, case["horizon"], width)
+    actions = torch.zeros(1, policy.engine.horizon, policy.io.action_width)
     actions[0, : left.shape[0], : left.shape[1]] = torch.from_numpy(left)
     delay = int(rtc["inference_delay"])
     if rtc["mode"] == "trained":
         return PreviousChunk(actions, delay, "trained")
-    end = min(int(rtc.get("execution_horizon") or rtc["config_execution_horizon"]), left.shape[0])
-    weights = prefix_weights(str(rtc["schedule"]).lower(), delay=delay, end=end, horizon=case["horizon"])  # type: ignore[arg-type]
-    return PreviousChunk(actions, delay, "guided", weights, float(rtc["max_guidance_weight"]))
+    end = (
+        rtc.get("execution_horizon")
+        or rtc.get("config_execution_horizon")
+        or (facts.execution_horizon if facts else 10)
+    )
+    schedule = rtc.get("schedule") or (facts.schedule if facts else "LINEAR")
+    limit = rtc.get("max_guidance_weight") or (facts.max_guidance if facts else 10.0)
+    weights = prefix_weights(
+        str(schedule).lower(),  # type: ignore[arg-type]
+        delay=delay,
+        end=min(int(end), left.shape[0]),
+        horizon=policy.engine.horizon,
+    )
+    return PreviousChunk(actions, delay, "guided", weights, float(limit))
 
 
 def _stage(got: Replay, stage: str) -> NDArray[Any] | None:
@@ -231,7 +262,7 @@ def _vision_tokens(got: Replay, view: int) -> NDArray[Any]:
 
 
 def _padded_tokens(got: Replay) -> tuple[NDArray[Any], NDArray[Any]]:
-    tokens, width = _prepared(got).tokens, int(got.case["max_token_len"])
+    tokens, width = _prepared(got).tokens, got.policy.io.max_prompt_tokens
     padded = np.zeros(width, dtype=np.int64)
     padded[: len(tokens)] = tokens
     return padded, np.arange(width) < len(tokens)
@@ -240,9 +271,9 @@ def _padded_tokens(got: Replay) -> tuple[NDArray[Any], NDArray[Any]]:
 def _cache(got: Replay, which: str) -> NDArray[Any]:
     cache = got.trace.cache
     assert cache is not None, "the policy left the trace empty"
-    S = int(got.case["num_prefix_tokens"])
-    layers = got.case["prefix_kv_layers"]
     tensors = cache.k if which == "k" else cache.v
+    S = _array(got.trace.prefix_embeds).shape[1]
+    layers = got.case.get("prefix_kv_layers", range(len(tensors)))
     return np.stack([_array(tensors[layer])[0, :S, 0] for layer in layers])
 
 

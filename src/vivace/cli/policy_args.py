@@ -24,6 +24,8 @@ class PolicyArgs:
     """Actions per chunk, where the checkpoint does not say."""
     vision_heads: int | None = None
     """Attention heads of the vision tower, where it is not the published one."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt, where training used another limit than the family's 48 (pi0) or 200 (pi0.5)."""
     default_prompt: str | None = None
     """Instruction for requests that carry none."""
     lerobot_version: Literal["auto", "0.4", "0.5", "0.6"] = "auto"
@@ -56,6 +58,7 @@ def load(path: Path, args: PolicyArgs, *, backend: str, precision: str) -> Polic
         asset_id=args.asset_id,
         horizon=args.horizon,
         vision_heads=args.vision_heads,
+        max_prompt_tokens=args.max_prompt_tokens,
         default_prompt=args.default_prompt,
         lerobot_version=args.lerobot_version,
     )

@@ -37,7 +37,10 @@ def draw(seed: int | None, prepared: PreparedObservation, *, horizon: int, width
 
 def checked(noise: NDArray[np.float32], *, shape: Sequence[int]) -> NDArray[np.float32]:
     """The caller's noise as float32, or ShapeError if it has another shape or is not finite."""
-    array = np.asarray(noise, dtype=np.float32)
+    try:
+        array = np.asarray(noise, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ShapeError("noise is not an array of numbers", got=str(error), wanted=f"float32 {list(shape)}") from error
     if array.shape != tuple(shape):
         raise ShapeError("noise has another shape than the chunk", got=list(array.shape), wanted=list(shape))
     if not np.isfinite(array).all():

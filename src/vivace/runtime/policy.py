@@ -36,6 +36,7 @@ from ..types import ActionChunk, Embodiment, Observation, PreparedObservation, P
 from . import coverage
 from . import noise as noise_source
 from . import precision as precisions
+from . import previous as previous_chunk
 from .collate import collate
 
 logger = logging.getLogger(__name__)
@@ -90,11 +91,16 @@ class Policy:
             return []
         return self._infer(requests, noise, None, None)
 
-    def warmup(self, prompt_tokens: Sequence[int] = (48,)) -> None:
+    def warmup(self, prompt_tokens: Sequence[int] | None = None) -> None:
         """Run once per prompt length, so that compilation, capture and page faults are over before a robot waits.
+
+        prompt_tokens  lengths to run; None = what the backend needs so that no prompt that fits is its first of a kind.
+        All cameras are assumed present: a request without an optional one may still compile or capture, once.
 
         Also records, once, what the operations really ran: `engine.coverage`.
         """
+        if prompt_tokens is None:
+            prompt_tokens = self.backend.prompt_lengths(self.io.max_prompt_tokens)
         rows = [self._blank(length) for length in prompt_tokens]
         noise = np.zeros((1, self.engine.horizon, self.io.action_width), dtype=np.float32)
         with self._lock:
@@ -108,7 +114,8 @@ class Policy:
         """An observation of all cameras with a prompt of `tokens` tokens."""
         V, size = len(self.io.embodiment.cameras), self.io.image_size
         return PreparedObservation(
-            images=np.zeros((V, 3, size, size), dtype=np.uint8),
+            # the type that `prepare` hands over in this flavour: static programs depend on it
+            images=np.zeros((V, 3, size, size), dtype=np.uint8 if self.io.image == "pil" else np.float32),
             tokens=np.full(min(tokens, self.io.max_prompt_tokens), 2, dtype=np.int32),
             state=np.zeros(self.io.action_width, dtype=np.float32),
             state_robot=np.zeros(0), state_normalized=np.zeros(0),
@@ -154,6 +161,7 @@ class Policy:
         spans: Spans,
     ) -> NDArray[np.float32]:
         device = self.model.device
+        previous = previous_chunk.checked(previous, shape=noise.shape, device=device)
         inputs = collate(rows, kind=self.model.config.kind, device=device)
         cache = self.backend.prefill(inputs, trace=trace, spans=spans)
         if trace is not None:
@@ -193,6 +201,7 @@ def load_policy(
     horizon: int | None = None,
     vision_heads: int | None = None,
     default_prompt: str | None = None,
+    max_prompt_tokens: int | None = None,
     lerobot_version: Literal["auto", "0.4", "0.5", "0.6"] = "auto",
 ) -> Policy:
     """Load a checkpoint and make it ready to answer.
@@ -204,19 +213,20 @@ def load_policy(
     asset_id      openpi: which norm_stats to use where there are several
     horizon       actions per chunk where the checkpoint does not say
     vision_heads  attention heads of the vision tower where they are not 72 wide
+    max_prompt_tokens  longest prompt where training used another limit than the family's (48 for pi0, 200 for pi0.5)
     Raises        CheckpointError, ConfigError, Unsupported
     """
     config = config if config is not None else EngineConfig()
     checkpoint = open_checkpoint(path, horizon=horizon, vision_heads=vision_heads, lerobot_version=lerobot_version)
-    io = resolve(
-        checkpoint.robot, checkpoint.model.kind, embodiment=embodiment, asset_id=asset_id,
-        image_size=checkpoint.model.vision.image_size, action_width=checkpoint.model.action_width,
+    pipeline = _robot(
+        checkpoint, embodiment=embodiment, tokenizer=tokenizer, asset_id=asset_id, default_prompt=default_prompt,
+        max_prompt_tokens=max_prompt_tokens,
     )  # fmt: skip
-    if default_prompt is not None:
-        io = replace(io, embodiment=replace(io.embodiment, default_prompt=default_prompt))
-    pipeline = RobotPipeline(io, _tokenizer(tokenizer, checkpoint))
-    config = replace(config, num_denoise_steps=config.num_denoise_steps or checkpoint.num_denoise_steps)
+    io = pipeline.io
+    if config.num_denoise_steps is None:
+        config = replace(config, num_denoise_steps=checkpoint.num_denoise_steps)
     device, precision = _device(config), precisions.resolve(config.precision, checkpoint)
+    _refuse_early(config, device)
     seen = Fingerprint()
     model = load_model(checkpoint, device=device, precision=precision.dtype, seen=seen)
     plan = precisions.quantise(model, precision, checkpoint_hash=seen.digest())
@@ -233,6 +243,21 @@ def load_policy(
         checkpoint=checkpoint, io=io, pipeline=pipeline, backend=backend, model=model, engine=engine,
         plan=precision.plan,
     )  # fmt: skip
+
+
+def _robot(
+    checkpoint: Checkpoint, *, embodiment: Embodiment | str | Path | None, tokenizer: str | Path | None,
+    asset_id: str | None, default_prompt: str | None, max_prompt_tokens: int | None,
+) -> RobotPipeline:  # fmt: skip
+    """Everything between a request and the model's inputs: what the folder says, and what the caller adds."""
+    io = resolve(
+        checkpoint.robot, checkpoint.model.kind, embodiment=embodiment, asset_id=asset_id,
+        image_size=checkpoint.model.vision.image_size, action_width=checkpoint.model.action_width,
+        max_prompt_tokens=max_prompt_tokens,
+    )  # fmt: skip
+    if default_prompt is not None:
+        io = replace(io, embodiment=replace(io.embodiment, default_prompt=default_prompt))
+    return RobotPipeline(io, _tokenizer(tokenizer, checkpoint))
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device, precision: precisions.Dtype, seen: Fingerprint) -> Pi:
@@ -275,9 +300,26 @@ def _device(config: EngineConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(config.device)
+        device = torch.device(config.device)
     except RuntimeError as error:
         raise ConfigError("unknown device", got=repr(config.device), wanted="auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError("unknown device", got=repr(config.device), wanted="auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Unsupported(
+            f"no device {config.device}",
+            got=f"{torch.cuda.device_count()} CUDA devices visible to torch {torch.__version__}",
+            do="use --device cpu, or install a CUDA build of torch; see `vivace doctor`",
+        )  # fmt: skip
+    return device
+
+
+def _refuse_early(config: EngineConfig, device: torch.device) -> None:
+    """Say that a named backend cannot run on this machine before gigabytes are loaded for it."""
+    if config.backend != "auto" and (reason := base.why_not(config.backend, device=str(device))):
+        raise Unsupported(
+            f"backend {config.backend!r} cannot run on {device}", got=reason, do="choose another --backend"
+        )
 
 
 def _backend(config: EngineConfig, device: torch.device, model: Pi, *, quantised: bool) -> str:

@@ -10,7 +10,9 @@ from ..errors import ShapeError
 from ..types import PreviousChunk
 
 
-def checked(previous: PreviousChunk | None, *, shape: tuple[int, int, int], device: torch.device) -> PreviousChunk | None:
+def checked(
+    previous: PreviousChunk | None, *, shape: tuple[int, int, int], device: torch.device
+) -> PreviousChunk | None:
     """The older chunk on `device` in float32. Raises ShapeError where it does not fit a chunk of `shape` (B, H, width)."""
     if previous is None:
         return None
