@@ -42,7 +42,7 @@ def bench_document(name="eager"):
 
 
 def check_document(*, bad=False):
-    one = errors([1.0, 2.1 if bad else 2.0001], [1.0, 2.0])
+    one = errors([1.0, -2.0 if bad else 2.0001], [1.0, 2.0])
     robot = parity.RobotErrors((0.1, 0.0), (0.05, 0.0), (2.0, 0.0), ("rad", "m"))
     row = parity.Parity(one, one, (one, one), (one, one), (one,) * 3, (one,) * 4, one, robot)
     summary = parity.summarise([row])

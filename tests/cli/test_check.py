@@ -29,7 +29,8 @@ class Wrong:
         return self.inner.denoise(cache, noise, previous=previous, trace=trace, spans=spans)
 
 
-def break_candidate(monkeypatch, change):
+def break_candidate(monkeypatch, change, *, backend=None):
+    """Put the error into the candidate; `backend`: the name under which it runs, so that it is not taken for eager."""
     real, loaded = verb.load, []
 
     def load(*args, **options):
@@ -37,6 +38,7 @@ def break_candidate(monkeypatch, change):
         loaded.append(policy)
         if len(loaded) == 2:
             policy.backend = Wrong(policy.backend, change)
+            policy.engine = dataclasses.replace(policy.engine, backend=backend or policy.engine.backend)
         return policy
 
     monkeypatch.setattr(verb, "load", load)
@@ -59,6 +61,24 @@ def test_bfloat16_passes_and_everything_is_recorded(vivace, checkpoint, tmp_path
     assert document["environment"]["python"]
     assert "K layer 1" in text
     assert "marks passed" in text
+    assert "nothing to compare it with here but the absolute marks" in " ".join(text.split())
+
+
+def test_in_bfloat16_another_engine_is_held_against_plain_pytorch(vivace, checkpoint, monkeypatch):
+    """2 % on V passes every absolute mark; twice the error of plain bfloat16 is less."""
+    break_candidate(monkeypatch, lambda cache: {}, backend="compiled")
+    code, document, text = vivace("check", checkpoint, "--precision", "bfloat16", *FAST)
+    assert code == 0
+    assert any(mark["what"].endswith("against plain bfloat16") for mark in document["marks"])
+    assert "absolute marks" not in text
+
+    monkeypatch.undo()
+    break_candidate(monkeypatch, lambda cache: {"v": tuple(v * 0.98 for v in cache.v)}, backend="compiled")
+    code, document, _ = vivace("check", checkpoint, "--precision", "bfloat16", *FAST)
+    assert code == 1
+    failed = [mark["what"] for mark in document["marks"] if not mark["passed"]]
+    assert "V layer 0, relative L2 against plain bfloat16" in failed
+    assert all("against plain" in what for what in failed)
 
 
 def test_float32_against_itself_is_exact_and_says_that_this_proves_little(vivace, checkpoint):

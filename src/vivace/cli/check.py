@@ -112,7 +112,7 @@ def _gather(args: Args) -> Evidence:
         got = _run_all(candidate, requests, bar, task)
         coverage = as_json(record(candidate, lambda: _run_all(candidate, requests[:1], bar, task)))
         plain = []
-        if engine.backend != "eager" and engine.precision != "float32":
+        if parity.needs_yardstick(engine):
             bar.update(task, total=3 * len(requests) + 1, description=f"yardstick: eager {engine.precision}")
             other = load(args.path, args.policy, backend="eager", precision=args.precision)
             plain = _run_all(other, requests, bar, task)
@@ -168,6 +168,11 @@ def _remarks(candidate: Policy) -> list[str]:
     remarks = ["velocities are open loop: each engine on its own trajectory"]
     if (candidate.engine.backend, candidate.engine.precision) == ("eager", "float32"):
         remarks.append("the candidate is the reference itself: this run shows determinism, not accuracy")
+    elif candidate.engine.precision != "float32" and not parity.needs_yardstick(candidate.engine):
+        remarks.append(
+            "the candidate is plain PyTorch in this precision, which other engines are compared with: there is nothing to "
+            "compare it with here but the absolute marks, so this run shows what the precision costs, not that it is right"
+        )
     return remarks
 
 
