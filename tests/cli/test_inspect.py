@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from vivace.checkpoints.make import Recipe, make_checkpoint
 from vivace.cli.main import main
+from vivace.runtime.policy import load_policy
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +18,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("inspect")
     make_checkpoint(root / "lerobot", Recipe(format="lerobot", kind="pi0", horizon=9))
     make_checkpoint(root / "openpi", Recipe(format="openpi", robot="droid"))
+    make_checkpoint(root / "libero", Recipe(format="openpi", robot="libero", kind="pi0"))
     return root
 
 
@@ -90,3 +92,65 @@ def test_check_values_finds_nan(folders, tmp_path, capsys):
     assert code == 2
     assert "time_mlp_in.bias" in text
     assert inspect(capsys, folders / "openpi", "--check-values")[0] == 0
+
+
+def row(table: str, name: str) -> str:
+    """The cell beside `name` in the printed table, its lines joined."""
+    lines = [line.strip("│┃ ") for line in table.splitlines() if "│" in line]
+    cells = [tuple(part.strip() for part in line.split("│")) for line in lines]
+    begin = next(index for index, cell in enumerate(cells) if cell[0] == name)
+    end = next((i for i in range(begin + 1, len(cells)) if len(cells[i]) > 1), len(cells))
+    return " ".join(cell[-1] for cell in cells[begin:end])
+
+
+def test_the_robot_of_an_openpi_folder_is_the_one_that_would_run(folders, capsys):
+    code, facts, table = inspect(capsys, folders / "libero")
+    assert code == 0
+    wanted = load_policy(folders / "libero").io.embodiment
+    assert facts["embodiment"] == wanted.name == "libero"
+    assert facts["relative_actions"] == list(wanted.delta_mask) == [True] * 6 + [False]
+    assert facts["cameras"] == [camera.key for camera in wanted.cameras]
+    assert (facts["state_dim"], facts["action_dim"]) == (8, 7)
+    assert [part["key"] for part in facts["state_parts"]] == ["observation/state"]
+    assert "inferred: libero from the norm stats of asset 'physical-intelligence/libero'" in row(table, "robot")
+    assert row(table, "relative actions") == "6 of 7 dims: 0, 1, 2, 3, 4, 5"
+    assert row(table, "cameras") == "observation/image, observation/wrist_image"
+    assert row(table, "actions").startswith("50 x 7")
+    assert "observation/state [8]" in row(table, "state")
+
+
+def test_the_embodiment_can_be_told(folders, capsys):
+    code, facts, table = inspect(capsys, folders / "openpi", "--embodiment", "droid_jointpos")
+    assert code == 0
+    assert facts["relative_actions"] == [True] * 7 + [False]
+    assert row(table, "robot") == "droid_jointpos, as told"
+    _, facts, table = inspect(capsys, folders / "openpi")
+    assert facts["relative_actions"] == []
+    assert row(table, "relative actions") == "no"
+    assert facts["state_use"] == "digits in the prompt"
+    code, facts, text = inspect(capsys, folders / "openpi", "--embodiment", "driod")
+    assert (code, facts) == (2, {})
+    assert "did you mean 'droid'" in text
+
+
+def test_what_depends_on_an_unknown_embodiment_is_not_denied(folders, tmp_path, capsys):
+    shutil.copytree(folders / "openpi", tmp_path / "mine")
+    (tmp_path / "mine" / "assets" / "droid").rename(tmp_path / "mine" / "assets" / "my_robot")
+    code, facts, table = inspect(capsys, tmp_path / "mine")
+    assert code == 1
+    assert [text.split(":")[0] for text in facts["missing"]] == ["embodiment"]
+    assert "my_robot" in facts["missing"][0]
+    assert "--embodiment" in facts["missing"][0]
+    for key in ("embodiment", "cameras", "state_parts", "state_dim", "action_dim", "relative_actions"):
+        assert facts[key] is None, key
+    for name in ("cameras", "state", "actions", "relative actions"):
+        assert "depends on --embodiment" in row(table, name), name
+    assert row(table, "robot").startswith("not known: cannot tell which robot")
+    assert inspect(capsys, tmp_path / "mine", "--embodiment", "droid")[0] == 0
+
+
+def test_cameras_that_may_be_missing_are_marked(folders, capsys):
+    _, facts, table = inspect(capsys, folders / "lerobot")
+    assert facts["optional_cameras"] == facts["cameras"]
+    assert row(table, "cameras").count("(optional)") == 2
+    assert row(table, "robot") == "as config.json describes it"
