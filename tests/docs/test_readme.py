@@ -42,3 +42,21 @@ def test_every_linked_file_exists():
 
 def test_changelog_has_numerics():
     assert "### Numerics" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_agreement_claims_are_those_of_the_committed_replay():
+    """Each "within X" of the first table is at least what was measured, and at most twice that."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "golden-cpu-2026-11-24.json").read_text())["rows"]
+    final = [row for row in rows if row["stage"] == "actions"]
+    families = {
+        "LeRobot 0.4.4": lambda r: r["case"].startswith("lerobot") and r["note"] == "max abs / scale",
+        "openpi PyTorch": lambda r: r["case"].startswith("openpi_pytorch") and r["note"] == "max abs / scale",
+        "openpi JAX": lambda r: r["case"].startswith("openpi_jax") and r["note"] == "max abs / scale",
+        "openpi / LeRobot bfloat16": lambda r: "bf16" in r["case"] and r["note"] == "relative L2",
+    }
+    assert all(row["passed"] for row in rows)
+    for family, belongs in families.items():
+        measured = max(row["error"] for row in final if belongs(row))
+        line = next(line for line in README.splitlines() if line.startswith(f"| {family}"))
+        claimed = float(re.search(r"actions within ([0-9.e-]+)", line).group(1))
+        assert measured <= claimed <= 2 * measured, f"{family}: README says {claimed}, measured {measured:.2e}"

@@ -239,6 +239,14 @@ def test_warm_up_feeds_what_robots_send(folders):
     assert {length for *_, length in warm} == {16, policy.io.max_prompt_tokens}
 
 
+def test_token_ids_beyond_the_embedding_are_refused(policy):
+    """On a GPU such an id would end the process for every client, so it must not reach the gather."""
+    request = {k: v for k, v in wire_request(policy).items() if k not in ("prompt", "task")}
+    bad = np.array([2, policy.checkpoint.model.vocab_size], dtype=np.int32)
+    with pytest.raises(vivace.ObservationError, match="tokenized_prompt"):
+        policy.infer({**request, "tokenized_prompt": bad, "tokenized_prompt_mask": np.ones(2, bool)})
+
+
 def test_another_prompt_limit(folders):
     policy = vivace.load_policy(folders["pi0"], max_prompt_tokens=3)
     with pytest.raises(vivace.ObservationError, match="3"):

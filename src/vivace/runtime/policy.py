@@ -253,7 +253,7 @@ def _robot(
     io = resolve(
         checkpoint.robot, checkpoint.model.kind, embodiment=embodiment, asset_id=asset_id,
         image_size=checkpoint.model.vision.image_size, action_width=checkpoint.model.action_width,
-        max_prompt_tokens=max_prompt_tokens,
+        max_prompt_tokens=max_prompt_tokens, vocab_size=checkpoint.model.vocab_size,
     )  # fmt: skip
     if default_prompt is not None:
         io = replace(io, embodiment=replace(io.embodiment, default_prompt=default_prompt))
