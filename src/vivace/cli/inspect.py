@@ -122,7 +122,6 @@ def find_robot(checkpoint: Checkpoint, *, embodiment: str | None = None, asset_i
 def describe(checkpoint: Checkpoint, who: Robot) -> dict[str, Any]:
     """Everything that inspect knows, as JSON types; null where it depends on an embodiment that nobody named."""
     model, robot = checkpoint.model, checkpoint.robot
-    found = who.found
     dtypes: dict[str, int] = {}
     for ref in checkpoint.tensors.values():
         name = str(ref.dtype).removeprefix("torch.")
@@ -137,14 +136,7 @@ def describe(checkpoint: Checkpoint, who: Robot) -> dict[str, Any]:
         "model": asdict(model),
         "horizon": model.horizon,
         "num_denoise_steps": checkpoint.num_denoise_steps,
-        "embodiment": found.name if found else None,
-        "embodiment_basis": who.basis,
-        "cameras": [camera.key for camera in found.cameras] if found else list(robot.cameras) or None,
-        "optional_cameras": [camera.key for camera in found.cameras if not camera.required] if found else None,
-        "state_parts": [asdict(part) for part in found.state] if found else None,
-        "state_dim": sum(part.size for part in found.state) if found else robot.state_dim,
-        "action_dim": found.action_dim if found else robot.action_dim,
-        "state_use": state_use(checkpoint, found),
+        **_robot_facts(checkpoint, who),
         "normalization": {
             "flavour": robot.source,
             "state": robot.state_mode,
@@ -152,7 +144,6 @@ def describe(checkpoint: Checkpoint, who: Robot) -> dict[str, Any]:
             "eps": robot.eps,
             "assets": {asset: [_size(state), _size(action)] for asset, (state, action) in robot.stats.items()},
         },
-        "relative_actions": _relative(checkpoint, found),
         "rename": dict(robot.rename),
         "prompt": robot.prompt,
         "max_prompt_tokens": robot.max_prompt_tokens,
@@ -162,6 +153,21 @@ def describe(checkpoint: Checkpoint, who: Robot) -> dict[str, Any]:
         "missing": missing(checkpoint, who),
         "guesses": dict(checkpoint.guesses),
         "notes": list(checkpoint.notes),
+    }
+
+
+def _robot_facts(checkpoint: Checkpoint, who: Robot) -> dict[str, Any]:
+    robot, found = checkpoint.robot, who.found
+    return {
+        "embodiment": found.name if found else None,
+        "embodiment_basis": who.basis,
+        "cameras": [camera.key for camera in found.cameras] if found else list(robot.cameras) or None,
+        "optional_cameras": [camera.key for camera in found.cameras if not camera.required] if found else None,
+        "state_parts": [asdict(part) for part in found.state] if found else None,
+        "state_dim": sum(part.size for part in found.state) if found else robot.state_dim,
+        "action_dim": found.action_dim if found else robot.action_dim,
+        "state_use": state_use(checkpoint, found),
+        "relative_actions": _relative(checkpoint, found),
     }
 
 
