@@ -36,26 +36,32 @@ PREFIX_NORM = "paligemma_with_expert.paligemma.model.language_model.norm.weight"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to write.
-
-    outliers   channels of each stack's residual stream that are 20 times louder than the rest
-    cameras, state_dim, action_dim   the robot of a LeRobot folder
-    robot      whose statistics an openpi folder carries
-    tokenizer  whether to train and ship a toy tokenizer
-    """
+    """What to write; the text under each field is also the help of `vivace make-checkpoint`."""
 
     size: Size = "tiny"
+    """tiny: unit tests; small: CPU demos; base: 0.3 B; full: the real pi0 / pi0.5 dimensions, 6.7 GB in bfloat16."""
     kind: PolicyKind = "pi05"
+    """Which policy."""
     format: Format = "lerobot"
+    """Whose folder layout; jax needs vivace[jax-checkpoints]."""
     seed: int = 0
+    """The same seed gives the same weights in every format."""
     dtype: Dtype = "float32"
+    """Storage and declared compute dtype."""
     outliers: int = 0
+    """Channels per stack that are 20 times louder than the rest, as trained networks have; hard for low precision."""
     horizon: int = 50
+    """Actions per chunk (a jax folder cannot store it)."""
     cameras: tuple[str, ...] = ("front", "wrist")
+    """LeRobot: camera names."""
     state_dim: int = 8
+    """LeRobot: numbers of the robot's state."""
     action_dim: int = 7
+    """LeRobot: numbers of one action."""
     robot: Robot = "libero"
+    """openpi and jax: whose statistics to write."""
     tokenizer: bool = True
+    """Ship a toy tokenizer (its ids are not PaliGemma's)."""
 
     def model(self) -> ModelConfig:
         """The network that is written."""
