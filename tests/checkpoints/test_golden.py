@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,39 +11,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from golden_cases import POLICIES, open_case
 from vivace.checkpoints.names import expected_shapes
 from vivace.checkpoints.open import open_checkpoint
 from vivace.errors import CheckpointError
 
 CPU = torch.device("cpu")
-CASES = [
-    "lerobot04_pi05_fp32",
-    "lerobot_pi05_bf16",
-    "lerobot_pi05_fp32",
-    "lerobot_pi05_rtc_guided",
-    "lerobot_pi05_rtc_trained",
-    "lerobot_pi0_fp32",
-    "lerobot_pi0_relative_fp32",
-    "openpi_jax_pi05",
-    "openpi_jax_pi0_lora",
-    "openpi_pytorch_pi05_bf16",
-    "openpi_pytorch_pi05_fp32",
-    "openpi_pytorch_pi0_fp32",
-]
 ORIGINS = {"lerobot": "lerobot", "openpi_pytorch": "openpi_torch", "openpi_jax": "openpi_jax"}
 
 
 def load(golden_dir: Path, name: str):
-    folder = golden_dir / name
-    case = json.loads((folder / "case.json").read_text())
-    return case, open_checkpoint(folder / "checkpoint", vision_heads=case["not_inferable"]["vision_heads"])
+    return open_case(golden_dir / name)
 
 
 def test_the_list_is_complete(golden_dir):
-    assert sorted(CASES) == sorted(path.parent.name for path in golden_dir.glob("*/checkpoint"))
+    assert sorted(POLICIES) == sorted(path.parent.name for path in golden_dir.glob("*/checkpoint"))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_dimensions_equal_those_of_the_case(golden_dir, name):
     case, checkpoint = load(golden_dir, name)
     model = checkpoint.model
@@ -73,7 +60,7 @@ def test_dimensions_equal_those_of_the_case(golden_dir, name):
         assert model.declared_dtype == case["dtype"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_the_table_is_complete_and_reads_as_promised(golden_dir, name):
     _, checkpoint = load(golden_dir, name)
     assert {key: ref.shape for key, ref in checkpoint.tensors.items()} == expected_shapes(checkpoint.model)
@@ -84,7 +71,7 @@ def test_the_table_is_complete_and_reads_as_promised(golden_dir, name):
         assert tensor.is_contiguous()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "jax" not in name])
+@pytest.mark.parametrize("name", [name for name in POLICIES if "jax" not in name])
 def test_values_are_those_that_the_safetensors_library_reads(golden_dir, name):
     case, checkpoint = load(golden_dir, name)
     stored = load_file(golden_dir / name / "checkpoint" / "model.safetensors")
@@ -134,7 +121,7 @@ def test_vision_heads_must_be_told_where_the_width_does_not_say(golden_dir):
         open_checkpoint(golden_dir / "openpi_pytorch_pi05_fp32" / "checkpoint")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("lerobot")])
+@pytest.mark.parametrize("name", [name for name in POLICIES if name.startswith("lerobot")])
 def test_robot_facts_of_lerobot(golden_dir, name):
     case, checkpoint = load(golden_dir, name)
     robot, config = checkpoint.robot, json.loads((golden_dir / name / "checkpoint" / "config.json").read_text())
@@ -171,7 +158,7 @@ def test_relative_actions_rtc_and_tokenizer_of_lerobot(golden_dir):
     assert guided.num_denoise_steps == 10
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("openpi")])
+@pytest.mark.parametrize("name", [name for name in POLICIES if name.startswith("openpi")])
 def test_robot_facts_of_openpi(golden_dir, name):
     case, checkpoint = load(golden_dir, name)
     asset = case["embodiment"]["asset_id"]

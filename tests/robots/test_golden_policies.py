@@ -4,6 +4,7 @@ The network is not run: its recorded output (`actions_normalized`) is what `fini
 """
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from vivace.checkpoints.open import open_checkpoint
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from golden_cases import POLICIES, open_case
 from vivace.robots.embodiment import embodiment
 from vivace.robots.images import view_pil, view_torch
 from vivace.robots.io import resolve
 from vivace.robots.pipeline import RobotPipeline
 from vivace.robots.tokenizer import load_tokenizer
 from vivace.types import PreparedObservation
-
-CASES = (
-    "lerobot04_pi05_fp32",
-    "lerobot_pi05_bf16",
-    "lerobot_pi05_fp32",
-    "lerobot_pi05_rtc_guided",
-    "lerobot_pi05_rtc_trained",
-    "lerobot_pi0_fp32",
-    "lerobot_pi0_relative_fp32",
-    "openpi_jax_pi05",
-    "openpi_jax_pi0_lora",
-    "openpi_pytorch_pi05_bf16",
-    "openpi_pytorch_pi05_fp32",
-    "openpi_pytorch_pi0_fp32",
-)
 
 
 @dataclass(frozen=True)
@@ -59,15 +46,8 @@ class Case:
 
 
 def load(folder: Path) -> Case:
-    facts = json.loads((folder / "case.json").read_text())
-    heads = facts["not_inferable"]
-    checkpoint = open_checkpoint(
-        folder / "checkpoint",
-        vision_heads=heads["vision_heads"],
-        num_heads=heads["num_heads"],
-        head_dim=heads["head_dim"],
-        lerobot_version="0.4" if "pad_state_before_discretise" in facts else "auto",
-    )
+    old = folder.name.startswith("lerobot04")
+    facts, checkpoint = open_case(folder, lerobot_version="0.4" if old else "auto")
     robot = None
     if facts.get("embodiment"):
         known = facts["embodiment"]
@@ -92,11 +72,11 @@ def cases(golden_dir: Path) -> dict[str, Case]:
     present = {
         path.parent.name for path in golden_dir.glob("*/case.json") if json.loads(path.read_text())["kind"] == "policy"
     }
-    assert present == set(CASES)
-    return {name: load(golden_dir / name) for name in CASES}
+    assert present == set(POLICIES)
+    return {name: load(golden_dir / name) for name in POLICIES}
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=POLICIES)
 def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
     return cases[request.param]
 
@@ -217,8 +197,7 @@ def test_openpi_flat_nested_and_observation_are_equal(cases: dict[str, Case]) ->
 def test_known_asset_ids_name_their_robot(golden_dir: Path) -> None:
     wanted = {"openpi_pytorch_pi05_fp32": "droid", "openpi_pytorch_pi0_fp32": "aloha", "openpi_jax_pi0_lora": "libero"}
     for name, robot in wanted.items():
-        facts = json.loads((golden_dir / name / "case.json").read_text())
-        checkpoint = open_checkpoint(golden_dir / name / "checkpoint", vision_heads=4, num_heads=8, head_dim=16)
+        facts, checkpoint = open_case(golden_dir / name)
         io = resolve(checkpoint.robot, facts["model"])
         assert io.embodiment.name == robot
         assert list(io.embodiment.delta_mask) == facts["embodiment"]["delta_mask"]
