@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vivace.check.observations import synthetic
+from vivace.check.report_sections import render
 from vivace.cli import calibrate as verb
 from vivace.precision import quantize
 from vivace.precision.sensitivity import Score
@@ -129,6 +130,10 @@ def test_sensitivity_ranks_every_layer_alone(vivace, checkpoint, recorded):
     assert errors[-1] > 1e-6, "a layer in E4M3 changed nothing: it was not quantised"
     assert errors[0] < 0.1
     assert "each layer alone" in text
+    section = render(document)
+    assert "layer alone in E4M3" in section
+    assert rows[0]["layer"] in section
+    assert document["plan"]["hash"] in section
 
 
 def test_a_bound_gives_a_mixed_plan_that_meets_it(vivace, checkpoint, recorded, tmp_path):

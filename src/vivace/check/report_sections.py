@@ -188,6 +188,31 @@ def golden(document: Document) -> str:
     )
 
 
+def calibrate(document: Document) -> str:
+    """Ranges of a precision plan, and what each layer costs alone."""
+    plan, layers = document["plan"], document["layers"]
+    rows = [
+        [
+            esc(r["layer"]),
+            num(r["amax"]),
+            num(r["chosen"]),
+            str(r["saturated"]),
+            str(r["flushed"]),
+            num(r["step_spread"]),
+        ]
+        for r in layers
+    ]
+    alone = [
+        [esc(r["layer"]), num(r["score"]["rel_l2"]), f"{number(r['score']['cosine']):.7f}", num(r["flops"])]
+        for r in document.get("sensitivity", [])
+    ]
+    heads = ["layer", "largest |x|", "range", "saturated", "flushed to 0", "steps max/min"]
+    said = f"{plan['name']}, plan {plan['hash']}, {plan['method']}, {plan['data']}, weights {plan['checkpoint_hash']}"
+    costs = table(["layer alone in E4M3", "relative L2 of actions", "cosine", "FLOPs"], alone) if alone else ""
+    notes = "".join(f'<p class="soft">{esc(remark)}</p>' for remark in document["remarks"])
+    return f'<p class="soft">{esc(said)}</p>{costs}{fold(f"ranges of {len(rows)} layers", table(heads, rows))}{notes}'
+
+
 def doctor(document: Document) -> str:
     """What the machine is and what can run on it."""
     kinds = {"fine": "good", "problem": "bad"}
@@ -221,6 +246,7 @@ SECTIONS: dict[str, Callable[[Document], str]] = {
     "check": check,
     "budget": budget,
     "golden": golden,
+    "calibrate": calibrate,
     "doctor": doctor,
     "inspect": facts,
     "serve-drive": facts,
