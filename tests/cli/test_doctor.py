@@ -5,19 +5,28 @@ import os
 import subprocess
 import sys
 
+import pytest
 
-def doctor(*arguments, broken=(), folder=None, **environment):
-    """Run it in a process of its own in which the modules `broken` raise when they are imported."""
+from vivace.cli.broken import IMPORT_FAILURES, broken_import
+
+
+def vivace_with_broken(folder, broken, *arguments, **environment):
+    """Run a verb in a process of its own in which the modules `broken` raise when they are imported."""
     for name in broken:
         (folder / f"{name}.py").write_text(f"raise RuntimeError('{name} was built for another machine')\n")
     variables = {**os.environ, **environment}
     if broken:
         variables["PYTHONPATH"] = str(folder)
     done = subprocess.run(
-        [sys.executable, "-m", "vivace.cli.main", "doctor", *arguments],
+        [sys.executable, "-m", "vivace.cli.main", *arguments],
         capture_output=True, text=True, timeout=240, env=variables, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def doctor(*arguments, broken=(), folder=None, **environment):
+    done = vivace_with_broken(folder, broken, "doctor", *arguments, **environment)
     document = json.loads(done.stdout)
     return done.returncode, document, {check["name"]: check for check in document["checks"]}
 
@@ -58,3 +67,57 @@ def test_numpy_tokenizer_and_cache_broken_at_once(tmp_path):
     assert checks["tokenizer"]["state"] == "problem"
     assert checks["cache folder"]["state"] == "problem"
     assert "VIVACE_CACHE" in checks["cache folder"]["do"]
+
+
+@pytest.mark.parametrize("library", ["tyro", "rich"])
+def test_what_prints_the_report_is_broken(tmp_path, library):
+    """Options and tables need libraries; the findings do not."""
+    done = vivace_with_broken(tmp_path, [library], "doctor")
+    assert done.returncode == 1
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks[library]["state"] == "problem"
+    assert checks["numpy"]["state"] == "fine"
+    first, *lines = done.stderr.splitlines()
+    wanted = f"vivace doctor: {library} cannot be imported (RuntimeError: {library} was built for another machine)"
+    assert first == wanted
+    broken = (
+        f"{library}: RuntimeError: {library} was built for another machine; pip install --force-reinstall {library}"
+    )
+    assert any(line.startswith("problem") and line.endswith(broken) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("library", "verb"),
+    [("torch", "inspect"), ("numpy", "serve"), ("torch", "serve"), ("websockets", "serve"), ("rich", "inspect")],
+)
+def test_other_verbs_name_the_broken_library_in_one_line(tmp_path, checkpoint, library, verb):
+    done = vivace_with_broken(tmp_path, [library], verb, str(checkpoint))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if f"vivace {verb}" in line]
+    reason = f"{library} cannot be imported (RuntimeError: {library} was built for another machine)"
+    assert lines == [f"vivace {verb}: {reason}; see vivace doctor"]
+    assert done.stderr.splitlines() == lines
+
+
+def test_the_list_of_verbs_needs_no_library(tmp_path):
+    broken = ["tyro", "rich", "numpy", "torch"]
+    assert "make-checkpoint" in vivace_with_broken(tmp_path, broken, "--help").stderr
+    assert vivace_with_broken(tmp_path, broken, "serv").stderr == "unknown verb 'serv'. Did you mean 'serve'?\n"
+
+
+def test_a_library_that_is_missing_and_one_that_lacks_a_name(tmp_path):
+    (tmp_path / "half_there.py").write_text("from json import no_such_name\n")
+    for name in ("no_such_library", "half_there"):
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport {name}"
+        with pytest.raises(ImportError) as caught:
+            exec(compile(code, "verb", "exec"), {"__name__": "vivace.cli.verb"})
+        assert broken_import(caught.value) == name
+
+
+def test_our_own_mistakes_are_not_blamed_on_a_library():
+    for mistake in ("{}['key']", "from vivace.config import no_such_name", "import vivace.no_such_file"):
+        with pytest.raises(IMPORT_FAILURES) as caught:
+            exec(compile(mistake, "verb", "exec"), {"__name__": "vivace.cli.verb"})
+        caught.value.__traceback__ = caught.value.__traceback__.tb_next  # this test's own frame
+        assert broken_import(caught.value) is None

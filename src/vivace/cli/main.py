@@ -1,4 +1,7 @@
-"""`vivace VERB ...`: one file per verb, imported when it is called, so that `vivace doctor` works when others cannot."""
+"""`vivace VERB ...`: one file per verb, imported when it is called, so that `vivace doctor` works when others cannot.
+
+This file and what it imports need the standard library alone.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import VivaceError
-from .output import BAD_USE, OK, console
+from .broken import IMPORT_FAILURES, broken_import, explain, plain_doctor
+from .codes import BAD_USE, OK
 
 VERBS: dict[str, str] = {
     "inspect": "say what a checkpoint is: kind, sizes, cameras, state, normalisation, prompt, what is missing",
@@ -39,34 +43,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else " See vivace --help."
-        console.print(f"[red]unknown verb {verb!r}.[/red]{hint}", highlight=False)
+        _say(f"unknown verb {verb!r}.{hint}")
         return BAD_USE
-    return _run(verb, rest)
+    try:
+        return _run(verb, rest)
+    except IMPORT_FAILURES as error:
+        library = broken_import(error)
+        if library is None:
+            raise
+        _say(explain(verb, library, error))
+        return plain_doctor() if verb == "doctor" else BAD_USE
 
 
 def _run(verb: str, rest: Sequence[str]) -> int:
     module = importlib.import_module(f"vivace.cli.{verb.replace('-', '_')}")
     import tyro
 
+    from . import output
+
     try:
         args = tyro.cli(module.Args, args=list(rest), prog=f"vivace {verb}")
         code: int = module.run(args)
     except VivaceError as error:
-        console.print(f"[red]{type(error).__name__}:[/red] ", end="")
-        console.print(str(error), markup=False, highlight=False)
+        output.console.print(f"[red]{type(error).__name__}:[/red] ", end="")
+        output.console.print(str(error), markup=False, highlight=False)
         return BAD_USE
     except SystemExit as stop:  # tyro: 0 after --help, 2 after a bad option
         return stop.code if isinstance(stop.code, int) else BAD_USE
     except KeyboardInterrupt:
-        console.print("interrupted")
+        _say("interrupted")
         return 130
     return code
 
 
 def _usage() -> None:
-    console.print("usage: vivace VERB [options]      vivace VERB --help\n", highlight=False, markup=False)
+    _say("usage: vivace VERB [options]      vivace VERB --help\n")
     for verb, summary in VERBS.items():
-        console.print(f"  {verb:16} {summary}", highlight=False, markup=False)
+        _say(f"  {verb:16} {summary}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

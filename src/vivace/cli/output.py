@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-OK, FAILED, BAD_USE = 0, 1, 2
+from .codes import BAD_USE, FAILED, OK
+
+__all__ = ["BAD_USE", "FAILED", "OK", "console", "emit", "show_coverage"]
 
 # a log file has no width: keep tables whole there instead of folding them at 80 columns
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
