@@ -1,6 +1,7 @@
 """`vivace bench` on a real tiny checkpoint."""
 
 import pytest
+import tyro
 
 from vivace.check import results
 from vivace.cli import bench as verb
@@ -24,6 +25,8 @@ def test_two_engines_side_by_side(vivace, checkpoint, tmp_path):
         assert list(parts) == ["vision", "prefix", "denoise", "other"]
         assert sum(parts.values()) == pytest.approx(total["mean_ms"], rel=1e-6)
         assert {"vision", "prefix", "denoise", "preprocess", "postprocess"} <= set(row["stages"])
+        assert {"preprocess", "postprocess", "unexplained"} <= set(row["split"]["other_ms"])
+        assert row["split"]["adds_up"]
         assert row["output"]["cosine"] > 0.995
         assert row["engine"]["backend"] == "eager"
         assert row["device"] is None
@@ -37,6 +40,9 @@ def test_two_engines_side_by_side(vivace, checkpoint, tmp_path):
     assert document["environment"]["cpu"]["model"]
     assert document["budgets"]["eager"]["verdict"] == "met"
     assert "eager:bfloat16 is" in text
+    assert document["passed"]
+    assert "eager: other is preprocess" in text
+    assert "unexplained host time" in text
 
 
 def test_its_result_feeds_budget_and_report(vivace, checkpoint, tmp_path):
@@ -67,6 +73,40 @@ def test_an_engine_with_other_actions_exits_1_and_has_no_row(vivace, checkpoint,
     assert "engines" not in document
     assert document["output"]["eager:bfloat16"]["cosine"] < 0
     assert "was not timed" in " ".join(text.split())
+
+
+def test_overlapping_spans_exit_1(vivace, checkpoint, monkeypatch):
+    """The report and the exit code say the same."""
+    real = verb.load
+
+    def load(path, args, *, backend, precision):
+        policy = real(path, args, backend=backend, precision=precision)
+        infer = policy.infer
+
+        def overlapping(request):
+            chunk = infer(request)
+            chunk.milliseconds["vision"] += chunk.milliseconds["total"]
+            return chunk
+
+        policy.infer = overlapping
+        return policy
+
+    monkeypatch.setattr(verb, "load", load)
+    code, document, text = vivace("bench", checkpoint, *FAST, "--target-hz", "20")
+    assert code == 1
+    assert document["passed"] is False
+    assert document["engines"]["eager"]["split"]["adds_up"] is False
+    assert "eager: the spans overlap" in text
+    assert "budgets" not in document, "a budget of stages that do not add up says nothing"
+
+
+@pytest.mark.parametrize(
+    "engines", [("eager", "eager:bfloat16"), ("eager,", "eager:bfloat16"), ("eager,eager:bfloat16",)]
+)
+def test_engines_by_spaces_or_commas(engines):
+    args = tyro.cli(verb.Args, args=["ck", "--engines", *engines, "--samples", "7"])
+    assert verb._names(args.engines) == ["eager", "eager:bfloat16"]
+    assert args.samples == 7
 
 
 @pytest.mark.parametrize("engines", ["", "eager,eager", "warp", "eager:fp3"])

@@ -260,7 +260,7 @@ def _latency_table(engines: Mapping[str, Any]) -> str:
         times = [total[key] for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
         cells = [num(value, 4) for value in (*times, row["rate_hz"], row["cold_ms"], *parts.values())]
         remark = "" if row["stable"] else pill("not warm", "warn")
-        remark += "" if row["split"]["adds_up"] else pill("spans off by > 2 %", "warn")
+        remark += "" if row["split"]["adds_up"] else pill("spans overlap by > 2 %", "bad")
         rows.append(
             [f"{esc(name)} {pill(row['precision'], 'plain')}{remark}", *cells, f"{number(row['output']['cosine']):.7f}"]
         )

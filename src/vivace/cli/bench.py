@@ -34,13 +34,15 @@ BOUNDARY = {"name": "B2", "what": "policy.infer: host arrays in (uint8 images, r
 class Args:
     """Time named engines side by side. Exit code 1 when an engine gives other actions than the reference: it is not timed.
 
+    Also 1 when an operation fell back, and when the stages of an engine add up to more than its total by over 2 %.
+
     Example: vivace bench my_checkpoint --engines eager,compiled --samples 500 --target-hz 20 -o bench.json
     """
 
     path: tyro.conf.Positional[Path]
     """Checkpoint folder."""
-    engines: str = "eager"
-    """Comma-separated BACKEND or BACKEND:PRECISION (a precision may be a plan file); the first one is the baseline."""
+    engines: tuple[str, ...] = ("eager",)
+    """BACKEND or BACKEND:PRECISION (a precision may be a plan file), by commas or spaces; the first is the baseline."""
     samples: int = 200
     """Rounds; every engine is called once per round, in random order."""
     warmup_seconds: float = 120.0
@@ -55,7 +57,7 @@ class Args:
 
 
 def run(args: Args) -> int:
-    """Load every engine, check its output, time them interleaved. Exit code 1: an engine gives other actions."""
+    """Load every engine, check its output, time them interleaved. Exit code 1: see `Args`."""
     names = _names(args.engines)
     wanted, request = _reference(args)
     policies = {name: _load(args, name) for name in names}
@@ -105,7 +107,7 @@ def _document(
     args: Args, baseline: Policy, request: Any, found: dict[str, Any], before: dict[str, Any]
 ) -> dict[str, Any]:
     body = {
-        "passed": not any(row["fallback"] for engine in found["engines"].values() for row in engine["coverage"]),
+        "passed": all(_is_sound(engine) for engine in found["engines"].values()),
         "checkpoint": str(args.path),
         "boundary": BOUNDARY,
         "setting": setting_of(baseline, baseline.prepare(request)),
@@ -116,9 +118,14 @@ def _document(
         "state_after": environment.snapshot(),
     }
     document = result("bench", body, environment=environment.collect())
-    if args.target_hz is not None:
+    if args.target_hz is not None and all(row["split"]["adds_up"] for row in found["engines"].values()):
         document["budgets"] = _budgets(document, list(found["engines"]), args.target_hz)
     return document
+
+
+def _is_sound(engine: dict[str, Any]) -> bool:
+    """Everything ran where it was meant to, and the parts add up."""
+    return engine["split"]["adds_up"] and not any(row["fallback"] for row in engine["coverage"])
 
 
 class _Teller:
@@ -135,10 +142,11 @@ class _Teller:
         self._bar.update(self._task, advance=1)
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
+def _names(given: tuple[str, ...]) -> list[str]:
+    names = [name.strip() for text in given for name in text.split(",") if name.strip()]
     if not names or len(set(names)) != len(names):
-        raise ConfigError("--engines must name each engine once", got=repr(text), wanted="e.g. eager,compiled:bfloat16")
+        got, wanted = repr(" ".join(given)), "e.g. eager,compiled:bfloat16"
+        raise ConfigError("--engines must name each engine once", got=got, wanted=wanted)
     return names
 
 
@@ -194,6 +202,17 @@ def _engine(policy: Policy, times: bench.EngineTimes, output: dict[str, float], 
     }
 
 
+def _other(name: str, split: dict[str, Any]) -> str:
+    """What is in `other`, or that the spans overlap."""
+    spans = dict(split["other_ms"])
+    unexplained = spans.pop("unexplained")
+    if not split["adds_up"]:
+        return f"[red]{escape(name)}: the spans overlap, they add up to {-unexplained:.2f} ms more than the total[/]"
+    share = unexplained / split["total_mean_ms"]
+    listed = "".join(f"{escape(span)} {ms:.2f}, " for span, ms in spans.items())
+    return f"{escape(name)}: other is {listed}unexplained host time {unexplained:.2f} ms ({share:.1%} of the total)"
+
+
 def _compact(values: list[float]) -> list[float]:
     return [round(value, 4) for value in values]
 
@@ -233,9 +252,7 @@ def _show(document: dict[str, Any]) -> None:
             highlight=False,
         )
     for name, row in document["engines"].items():
-        if not row["split"]["adds_up"]:
-            gap = row["split"]["unaccounted_ms"]
-            console.print(f"[yellow]{escape(name)}: the spans leave {gap:.2f} ms unexplained (more than 2 %)[/]")
+        console.print(_other(name, row["split"]), highlight=False)
         if not row["stable"]:
             console.print(f"[yellow]{escape(name)}: still changing when the warm-up ended[/]")
     for name, answer in (document.get("budgets") or {}).items():
