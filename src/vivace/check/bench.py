@@ -171,10 +171,10 @@ def speedup(engine: EngineTimes, baseline: EngineTimes, *, draws: int = 2000, se
 def split(times: EngineTimes) -> dict[str, Any]:
     """Where the time goes: means of vision, prefix, denoise and other, which add up to the mean total.
 
-    Means are used because means add and medians do not. `other` is the total minus the three, at least 0; `other_ms` says what is in
-    it: the engine's further spans (preprocess, postprocess), and `unexplained`, host time that no span covers. It can only
-    fail to add up where spans overlap, so that they claim more than the total: `adds_up` is False when that is more than
-    2 %, and then the numbers of the stages cannot be trusted.
+    Means are used because means add and medians do not. `other` is the total minus the three, at least 0; `other_ms` says
+    what is in it: the engine's further spans (preprocess, postprocess), and `unexplained`, host time that no span covers.
+    It can only fail to add up where spans overlap, so that they claim more than the total: `adds_up` is False when that is
+    more than 2 %, and then the numbers of the stages cannot be trusted.
     """
     total = float(np.mean(times.total_ms))
     means = {name: float(np.mean(values)) for name, values in times.stages_ms.items() if name != "total"}
