@@ -1,14 +1,14 @@
 """What the server counts, for Prometheus (`/metrics`, optional extra `metrics`).
 
 Every server has its own CollectorRegistry: two servers in one process do not share counters. All methods are called on the
-event loop, none of them blocks. `ServerMetrics` is the protocol, `NoMetrics` counts nothing, `PrometheusMetrics` counts.
+event loop, none of them blocks. `ServerMetrics` says what can be reported and counts nothing, `PrometheusMetrics` counts.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, final
 
 from ..errors import Unsupported
 
@@ -19,8 +19,8 @@ PLAIN_TEXT: Final = "text/plain; charset=utf-8"
 SECONDS_BUCKETS: Final = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
-class ServerMetrics(Protocol):
-    """Where a server reports what happens."""
+class ServerMetrics:
+    """Where a server reports what happens. This one counts nothing, and /metrics answers 404."""
 
     def opened(self) -> None:
         """A client was accepted."""
@@ -51,44 +51,11 @@ class ServerMetrics(Protocol):
 
     def page(self) -> tuple[str, bytes] | None:
         """Content type and body of /metrics, or None when nothing is counted."""
-
-
-class NoMetrics:
-    """Counts nothing; /metrics answers 404."""
-
-    def opened(self) -> None:
-        """Do nothing."""
-
-    def closed(self) -> None:
-        """Do nothing."""
-
-    def refused(self, reason: str) -> None:
-        """Do nothing."""
-
-    def received(self, size_bytes: int) -> None:
-        """Do nothing."""
-
-    def sent(self, size_bytes: int) -> None:
-        """Do nothing."""
-
-    def answered(self, *, total_s: float, infer_s: float, wait_s: float) -> None:
-        """Do nothing."""
-
-    def failed(self, error: str) -> None:
-        """Do nothing."""
-
-    def lost(self, reason: str) -> None:
-        """Do nothing."""
-
-    def watch_line(self, waiting: Callable[[], int]) -> None:
-        """Do nothing."""
-
-    def page(self) -> tuple[str, bytes] | None:
-        """There is no page."""
         return None
 
 
-class PrometheusMetrics:
+@final
+class PrometheusMetrics(ServerMetrics):
     """Counters, gauges and histograms named `vivace_*` in a registry of their own, or in the one given.
 
     Raises Unsupported when prometheus-client is not installed.

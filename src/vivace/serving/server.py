@@ -28,7 +28,7 @@ from websockets.typing import Origin
 from ..config import ResolvedEngine
 from ..errors import ConfigError
 from ..types import ActionChunk
-from .metrics import PLAIN_TEXT, NoMetrics, PrometheusMetrics, ServerMetrics, prometheus_installed
+from .metrics import PLAIN_TEXT, PrometheusMetrics, ServerMetrics, prometheus_installed
 from .options import ServerOptions
 from .results import metadata_frame
 from .session import BoundedConnection, Session
@@ -276,7 +276,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
 def _metrics(wanted: bool | None, registry: CollectorRegistry | None) -> ServerMetrics:
     if wanted or registry is not None or (wanted is None and prometheus_installed()):
         return PrometheusMetrics(registry)
-    return NoMetrics()
+    return ServerMetrics()
 
 
 def _authorized(headers: Headers, api_key: str) -> bool:
