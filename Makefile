@@ -20,8 +20,8 @@ $(VENV)/.installed: requirements/dev.txt pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 
-system:  ## Debian/Ubuntu packages that torch.compile needs on a CPU
-	apt-get update && apt-get install -y g++ python3-venv
+system:  ## Debian/Ubuntu packages: torch.compile on a CPU, and OpenGL without a screen for the simulator's cameras
+	apt-get update && apt-get install -y g++ python3-venv libegl1 libgl1 libgl1-mesa-dri
 
 demo: setup  ## the main job on a small random checkpoint: make, inspect, check, bench, serve, drive, report
 	VIVACE_CACHE=$(CURDIR)/.cache/vivace $(BIN)/python examples/demo.py --out $(OUT)

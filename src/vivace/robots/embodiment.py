@@ -23,6 +23,7 @@ EMBODIMENTS: dict[str, tuple[str, str]] = {
     "droid_jointpos": ("droid", "joint_position"),
     "aloha": ("aloha", "embodiment"),
     "aloha_sim": ("aloha", "simulated"),
+    "conveyor": ("conveyor", "embodiment"),
 }
 """Name -> (module beside this one, function that builds it); imported only when asked for."""
 
