@@ -26,7 +26,6 @@ SUBSTEPS = 8
 CONTROL_HZ = 50.0
 
 
-@cache
 def scene_sha256(folder: Path = ASSETS) -> str:
     """Hash over names and bytes of all scene files below a folder, hex."""
     digest = hashlib.sha256()
@@ -39,7 +38,12 @@ def scene_sha256(folder: Path = ASSETS) -> str:
 
 def versions() -> dict[str, str]:
     """What a result must store about the simulator: {"scene_sha256", "mujoco"}."""
-    return {"scene_sha256": scene_sha256(), "mujoco": mujoco.mj_versionString()}
+    return {"scene_sha256": _sha256_once(), "mujoco": mujoco.mj_versionString()}
+
+
+@cache
+def _sha256_once() -> str:
+    return scene_sha256()
 
 
 def load() -> mujoco.MjModel:

@@ -1,0 +1,161 @@
+"""The expert solves every task, latency costs what theory says, and the controls fail as they must.
+
+Rates of a few seeds guard against breakage only; docs/guides/simulation.md has the measured ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vivace.sim.conveyor import VIEWS, ConveyorEnv
+from vivace.sim.expert import ExpertChunk, ExpertPolicy, act, chunk, lead, predict
+from vivace.sim.rollout import Execution, blanked, expected_reaction_ticks, reaction_ticks, rollout
+from vivace.sim.tasks import SPEEDS_M_S, TASKS, Task
+
+SEEDS = range(100, 108)
+
+
+def successes(env, seeds=SEEDS, *, horizon=24, **execution):
+    policy = ExpertPolicy(env.sight, horizon)
+    return sum(
+        rollout(env, policy, seed=seed, execution=Execution(**execution), images=False).success for seed in seeds
+    )
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_expert_succeeds_step_by_step_and_in_chunks(name):
+    env = ConveyorEnv(name)
+    for seed in SEEDS:
+        env.reset(seed=seed)
+        ended = False
+        while not ended:
+            _, reward, terminated, truncated, info = env.step(act(env.sight()))
+            ended = terminated or truncated
+        assert info["success"], (name, seed)
+        assert reward == 1.0
+        assert not info["wrong_object"]
+        assert not info["collision"]
+    assert successes(env) == len(SEEDS)
+
+
+def test_equal_seeds_give_equal_rollouts():
+    execution = Execution("naive", delay_ticks=(1, 3, 6))
+    runs = []
+    for _ in range(2):
+        env = ConveyorEnv("conveyor")
+        runs.append(rollout(env, ExpertPolicy(env.sight), seed=9, execution=execution, images=False))
+    assert np.array_equal(runs[0].actions, runs[1].actions)
+    assert np.array_equal(runs[0].positions_m, runs[1].positions_m)
+    assert runs[0].summary() == runs[1].summary()
+
+
+def test_latency_costs_success_on_a_fast_belt_and_alignment_gives_it_back():
+    """160 ms at 0.25 to 0.35 m/s: the cube is 40 to 56 mm further on, twice the tolerance of the grasp."""
+    env = ConveyorEnv("conveyor", belt_m_s=SPEEDS_M_S["fast"])
+    n = len(SEEDS)
+    assert successes(env, mode="naive") == n
+    assert successes(env, mode="naive", delay_ticks=8) <= n // 2
+    assert successes(env, mode="pause", delay_ticks=8) == 0
+    assert successes(env, mode="aligned", delay_ticks=8) >= n - 1
+
+
+def test_latency_costs_nothing_but_time_on_a_belt_at_rest():
+    env = ConveyorEnv("static")
+    assert successes(env, mode="pause", delay_ticks=8) == len(SEEDS)
+    times = [
+        rollout(env, ExpertPolicy(env.sight), seed=1, execution=Execution("pause", 8, delay), images=False)
+        for delay in (0, 8)
+    ]
+    assert times[1].time_to_success_s > times[0].time_to_success_s + 0.5
+
+
+def test_lead_undoes_an_old_sight():
+    """The target seen 160 ms ago, moved on by the belt's speed, is where it is now."""
+    env = ConveyorEnv("conveyor", belt_m_s=SPEEDS_M_S["fast"])
+    env.reset(seed=3)
+    old = env.sight()
+    for _ in range(8):
+        env.step(np.zeros(4))
+    assert np.allclose(lead(old, 0.16).target_m, env.sight().target_m, atol=0.002)
+    assert not np.allclose(old.target_m, env.sight().target_m, atol=0.02)
+
+
+def test_prediction_stays_near_the_physics_for_a_chunk():
+    env = ConveyorEnv("conveyor")
+    for seed in SEEDS:
+        env.reset(seed=seed)
+        guess = env.sight()
+        for action in chunk(guess, 16):
+            guess = predict(guess, action)
+            env.step(action)
+        assert np.linalg.norm(guess.hand_m - env.sight().hand_m) < 0.015
+        assert np.linalg.norm(guess.target_m - env.sight().target_m) < 0.004
+
+
+# --- controls -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_a_policy_that_does_nothing_fails(name):
+    env = ConveyorEnv(name)
+    for seed in SEEDS[:3]:
+        episode = rollout(env, lambda _: ExpertChunk(np.zeros((16, 4), np.float32)), seed=seed, images=False)
+        assert not episode.success
+        assert episode.time_to_success_s is None
+
+
+def test_picking_up_the_other_cube_is_no_success_but_a_wrong_object():
+    env = ConveyorEnv("static")
+
+    def mistaken():
+        other = next(cube for cube in env.world.drawn.cubes if cube != env.world.target)
+        return replace(env.sight(), target_m=env.world.cube_m(other))
+
+    for seed in SEEDS[:4]:
+        episode = rollout(env, ExpertPolicy(mistaken), seed=seed, images=False)
+        assert not episode.success
+        assert episode.wrong_object
+
+
+def test_an_expert_that_ignores_the_belt_or_the_post_fails():
+    """The task is what its name says: speed and post matter."""
+    fast = ConveyorEnv("conveyor", belt_m_s=SPEEDS_M_S["fast"])
+    post = ConveyorEnv("bimodal")
+    for env, blind in (
+        (fast, lambda: replace(fast.sight(), belt_m_s=0.0)),
+        (post, lambda: replace(post.sight(), post_m=None)),
+    ):
+        assert not any(rollout(env, ExpertPolicy(blind), seed=seed, images=False).success for seed in SEEDS[:4])
+
+
+@pytest.mark.parametrize("name", ["perturb", "swap"])
+def test_an_injected_delay_moves_the_reaction_by_exactly_that_much(name):
+    """In the physics too: the first action that differs from the twin's comes one delay after the first look."""
+    env = ConveyorEnv(Task("event", event=TASKS[name].event, event_ticks=(15, 15)))
+    found = {}
+    for delay in (0, 3, 7):
+        execution = Execution("aligned", 8, delay)
+        policy = ExpertPolicy(env.sight, 24)
+        changed = rollout(env, policy, seed=2, execution=execution, images=False)
+        twin = rollout(env, policy, seed=2, execution=execution, images=False, options={"event": False})
+        found[delay] = reaction_ticks(changed, twin, event_tick=15)
+        assert found[delay] == expected_reaction_ticks(changed, event_tick=15)
+    assert found == {0: 1, 3: 4, 7: 8}
+
+
+def test_blanked_images_fail_where_the_policy_uses_them():
+    """A policy that only moves if it sees the named cube's colour, with the expert's hand."""
+    env = ConveyorEnv(Task("short", max_ticks=120), image_px=48)
+    expert = ExpertPolicy(env.sight, 16)
+    dark = ExpertChunk(np.zeros((16, 4), np.float32))
+
+    def seeing(observation):
+        return expert(observation) if observation.views[VIEWS[0]].max() > 50 else dark
+
+    execution = Execution(execute_ticks=16)
+    assert rollout(env, seeing, seed=100, execution=execution).success
+    assert not rollout(env, blanked(seeing), seed=100, execution=execution).success
+    env.close()
