@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..config import TimeGrid
@@ -38,7 +39,9 @@ def time_grid(num_steps: int, kind: TimeGrid) -> list[float]:
     return grid
 
 
-def time_embedding(times: Tensor, width: int, *, min_period: float, max_period: float, dtype: torch.dtype) -> Tensor:
+def time_embedding(
+    times: Float[Tensor, " T"], width: int, *, min_period: float, max_period: float, dtype: torch.dtype
+) -> Float[Tensor, "T {width}"]:
     """sin and cos of flow times at `width`/2 periods from 4 ms to 4 s.  times [T] -> float32 [T, width].
 
     Numerics: computed in `dtype` (float64 in openpi's and LeRobot's PyTorch, float32 in JAX), then rounded to float32;
@@ -50,7 +53,7 @@ def time_embedding(times: Tensor, width: int, *, min_period: float, max_period: 
     return torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1).float()
 
 
-def prefix_weights(schedule: Schedule, *, delay: int, end: int, horizon: int) -> Tensor:
+def prefix_weights(schedule: Schedule, *, delay: int, end: int, horizon: int) -> Float[Tensor, " {horizon}"]:
     """How strongly each action is pulled to the older chunk, float32 [horizon].
 
     delay  actions before it are already committed: weight 1        end  actions from it on are free: weight 0
@@ -72,7 +75,9 @@ def prefix_weights(schedule: Schedule, *, delay: int, end: int, horizon: int) ->
     return torch.where(k < end, weights, torch.zeros_like(k))
 
 
-def guided_velocity(x: Tensor, velocity: Tensor, t: float, previous: PreviousChunk) -> Tensor:
+def guided_velocity(
+    x: Float[Tensor, "B H A"], velocity: Float[Tensor, "B H A"], t: float, previous: PreviousChunk
+) -> Float[Tensor, "B H A"]:
     """Pull the velocity so that x - t*v, the predicted clean chunk, moves towards the older chunk.  All [B, H, 32]."""
     assert previous.weights is not None, "guided chunking needs weights"
     tau = 1.0 - t
@@ -83,7 +88,9 @@ def guided_velocity(x: Tensor, velocity: Tensor, t: float, previous: PreviousChu
     return velocity - strength * error
 
 
-def committed_mask(previous: PreviousChunk | None, horizon: int, device: torch.device) -> Tensor | None:
+def committed_mask(
+    previous: PreviousChunk | None, horizon: int, device: torch.device
+) -> Bool[Tensor, " {horizon}"] | None:
     """bool [H], True for the leading actions that are clamped; None outside trained real-time chunking."""
     if previous is None or previous.mode != "trained":
         return None
@@ -94,13 +101,13 @@ def committed_mask(previous: PreviousChunk | None, horizon: int, device: torch.d
 
 def sample(
     velocity_at: Callable[[Tensor, int], Tensor],
-    noise: Tensor,
+    noise: Float[Tensor, "B H A"],
     times: list[float],
     *,
     previous: PreviousChunk | None = None,
-    committed: Tensor | None = None,
+    committed: Bool[Tensor, " H"] | None = None,
     trace: Trace | None = None,
-) -> Tensor:
+) -> Float[Tensor, "B H A"]:
     """Integrate the flow.  velocity_at(x [B, H, 32], step) -> [B, H, 32]; noise float32 [B, H, 32] -> actions, float32.
 
     committed  bool [H], what `committed_mask` says if the caller has it on the device already

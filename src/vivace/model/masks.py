@@ -13,12 +13,16 @@ can be left out altogether, which is what `robots` does: then the mask is None a
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
 def prefix_mask(
-    view_mask: Tensor | None, token_mask: Tensor | None, *, shape: tuple[int, int, int, int]
-) -> Tensor | None:
+    view_mask: Bool[Tensor, "B V"] | None,
+    token_mask: Bool[Tensor, "B L"] | None,
+    *,
+    shape: tuple[int, int, int, int],
+) -> Bool[Tensor, "B S"] | None:
     """Validity of every prefix token.  shape (B, V, tokens per view, L) -> bool [B, V*tokens + L], or None = all valid."""
     B, V, per_view, L = shape
     if view_mask is None and token_mask is None:
@@ -29,7 +33,7 @@ def prefix_mask(
     return torch.cat([views.repeat_interleave(per_view, dim=1), tokens], dim=1)
 
 
-def positions(mask: Tensor | None, *, shape: tuple[int, int], device: torch.device) -> Tensor:
+def positions(mask: Bool[Tensor, "B S"] | None, *, shape: tuple[int, int], device: torch.device) -> Int[Tensor, "B S"]:
     """Position of every prefix token, int64 [B, S]: valid tokens 0, 1, 2, ...; invalid ones repeat the number before."""
     B, S = shape
     if mask is None:
@@ -37,13 +41,13 @@ def positions(mask: Tensor | None, *, shape: tuple[int, int], device: torch.devi
     return (torch.cumsum(mask.long(), dim=1) - 1).clamp_min(0)
 
 
-def lengths(mask: Tensor | None, *, shape: tuple[int, int], device: torch.device) -> Tensor:
+def lengths(mask: Bool[Tensor, "B S"] | None, *, shape: tuple[int, int], device: torch.device) -> Int[Tensor, " B"]:
     """Number of valid prefix tokens, int64 [B]: where the suffix begins."""
     B, S = shape
     return torch.full((B,), S, device=device) if mask is None else mask.long().sum(dim=1)
 
 
-def with_suffix(mask: Tensor | None, suffix: int) -> Tensor | None:
+def with_suffix(mask: Bool[Tensor, "B S"] | None, suffix: int) -> Bool[Tensor, "B T"] | None:
     """Keys that suffix queries may see.  bool [B, S] -> [B, S + suffix]; the suffix sees itself."""
     if mask is None:
         return None

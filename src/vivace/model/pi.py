@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -132,7 +133,7 @@ class Pi(nn.Module):
 
     # --- prefix -------------------------------------------------------------------------------------------------
 
-    def embed_views(self, images: Tensor) -> Tensor:
+    def embed_views(self, images: Shaped[Tensor, "B V 3 size size"]) -> Float[Tensor, "B P D"]:
         """Views to prefix tokens.  images [B, V, 3, 224, 224] -> [B, V * 256, D]."""
         B, V = images.shape[:2]
         encoded = vision.encode(self.vision, images.flatten(0, 1), self.ops, into=self.projector)
@@ -140,11 +141,13 @@ class Pi(nn.Module):
         batched: Tensor = tokens.unflatten(0, (B, V))
         return batched.flatten(1, 2)
 
-    def embed_prompt(self, tokens: Tensor) -> Tensor:
+    def embed_prompt(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Prompt to prefix tokens, scaled by sqrt(D).  int [B, L] -> [B, L, D]."""
         return functional.embedding(tokens, self.embedding) * math.sqrt(self.config.prefix.width)
 
-    def embed_prefix(self, inputs: ModelInputs, views: Tensor) -> tuple[Tensor, Tensor | None]:
+    def embed_prefix(
+        self, inputs: ModelInputs, views: Float[Tensor, "B P D"]
+    ) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"] | None]:
         """The observation as tokens.  views [B, V*256, D] from `embed_views`.
 
         returns  prefix [B, S, D] = views then prompt,  mask bool [B, S] or None = all valid
@@ -155,7 +158,12 @@ class Pi(nn.Module):
         return torch.cat([views, self.embed_prompt(inputs.tokens)], dim=1), mask
 
     def prefill(
-        self, embeds: Tensor, mask: Tensor | None, *, state: Tensor | None = None, tables: RopeTables | None = None
+        self,
+        embeds: Float[Tensor, "B S D"],
+        mask: Bool[Tensor, "B S"] | None,
+        *,
+        state: Float[Tensor, "B A"] | None = None,
+        tables: RopeTables | None = None,
     ) -> PrefixCache:
         """Keys and values of every prefix layer; pi0 appends those of its state token.
 
@@ -253,7 +261,7 @@ class Pi(nn.Module):
             rope = self._rope(positions, self.expert, self.suffix_dtype, tables.suffix if tables is not None else None)
         return SuffixContext(rope=rope, mask=masks.with_suffix(cache.mask, suffix))
 
-    def embed_suffix(self, x: Tensor, condition: StepCondition) -> Tensor:
+    def embed_suffix(self, x: Float[Tensor, "B H A"], condition: StepCondition) -> Float[Tensor, "B H E"]:
         """Noisy actions to action tokens.  x float32 [B, H, 32] -> [B, H, E] in the expert's compute dtype."""
         tokens = self.ops.linear(x.to(self.action_in.weight.dtype), self.action_in)
         if condition.bias is not None:
@@ -262,7 +270,9 @@ class Pi(nn.Module):
             tokens = self.ops.linear(functional.silu(mixed), self.action_time_out)
         return tokens.to(self.suffix_dtype)
 
-    def denoise_step(self, x: Tensor, condition: StepCondition, cache: PrefixCache, context: SuffixContext) -> Tensor:
+    def denoise_step(
+        self, x: Float[Tensor, "B H A"], condition: StepCondition, cache: PrefixCache, context: SuffixContext
+    ) -> Float[Tensor, "B H A"]:
         """Velocity of the flow at x.  x float32 [B, H, 32] -> float32 [B, H, 32]."""
         stack, tokens = self.expert, self.embed_suffix(x, condition)
         n = self.ops.rms_norm(tokens, stack.block(0).norm1, condition.of(0), stack.block(0).qkv)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -125,7 +126,7 @@ def geglu(x: Tensor, layer: Linear | Fp8Linear, into: Linear | Fp8Linear) -> Ten
     return hand_over(functional.gelu(gate, approximate="tanh") * up, into)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Float[Tensor, "B T N d"], rope: tuple[Tensor, Tensor]) -> Float[Tensor, "B T N d"]:
     """Rotary embedding, half-split convention.  x [B, T, N, head_dim]; cos, sin [B or 1, T, head_dim/2] in x's dtype."""
     cos, sin = (table.unsqueeze(2) for table in rope)
     first, second = x.chunk(2, dim=-1)
@@ -159,11 +160,11 @@ def kv_rope(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    past: tuple[Tensor, Tensor] | None,
+    q: Float[Tensor, "B T N d"],
+    k: Float[Tensor, "B T K d"],
+    v: Float[Tensor, "B T K d"],
+    mask: Bool[Tensor, "B keys"] | None,
+    past: tuple[Float[Tensor, "B S K d"], Float[Tensor, "B S K d"]] | None,
     into: Linear | Fp8Linear,
 ) -> Tensor:
     """Grouped-query attention; the queries of one key/value head are stacked into rows, so K and V are never repeated.
