@@ -21,6 +21,7 @@ VERBS: dict[str, str] = {
     "check": "compare an engine with the float32 reference, layer by layer, step by step, in robot units",
     "bench": "time named engines side by side: percentiles, stages, environment",
     "budget": "what must shrink, and by how much, to reach a control rate",
+    "simulate": "success against inference delay in a simulated pick-up task (scripted expert)",
     "report": "one self-contained HTML page from result files",
     "golden": "replay fixtures written by openpi and LeRobot, stage by stage",
     "doctor": "what this machine is and what can run on it",
