@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from vivace.errors import ConfigError, ShapeError
+from vivace.errors import ConfigError, ShapeError, Unsupported
 from vivace.robots.embodiment import check, embodiment
-from vivace.sim import scene, tasks
+from vivace.sim import render, scene, tasks
 from vivace.sim.conveyor import VIEWS, ConveyorEnv
 from vivace.sim.expert import act
 from vivace.sim.world import HISTORY_TICKS, draw
@@ -213,3 +213,19 @@ def test_the_front_camera_shows_the_cubes_that_are_there():
         there = {name for name, mask in strong.items() if mask.sum() >= 8}
         assert there == set(env.world.drawn.cubes)
     env.close()
+
+
+def test_the_gl_library_is_chosen_by_what_is_installed(monkeypatch):
+    def installed(*names):
+        monkeypatch.setattr("ctypes.util.find_library", lambda name: f"lib{name}.so" if name in names else None)
+
+    installed("EGL", "OSMesa")
+    assert render.choose() == "egl"
+    assert render.choose("osmesa") == "osmesa"
+    installed("OSMesa")
+    assert render.choose() == "osmesa"
+    installed()
+    with pytest.raises(Unsupported, match=r"neither is installed.*make system"):
+        render.choose()
+    with pytest.raises(Unsupported, match="'glx'"):
+        render.choose("glx")

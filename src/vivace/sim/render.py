@@ -1,4 +1,4 @@
-"""Images without a screen: EGL where it works (GPU driver or Mesa's software), else OSMesa; `Renderer.name` says which.
+"""Images without a screen: EGL where installed (GPU driver or Mesa's software), else OSMesa; `Renderer.name` says which.
 
 MuJoCo's own Renderer picks the library by an environment variable; this one takes the choice as an argument. Shadows and
 reflections are off: with software GL they cost 4 to 16 times the rest of the image. Most of the remaining cost is the
@@ -7,6 +7,7 @@ meshes' vertices, so a 64 pixel image costs more than half of a 224 pixel one: r
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from ..errors import Unsupported
 
 Library = Literal["auto", "egl", "osmesa"]
-LIBRARIES: tuple[Library, ...] = ("egl", "osmesa")
+FILES: dict[Library, str] = {"egl": "EGL", "osmesa": "OSMesa"}
+INSTALL = "Debian/Ubuntu: make system (libegl1, libgl1-mesa-dri), or libosmesa6"
 OFF = (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION)
 
 
@@ -26,9 +28,9 @@ class Renderer:
 
     Args:
         size_px: images are size_px x size_px.
-        library: which GL, "auto" takes the first of egl, osmesa that gives a context.
+        library: which GL, see `choose`.
     Raises:
-        Unsupported: no library gives a context; the message has each one's reason.
+        Unsupported: the library is missing or gives no context.
     """
 
     def __init__(self, model: mujoco.MjModel, size_px: int, *, library: Library = "auto") -> None:
@@ -65,20 +67,36 @@ class Renderer:
         self._gl.free()
 
 
+def choose(library: Library = "auto") -> Library:
+    """The library that would render: the one named, or the first of egl, osmesa that is installed.
+
+    Decided before anything is loaded: PyOpenGL binds to one library for the life of the process, there is no second try.
+    Raises: Unsupported where none is installed, or for an unknown name.
+    """
+    if library in FILES:
+        return library
+    if library == "auto":
+        for name, file in FILES.items():
+            if ctypes.util.find_library(file):
+                return name
+    got = "neither is installed" if library == "auto" else repr(library)
+    raise Unsupported("OpenGL without a screen", got=got, wanted="EGL or OSMesa", do=INSTALL)
+
+
 def _context(size_px: int, library: Library) -> tuple[Library, Any]:
-    reasons = []
-    for name in LIBRARIES if library == "auto" else (library,):
-        try:
-            context = importlib.import_module(f"mujoco.{name}").GLContext(size_px, size_px)
-            context.make_current()
-        except (ImportError, RuntimeError, AttributeError, OSError) as error:
-            # PyOpenGL: a library that is missing shows as an AttributeError of a None handle
-            reasons.append(f"{name}: {error}")
-        else:
-            return name, context
-    raise Unsupported(
-        "no OpenGL context without a screen",
-        got="; ".join(reasons),
-        wanted="EGL or OSMesa",
-        do="Debian/Ubuntu: make system (libegl1, libgl1, libosmesa6)",
-    )
+    name = choose(library)
+    try:
+        module = importlib.import_module(f"mujoco.{name}")
+    except (ImportError, AttributeError, OSError) as error:  # PyOpenGL shows a missing library in each of these ways
+        raise Unsupported(f"OpenGL by {name} cannot be loaded", got=error, do=INSTALL) from error
+    from OpenGL.error import Error  # after mujoco's module, which chooses PyOpenGL's platform
+
+    try:
+        context = module.GLContext(size_px, size_px)
+        context.make_current()
+    except (RuntimeError, Error) as error:
+        other = next(one for one in FILES if one != name)
+        raise Unsupported(
+            f"{name} gives no OpenGL context", got=error, do=f"try library={other!r}; {INSTALL}"
+        ) from error
+    return name, context
