@@ -120,15 +120,29 @@ def test_picking_up_the_other_cube_is_no_success_but_a_wrong_object():
         assert episode.wrong_object
 
 
-def test_an_expert_that_ignores_the_belt_or_the_post_fails():
-    """The task is what its name says: speed and post matter."""
-    fast = ConveyorEnv("conveyor", belt_m_s=SPEEDS_M_S["fast"])
-    post = ConveyorEnv("bimodal")
-    for env, blind in (
-        (fast, lambda: replace(fast.sight(), belt_m_s=0.0)),
-        (post, lambda: replace(post.sight(), post_m=None)),
-    ):
-        assert not any(rollout(env, ExpertPolicy(blind), seed=seed, images=False).success for seed in SEEDS[:4])
+BLIND = {
+    "fast belt": ("conveyor", lambda env: replace(env.sight(), belt_m_s=0.0)),
+    "post": ("bimodal", lambda env: replace(env.sight(), post_m=None)),
+    "well 6 mm beside": ("precise", lambda env: replace(env.sight(), well_m=np.add(env.sight().well_m, [0.006, 0, 0]))),
+    "jump": (
+        "perturb",
+        lambda env: replace(env.sight(), target_m=np.array([*env.world.drawn.cube_xy_m[first(env)], 0.029])),
+    ),
+    "swap": ("swap", lambda env: replace(env.sight(), target_m=env.world.cube_m(env.world.drawn.target))),
+}
+
+
+def first(env):
+    return env.world.drawn.cubes.index(env.world.drawn.target)
+
+
+@pytest.mark.parametrize("what", sorted(BLIND))
+def test_an_expert_that_ignores_what_a_task_is_about_fails(what):
+    name, sees = BLIND[what]
+    env = ConveyorEnv(name, belt_m_s=SPEEDS_M_S["fast"] if name == "conveyor" else None)
+    episodes = [rollout(env, ExpertPolicy(lambda: sees(env)), seed=seed, images=False) for seed in SEEDS[:4]]
+    assert not any(episode.success for episode in episodes)
+    assert all(episode.wrong_object == (what == "swap") for episode in episodes)
 
 
 @pytest.mark.parametrize("name", ["perturb", "swap"])
