@@ -21,7 +21,8 @@ from .expert import ExpertPolicy
 from .rollout import Episode, Execution, Mode, rollout
 from .tasks import SPEEDS_M_S
 
-EXPERT_HORIZON = 24
+EXPERT_HORIZON = 48
+"""Enough for a delay of 24 ticks: a chunk has to last for delay + max(delay, execution horizon) ticks."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def wilson(successes: int, n: int, *, z: float = 1.959964) -> tuple[float, float
 
 
 def run_expert(cell: Cell, seeds: Sequence[int]) -> Outcome:
-    """The scripted expert, in chunks of 24 actions, on one cell."""
+    """The scripted expert, in chunks of 48 actions, on one cell."""
     if cell.belt is not None and cell.belt not in SPEEDS_M_S:
         raise ConfigError(f"unknown belt speed {cell.belt!r}", wanted=f"one of {sorted(SPEEDS_M_S)}")
     env = ConveyorEnv(cell.task, belt_m_s=SPEEDS_M_S[cell.belt] if cell.belt else None)
