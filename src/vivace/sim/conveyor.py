@@ -5,9 +5,9 @@
     observation, reward, terminated, truncated, info = env.step(action)      # float32 [4] in [-1, 1]
     env.look()                                         # vivace Observation: three views, state, prompt
 
-A look costs about a hundred control ticks. So `step` makes none, and `look` renders when a policy wants to see; `images=True` puts
-the views into every observation, as Gymnasium's convention wants it. The third view is the front camera 100 ms ago: from
-one frame nobody can tell how fast the belt runs. It is rendered from the remembered state, so nothing has to be stored.
+A look costs a hundred control ticks, so `step` makes no image and `look` renders when a policy wants to see; `images=True`
+puts the views into every observation, as Gymnasium's convention wants it. The third view is the front camera 100 ms ago:
+from one frame nobody can tell how fast the belt runs. It is rendered anew from the remembered state.
 """
 
 from __future__ import annotations
