@@ -46,6 +46,12 @@ class Backend(Protocol):
         """Integrate the flow from noise [B, H, 32] float32 to actions [B, H, 32] float32. Opens the span "denoise"."""
         ...
 
+    def infer(
+        self, inputs: ModelInputs, noise: Tensor, *, previous: PreviousChunk | None = None, spans: Spans | None = None
+    ) -> Tensor:
+        """`denoise` of `prefill`, the same bits, at once: what a robot calls, for backends that gain by seeing both."""
+        ...
+
     def prompt_lengths(self, longest: int) -> tuple[int, ...]:
         """Prompt lengths to run before a robot waits, so that no prompt of up to `longest` tokens meets a cold path."""
         ...

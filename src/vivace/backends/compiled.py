@@ -105,6 +105,12 @@ class CompiledBackend:
         with span(spans, "denoise"), torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS):
             return run_flow(self.model, self._step, self._table, cache, noise, previous=previous, trace=trace)
 
+    def infer(
+        self, inputs: ModelInputs, noise: Tensor, *, previous: PreviousChunk | None = None, spans: Spans | None = None
+    ) -> Tensor:
+        """See Backend.infer."""
+        return self.denoise(self.prefill(inputs, spans=spans), noise, previous=previous, spans=spans)
+
     def prompt_lengths(self, longest: int) -> tuple[int, ...]:
         """See Backend.prompt_lengths: one per program."""
         sizes = {bucket(length, smallest=self._smallest) for length in range(longest + 1)}

@@ -2,7 +2,8 @@
 
 Per shape bucket (batch, views, prompt bucket, pixel type, masked or not) there are graphs of the two stages that robots
 time apart, vision and prefix; per bucket, horizon and kind of chunking one of all denoise steps; and one of everything,
-`infer`, from pixels to actions. All share one memory pool, and run on one stream, one after the other.
+`infer`, from pixels to actions, in which the first denoise step runs behind the prefix (`wavefront`). All share one
+memory pool and run one after the other.
 
 What depends on the request is data in fixed buffers: pixels, tokens, masks, noise, the older chunk and its delay. What
 depends on nothing is made once: packed weights, the modulation of every step. Graphs are captured when a bucket is first
@@ -28,8 +29,10 @@ from ..ops.table import OpTable
 from ..precision.coverage import Coverage
 from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
 from .buffers import Bucket, FlowBuffers, InputBuffers, bucket_of, choose, flow_buffers, input_buffers
-from .loop import run_flow
+from .loop import Step, run_flow
 from .spans import Spans, span
+from .stage_events import StageEvents
+from .wavefront import Wavefront, behind_the_keys
 
 MAX_BUCKETS = 16
 MAX_POSITIONS = 4096  # rotary tables: views, prompt and actions together; a longer request computes its angles
@@ -80,6 +83,15 @@ class Captured:
         return self.result
 
 
+@dataclass(frozen=True)
+class Whole:
+    """The graph of everything, what it reads beside the inputs, and the events inside it."""
+
+    buffers: FlowBuffers
+    captured: Captured
+    events: StageEvents
+
+
 @dataclass
 class Slot:
     """Everything that belongs to one bucket."""
@@ -89,7 +101,7 @@ class Slot:
     vision: Captured | None = None
     prefix: Captured | None = None
     flows: dict[FlowKey, tuple[FlowBuffers, Captured]] = field(default_factory=dict)
-    whole: dict[int, tuple[FlowBuffers, Captured]] = field(default_factory=dict)
+    whole: dict[FlowKey, Whole] = field(default_factory=dict)
 
 
 class CudaGraphBackend:
@@ -101,8 +113,9 @@ class CudaGraphBackend:
     name = "cuda_graph"
 
     def __init__(
-        self, model: Pi, config: EngineConfig, *, ops: OpTable, coverage: dict[str, str] | None = None
-    ) -> None:
+        self, model: Pi, config: EngineConfig, *, ops: OpTable, coverage: dict[str, str] | None = None,
+        wavefront: bool = True,
+    ) -> None:  # fmt: skip
         self.model, self._step, self._coverage = model, config.prompt_bucket, {} if coverage is None else coverage
         model.ops = ops
         with torch.no_grad():
@@ -111,6 +124,9 @@ class CudaGraphBackend:
         self._slots: OrderedDict[Bucket, Slot] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
         self._captures = 0
+        # pi0 appends its state token to the keys of all layers when the last one is there: no layer is ready early
+        behind = wavefront and model.config.kind == "pi05"
+        self._wavefront = Wavefront(model.config.prefix.layers, model.device) if behind else None
 
     # --- Backend --------------------------------------------------------------------------------------------------
 
@@ -148,7 +164,7 @@ class CudaGraphBackend:
                     self.model, self.model.denoise_step, self._table, cache, noise, previous=previous, trace=trace
                 )
         slot = self._owner(cache)
-        key = (noise.shape[1], previous.mode if previous else "plain", previous.max_guidance if previous else 0.0)
+        key = _flow_key(noise, previous)
         if key not in slot.flows:
             buffers = self._flow_buffers(noise)
             buffers.fill(noise, previous)
@@ -161,28 +177,33 @@ class CudaGraphBackend:
         return actions.clone()
 
     @torch.no_grad()
-    def infer(self, inputs: ModelInputs, noise: Tensor) -> Tensor:
-        """From pixels to actions in one replay (no real-time chunking).  noise float32 [B, H, 32] -> [B, H, 32]."""
-        slot = self._slot(bucket_of(inputs, step=self._step))
+    def infer(
+        self, inputs: ModelInputs, noise: Tensor, *, previous: PreviousChunk | None = None, spans: Spans | None = None
+    ) -> Tensor:
+        """See Backend.infer: from pixels to actions in one replay."""
+        flow.committed_mask(previous, noise.shape[1], noise.device)  # refuses a delay outside the chunk
+        slot, key = self._slot(bucket_of(inputs, step=self._step)), _flow_key(noise, previous)
         slot.buffers.fill(inputs)
-        horizon = noise.shape[1]
-        if horizon not in slot.whole:
-            buffers = self._flow_buffers(noise)
-            slot.whole[horizon] = buffers, self._capture(lambda: self._everything(slot.buffers.inputs, buffers))
-        buffers, captured = slot.whole[horizon]
-        buffers.fill(noise, None)
-        actions: Tensor = captured.replay()
+        if key not in slot.whole:
+            buffers, events = self._flow_buffers(noise), StageEvents(self.model.device)
+            buffers.fill(noise, previous)
+            captured = self._capture(lambda: self._everything(slot.buffers.inputs, buffers, key, events))
+            slot.whole[key] = Whole(buffers, captured, events)
+        whole = slot.whole[key]
+        whole.buffers.fill(noise, previous)
+        actions: Tensor = whole.captured.replay()
+        whole.events.report(spans)
         return actions.clone()
 
     def graph_of(self, inputs: ModelInputs, noise: Tensor) -> Callable[[], Any]:
         """The bare replay behind `infer`, for measurements at the boundary B0; captures it if need be."""
         self.infer(inputs, noise)
-        return self._slot(bucket_of(inputs, step=self._step)).whole[noise.shape[1]][1].replay
+        return self._slot(bucket_of(inputs, step=self._step)).whole[_flow_key(noise, None)].captured.replay
 
     def warm_up(self, requests: list[tuple[ModelInputs, Tensor]]) -> None:
         """Capture the graphs of these requests' buckets before a robot waits for them."""
         for inputs, noise in requests:
-            self.denoise(self.prefill(inputs), noise)
+            self.infer(inputs, noise)
 
     def prompt_lengths(self, longest: int) -> tuple[int, ...]:
         """See Backend.prompt_lengths: one that does not fill each bucket, so that the graph with masks is captured."""
@@ -201,11 +222,14 @@ class CudaGraphBackend:
 
     # --- what the graphs contain ----------------------------------------------------------------------------------
 
-    def _prefix(self, inputs: ModelInputs, views: Tensor) -> tuple[Tensor, PrefixCache]:
+    def _prefix(
+        self, inputs: ModelInputs, views: Tensor, written: Callable[[int], None] | None = None
+    ) -> tuple[Tensor, PrefixCache]:
         embeds, mask = self.model.embed_prefix(inputs, views)
-        return embeds, self.model.prefill(embeds, mask, state=inputs.state, tables=self._tables(embeds.shape[1]))
+        tables = self._tables(embeds.shape[1])
+        return embeds, self.model.prefill(embeds, mask, state=inputs.state, tables=tables, written=written)
 
-    def _flow(self, cache: PrefixCache, buffers: FlowBuffers, key: FlowKey) -> Tensor:
+    def _flow(self, cache: PrefixCache, buffers: FlowBuffers, key: FlowKey, step: Step | None = None) -> Tensor:
         horizon, mode, max_guidance = key
         previous = committed = None
         if mode == "trained":
@@ -214,16 +238,28 @@ class CudaGraphBackend:
         elif mode == "guided":
             previous = PreviousChunk(buffers.older, 0, "guided", buffers.weights, max_guidance)
         return run_flow(
-            self.model, self.model.denoise_step, self._table, cache, buffers.noise,
+            self.model, step or self.model.denoise_step, self._table, cache, buffers.noise,
             previous=previous, committed=committed, trace=None, tables=self._tables(cache.k[0].shape[1] + horizon),
         )  # fmt: skip
 
     def _tables(self, positions: int) -> RopeTables | None:
         return self._rope if positions + 1 <= MAX_POSITIONS else None
 
-    def _everything(self, inputs: ModelInputs, buffers: FlowBuffers) -> Tensor:
-        _, cache = self._prefix(inputs, self.model.embed_views(inputs.images))
-        return self._flow(cache, buffers, (buffers.noise.shape[1], "plain", 0.0))
+    def _everything(self, inputs: ModelInputs, buffers: FlowBuffers, key: FlowKey, events: StageEvents) -> Tensor:
+        wavefront = self._wavefront
+        events.mark("start")
+        views = self.model.embed_views(inputs.images)
+        events.mark("vision")
+        cache = self._prefix(inputs, views, None if wavefront is None else wavefront.written)[1]
+        events.mark("prefix")
+        if wavefront is None:
+            actions = self._flow(cache, buffers, key)
+        else:
+            with wavefront.behind():
+                actions = self._flow(cache, buffers, key, behind_the_keys(self.model.denoise_step, wavefront))
+        events.mark("denoise")
+        events.join()
+        return actions
 
     # --- slots and captures -----------------------------------------------------------------------------------------
 
@@ -275,6 +311,10 @@ class CudaGraphBackend:
             ) from error
         self._captures += 1
         return Captured(graph, result)
+
+
+def _flow_key(noise: Tensor, previous: PreviousChunk | None) -> FlowKey:
+    return noise.shape[1], previous.mode if previous else "plain", previous.max_guidance if previous else 0.0
 
 
 def create(model: Pi, config: EngineConfig) -> CudaGraphBackend:

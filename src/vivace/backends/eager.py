@@ -52,6 +52,12 @@ class EagerBackend:
                 self.model, self.model.denoise_step, self._table, cache, noise, previous=previous, trace=trace
             )
 
+    def infer(
+        self, inputs: ModelInputs, noise: Tensor, *, previous: PreviousChunk | None = None, spans: Spans | None = None
+    ) -> Tensor:
+        """See Backend.infer."""
+        return self.denoise(self.prefill(inputs, spans=spans), noise, previous=previous, spans=spans)
+
     def prompt_lengths(self, longest: int) -> tuple[int, ...]:
         """See Backend.prompt_lengths: every length runs the same code."""
         return (longest,)

@@ -37,6 +37,10 @@ class Spans:
                 end.record()
                 self._events[name] = (begin, end)
 
+    def place(self, name: str, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        """A span that somebody else timed on the device; the events must not be recorded again before it is read."""
+        self._events[name] = (begin, end)
+
     def milliseconds(self) -> dict[str, float]:
         """Per span: device time where events were recorded (synchronises), host time otherwise."""
         if self._events:

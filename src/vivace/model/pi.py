@@ -15,7 +15,8 @@ q, k, v and gate, up are single matrices.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -25,7 +26,7 @@ from torch.nn import functional
 from ..config import ModelConfig
 from ..ops.layers import Linear, RmsNorm, Rope
 from ..ops.table import OpTable, reference_ops
-from ..types import ModelInputs, PrefixCache
+from ..types import ModelInputs, PrefixCache, Trace
 from . import flow, masks, transformer, vision
 
 
@@ -74,10 +75,14 @@ class RopeTables:
 
 @dataclass(frozen=True)
 class SuffixContext:
-    """What all denoise steps of one request share: rotary table of the suffix positions, visible keys."""
+    """What all denoise steps of one request share: rotary table of the suffix positions, visible keys.
+
+    await_keys  called with a layer's index before any of its operations; for callers that make the keys meanwhile
+    """
 
     rope: Rope
     mask: Tensor | None
+    await_keys: Callable[[int], None] | None = None
 
 
 class Expert(transformer.GemmaStack):
@@ -164,10 +169,12 @@ class Pi(nn.Module):
         *,
         state: Float[Tensor, "B A"] | None = None,
         tables: RopeTables | None = None,
+        written: Callable[[int], None] | None = None,
     ) -> PrefixCache:
         """Keys and values of every prefix layer; pi0 appends those of its state token.
 
-        embeds [B, S, D],  mask bool [B, S] or None,  state float32 [B, 32] (pi0),  tables from `rope_tables`
+        embeds [B, S, D],  mask bool [B, S] or None,  state float32 [B, 32] (pi0),  tables from `rope_tables`,
+        written  called with a layer's index when its keys and values (and, from layer 0 on, the mask) are there
         """
         stack, x = self.prefix, embeds.to(self.prefix_dtype)
         B, S = x.shape[:2]
@@ -176,6 +183,8 @@ class Pi(nn.Module):
         else:
             positions = masks.positions(mask, shape=(B, S), device=x.device)
             rope = self._rope(positions, stack, x.dtype, tables.prefix if tables is not None else None)
+        length = masks.lengths(mask, shape=(B, S), device=x.device)
+        written = written if written is not None else _ignore
         keys, values = [], []
         n = self.ops.rms_norm(x, stack.block(0).norm1, None, stack.block(0).qkv)
         for index in range(stack.config.layers - 1):
@@ -183,12 +192,13 @@ class Pi(nn.Module):
             q, k, v = self.ops.qkv_rope(n, block.qkv, rope, stack.heads)
             keys.append(k)
             values.append(v)
+            written(index)
             mixed = self.ops.attention(q, k, v, mask, None, block.o)
             x, n = transformer.finish(
                 block, x, mixed, self.ops, modulations=(None, None), following=(following.norm1, None, following.qkv)
             )
         k, v = self.ops.kv_rope(n, stack.block(stack.config.layers - 1).qkv, rope, stack.heads[1:])
-        length = masks.lengths(mask, shape=(B, S), device=x.device)
+        written(stack.config.layers - 1)
         cache = PrefixCache(k=(*keys, k), v=(*values, v), length=length, mask=mask)
         return cache if self.config.kind == "pi05" else self._append_state(cache, state, tables)
 
@@ -274,10 +284,58 @@ class Pi(nn.Module):
         self, x: Float[Tensor, "B H A"], condition: StepCondition, cache: PrefixCache, context: SuffixContext
     ) -> Float[Tensor, "B H A"]:
         """Velocity of the flow at x.  x float32 [B, H, 32] -> float32 [B, H, 32]."""
-        stack, tokens = self.expert, self.embed_suffix(x, condition)
-        n = self.ops.rms_norm(tokens, stack.block(0).norm1, condition.of(0), stack.block(0).qkv)
+        tokens, n = self._enter(x, condition)
+        return self.ops.linear(self._layers(tokens, n, condition, cache, context), self.action_out).float()
+
+    def denoise_chunk(
+        self,
+        x: Float[Tensor, "B H A"],
+        table: TimeTable,
+        cache: PrefixCache,
+        context: SuffixContext,
+        *,
+        trace: Trace | None = None,
+    ) -> Float[Tensor, "B H A"]:
+        """All Euler steps of `table`, as `flow.sample` over `denoise_step` makes them without an older chunk (pi0.5 only).
+
+        The end of a step and the beginning of the next are one operation here, which a kernel can take.
+        context.await_keys is for the first step: later ones find all keys.
+        """
+        dt, count, first = -1.0 / len(table.times), len(table.times), self.expert.block(0)
+        tokens, n = self._enter(x, table.at(0))
+        states, velocities = [x], []
+        for step in range(count):
+            n = self._layers(tokens, n, table.at(step), cache, context)
+            context = replace(context, await_keys=None)
+            if step + 1 < count:
+                velocity, x, tokens, n = self.ops.step_boundary(
+                    n, self.action_out, x, dt, self.action_in, first.norm1, table.at(step + 1).of(0), first.qkv
+                )
+            else:
+                velocity = self.ops.linear(n, self.action_out).float()
+                x = torch.add(x, velocity, alpha=dt)
+            velocities.append(velocity)
+            states.append(x)
+        if trace is not None:
+            trace.x += [state.clone() for state in states]
+            trace.velocity += [velocity.clone() for velocity in velocities]
+            trace.velocity_used += [velocity.clone() for velocity in velocities]
+        return x
+
+    def _enter(self, x: Tensor, condition: StepCondition) -> tuple[Tensor, Tensor]:
+        """Action tokens of noisy actions, and their first norm."""
+        tokens, first = self.embed_suffix(x, condition), self.expert.block(0)
+        return tokens, self.ops.rms_norm(tokens, first.norm1, condition.of(0), first.qkv)
+
+    def _layers(
+        self, tokens: Tensor, n: Tensor, condition: StepCondition, cache: PrefixCache, context: SuffixContext
+    ) -> Tensor:
+        """All blocks of the expert; returns the final norm, as `action_out` takes it."""
+        stack = self.expert
         for index in range(stack.config.layers):
             block = stack.block(index)
+            if context.await_keys is not None:
+                context.await_keys(index)
             q, k, v = self.ops.qkv_rope(n, block.qkv, context.rope, stack.heads)
             mixed = self.ops.attention(q, k, v, context.mask, (cache.k[index], cache.v[index]), block.o)
             tokens, n = transformer.finish(
@@ -285,7 +343,7 @@ class Pi(nn.Module):
                 modulations=(condition.of(2 * index), condition.of(2 * index + 1)),
                 following=self._after(index, condition),
             )  # fmt: skip
-        return self.ops.linear(n, self.action_out).float()
+        return n
 
     def _after(self, index: int, condition: StepCondition) -> tuple[RmsNorm, Tensor | None, Linear]:
         """The norm behind expert block `index`, its modulation and its reader: the next block's first, or the final one."""
@@ -294,3 +352,7 @@ class Pi(nn.Module):
             return self.expert.norm, modulation, self.action_out
         block = self.expert.block(index + 1)
         return block.norm1, modulation, block.qkv
+
+
+def _ignore(_layer: int) -> None:
+    """Nobody waits for single layers."""

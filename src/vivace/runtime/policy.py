@@ -163,10 +163,12 @@ class Policy:
         device = self.model.device
         previous = previous_chunk.checked(previous, shape=noise.shape, device=device)
         inputs = collate(rows, kind=self.model.config.kind, device=device)
-        cache = self.backend.prefill(inputs, trace=trace, spans=spans)
-        if trace is not None:
-            trace.cache, trace.prepared = cache, rows[0]
-        x = self.backend.denoise(cache, torch.from_numpy(noise).to(device), previous=previous, trace=trace, spans=spans)
+        start = torch.from_numpy(noise).to(device)
+        if trace is None:
+            x = self.backend.infer(inputs, start, previous=previous, spans=spans)
+        else:
+            trace.cache, trace.prepared = self.backend.prefill(inputs, trace=trace, spans=spans), rows[0]
+            x = self.backend.denoise(trace.cache, start, previous=previous, trace=trace, spans=spans)
         actions: NDArray[np.float32] = x.float().cpu().numpy()
         if not np.isfinite(actions).all():
             raise NumericsError(
