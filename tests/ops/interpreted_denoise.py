@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from tiny import build, random_tensors, tiny_config
 
 from vivace.backends import eager
+from vivace.backends.loop import run_flow
 from vivace.config import EngineConfig
-from vivace.ops import denoise, denoise_attention, denoise_gemm, denoise_norm, launch, reference
+from vivace.ops import denoise, denoise_attention, denoise_boundary, denoise_gemm, denoise_norm, launch, reference
 from vivace.ops.denoise import Tiles
 from vivace.ops.denoise_attention import AttentionTile
 from vivace.ops.denoise_gemm import Tile
@@ -68,8 +70,12 @@ def products():
         x, made = rand(M, K), layer(N, K)
         tile = Tile(16, 16, split_k=split)
         close(denoise_gemm.parts(x, made, tile).sum(0), reference.linear(x, made))
+        close(denoise_gemm.parts(x, made, replace(tile, ahead=True)).sum(0), reference.linear(x, made))
+        once = Tile(16, 32, split_k=-(-K // 32), ahead=True)  # one block each, nothing left for the loop
+        close(denoise_gemm.parts(x, made, once).sum(0), reference.linear(x, made))
         paired = layer(2 * N, K)
-        close(denoise_gemm.geglu(x, paired, layer(8, N), Tile(16, 32)), reference.geglu(x, paired, layer(8, N)))
+        for cut in (Tile(16, 32), Tile(16, 32, ahead=True), Tile(16, 128, ahead=True)):
+            close(denoise_gemm.geglu(x, paired, layer(8, N), cut), reference.geglu(x, paired, layer(8, N)))
         quantised = quantise_layer(made, amax=float(x.abs().max()))
         x8 = reference.hand_over(x, quantised)
         close(denoise_gemm.parts(x8, quantised, tile).sum(0), reference.linear(x, quantised))
@@ -80,7 +86,8 @@ def products():
         made, x, rope = layer((N + 2 * K) * head_dim, D), rand(2, 5, D), tables(5, head_dim // 2)
         flat = (rope[0].flatten(0, 1), rope[1].flatten(0, 1))
         wanted = torch.cat([part.flatten(2) for part in reference.qkv_rope(x, made, rope, heads)], -1)
-        close(denoise_gemm.qkv(x.flatten(0, 1), made, flat, heads, Tile(8, 16)), wanted.flatten(0, 1))
+        for cut in (Tile(8, 16), Tile(8, 16, ahead=True)):
+            close(denoise_gemm.qkv(x.flatten(0, 1), made, flat, heads, cut), wanted.flatten(0, 1))
     for out, inside in [(32, 100), (100, 32), (7, 16)]:
         made, x = layer(out, inside, bias=True), rand(6, inside)
         close(denoise_gemm.narrow(x, made), reference.linear(x, made))
@@ -105,6 +112,23 @@ def norms():
         small = quantise_layer(into, amax=1.0)  # saturates: the largest values must stay 448, not become NaN
         _, out = denoise_norm.sum_norm(None, residual * 9, None, plain, None, small)
         neighbours(out, reference.rms_norm(residual[None] * 9, plain, None, small)[0])
+
+
+def boundary():
+    for M, D, A, rows in [(7, 48, 32, 1), (6, 33, 5, 6), (3, 64, 16, 1)]:
+        n, x, modulation = rand(1, M, D), rand(1, M, A), rand(rows, 3 * D)
+        leave, enter = layer(A, D, bias=True), layer(D, A, bias=rows == 1)
+        norm, into = RmsNorm(D, name="n", modulated=True), layer(8, D)
+        plain = RmsNorm(D, name="n").requires_grad_(False)
+        plain.weight.data = rand(D)
+        for how in ((norm, modulation), (plain, None)):
+            got = denoise_boundary.step_boundary(n[0], leave, x[0], -0.1, enter, *how, into)
+            wanted = reference.step_boundary(n, leave, x, -0.1, enter, *how, into)
+            for one, other in zip(got, wanted, strict=True):
+                close(one, other[0])
+        small = quantise_layer(into, amax=2.0)
+        got = denoise_boundary.step_boundary(n[0], leave, x[0], -0.1, enter, norm, modulation, small)[3]
+        neighbours(got, reference.step_boundary(n, leave, x, -0.1, enter, norm, modulation, small)[3][0])
 
 
 def attention():
@@ -150,8 +174,15 @@ def policy():
             for ops in (reference_ops(), kernels):
                 model.ops = ops
                 backend = eager.create(model, EngineConfig(num_denoise_steps=1))
-                answers.append(backend.denoise(backend.prefill(inputs), noise))
+                cache = backend.prefill(inputs)
+                answers.append(backend.denoise(cache, noise))
             close(answers[1], answers[0], 1e-5)
+            with torch.no_grad():
+                two = model.time_table(2)
+                chunk = run_flow(model, None, two, cache, noise, previous=None, trace=None)
+                steps = run_flow(model, model.denoise_step, two, cache, noise, previous=None, trace=None)
+            close(chunk, steps, 1e-5)
+            assert (("action_out", "step_boundary", "triton") in ran) == (kind == "pi05")
         layers = {layer for layer, operation, _ in ran if operation in ("qkv_rope", "geglu", "linear_residual_norm")}
         parts = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
         assert {f"expert.layers.{i}.{part}" for i in range(3) for part in parts} <= layers
@@ -167,7 +198,7 @@ def poison():
 
     torch.empty = poisoned
     try:
-        products(), norms(), attention()
+        products(), norms(), attention(), boundary()
     finally:
         torch.empty = empty
 
@@ -175,5 +206,6 @@ def poison():
 if __name__ == "__main__":
     assert launch.INTERPRET, "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
-    {"products": products, "norms": norms, "attention": attention, "policy": policy, "poison": poison}[sys.argv[1]]()
+    groups = {"products": products, "norms": norms, "attention": attention, "boundary": boundary}
+    {**groups, "policy": policy, "poison": poison}[sys.argv[1]]()
     print(f"checked {COUNT[0]} comparisons")

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import denoise_attention, denoise_gemm, denoise_norm
+from . import denoise_attention, denoise_boundary, denoise_gemm, denoise_norm, launch
 from .denoise_attention import AttentionTile
 from .denoise_gemm import Tile
-from .layers import Fp8Linear, LayerNorm, RmsNorm
+from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
 from .table import AnyLinear, AnyNorm, OpTable, Table
 
 MAX_ROWS = 128
@@ -35,9 +35,11 @@ class Tiles:
     gate_up: Tile
     down: Tile
     attention: AttentionTile
+    attention_short: AttentionTile | None = None  # for at most MIN_MID_KEYS cached keys, where it differs
     attention_mid: AttentionTile | None = None  # for MIN_MID_KEYS to MAX_MID_KEYS cached keys, where it differs
     norm_warps: int = 8
-    norm_early: bool = True
+    norm_early: int = launch.EARLY
+    boundary_warps: int = 16
 
 
 # (rows at most, E4M3?) -> tiles, chosen on an H100 at 10 rows over 560 keys and 50 rows over 968 (docs/log.md 2026-11-24);
@@ -167,14 +169,34 @@ class Denoise:
         if past is None or rows > MAX_ROWS:
             return self.base.attention(q, k, v, mask, past, into)
         chosen = self._chosen(rows, into, into.name, "attention")
-        mid = chosen.attention_mid if MIN_MID_KEYS < past[0].shape[1] <= MAX_MID_KEYS else None
-        return denoise_attention.attention(q, k, v, mask, past, into, mid or chosen.attention)
+        return denoise_attention.attention(q, k, v, mask, past, into, _attention_tile(chosen, past[0].shape[1]))
+
+    def step_boundary(
+        self, n: Tensor, action_out: Linear, x: Tensor, dt: float, action_in: Linear, norm: RmsNorm,
+        modulation: Tensor | None, into: AnyLinear,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """`reference.step_boundary`."""
+        out, inside = action_out.weight.shape
+        if not _small(n) or out > 64 or inside > 2048 or not x.is_contiguous():
+            return self.base.step_boundary(n, action_out, x, dt, action_in, norm, modulation, into)
+        warps = self._chosen(_rows(n), into, action_out.name, "step_boundary").boundary_warps
+        made = denoise_boundary.step_boundary(
+            _flat(n), action_out, _flat(x), dt, action_in, norm, modulation, into, warps=warps
+        )
+        velocity, moved, tokens, normed = (one.view(*n.shape[:-1], -1) for one in made)
+        return velocity, moved, tokens, normed
 
     def _chosen(self, rows: int, layer: AnyLinear, name: str, operation: str) -> Tiles:
         """The cuts for this call, which is noted for coverage."""
         if self.record is not None:
             self.record(name, operation, "triton")
         return self.tiles if self.tiles is not None else tiles_for(rows, layer)
+
+
+def _attention_tile(tiles: Tiles, cached_keys: int) -> AttentionTile:
+    if cached_keys <= MIN_MID_KEYS:
+        return tiles.attention_short or tiles.attention
+    return (tiles.attention_mid if cached_keys <= MAX_MID_KEYS else None) or tiles.attention
 
 
 def denoise_ops(base: OpTable, tiles: Tiles | None = None, *, record: Recorder | None = None) -> OpTable:
@@ -188,6 +210,7 @@ def denoise_ops(base: OpTable, tiles: Tiles | None = None, *, record: Recorder |
         geglu=ops.geglu,
         qkv_rope=ops.qkv_rope,
         attention=ops.attention,
+        step_boundary=ops.step_boundary,
     )
 
 

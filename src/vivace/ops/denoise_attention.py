@@ -34,7 +34,7 @@ class AttentionTile:
     combine_warps: int = 4
     parts: torch.dtype = torch.float32
     early: bool = False
-    combine_early: bool = False
+    combine_early: int = launch.LATE
 
 
 @triton.jit(do_not_specialize=["S", "T"])
@@ -105,8 +105,10 @@ def _combine_kernel(
     inside = rows < T * GROUP
     first = which * BLOCKS * (T * GROUP) + rows
     if PDL:
+        if EARLY == 2:
+            gdc_launch_dependents()
         gdc_wait()
-        if EARLY:
+        if EARLY == 1:
             gdc_launch_dependents()
     top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     for block in tl.static_range(BLOCKS):

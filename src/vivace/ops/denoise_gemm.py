@@ -35,6 +35,7 @@ class Tile:
     split_k  programs that share an output tile; part only
     early    the successor may launch before the main loop, see `ops.launch`
     bulk     operands arrive through tensor descriptors (the bulk copy engine) instead of per-thread copies
+    ahead    the first block of weights is loaded into registers before the wait, while the predecessor still runs
     """
 
     block_n: int
@@ -44,6 +45,7 @@ class Tile:
     stages: int = 4
     bulk: bool = False
     early: bool = False
+    ahead: bool = False
 
 
 @triton.jit
@@ -59,6 +61,17 @@ def _operand(
         if not EVEN:
             inside = inside & (c < columns)[None, :]
         block = tl.load(source + r[:, None] * columns + c[None, :], mask=inside, other=0.0)
+    return block
+
+
+@triton.jit
+def _later(block, M):
+    """The block itself. M > 0 always holds, but the compiler does not know: it waits for the load here, not where it begins."""
+    if block.dtype.primitive_bitwidth == 8:
+        bits = block.to(tl.int8, bitcast=True)
+        block = tl.where(M > 0, bits, tl.zeros_like(bits)).to(block.dtype, bitcast=True)
+    else:
+        block = tl.where(M > 0, block, tl.zeros_like(block))
     return block
 
 
@@ -88,7 +101,7 @@ def hand_over(y, out, out_scale):
 def _product_kernel(
     x, weight, out, channel_scale, input_scale, out_scale, cos, sin, table_rows, M, N, K,
     MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
-    HALF: tl.constexpr, ROTATED: tl.constexpr, BULK: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
+    HALF: tl.constexpr, ROTATED: tl.constexpr, BULK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
     PDL: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (column tiles, split_k, row tiles). weight [N, K], geglu N = 2F; HALF = head_dim/2; ROTATED heads turn."""
@@ -102,18 +115,32 @@ def _product_kernel(
     rows, columns = row + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    weights_bulk: tl.constexpr = BULK and AHEAD == 0
+    start = split * STEPS * BLOCK_K
+    if AHEAD:
+        w_ahead = _operand(weight, first, start, N, K, False, EVEN, BLOCK_N, BLOCK_K)
+        if MODE != "part":
+            w2_ahead = _operand(weight, second, start, N, K, False, EVEN, BLOCK_N, BLOCK_K)
     if PDL:
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
-    for step in tl.range(0, STEPS):
-        at = (split * STEPS + step) * BLOCK_K
+    if AHEAD:
+        x_ahead = _operand(x, row, start, M, K, BULK, EVEN, BLOCK_M, BLOCK_K)
+    for step in tl.range(AHEAD, STEPS):
+        at = start + step * BLOCK_K
         block = _operand(x, row, at, M, K, BULK, EVEN, BLOCK_M, BLOCK_K)
-        w = _operand(weight, first, at, N, K, BULK, EVEN, BLOCK_N, BLOCK_K)
+        w = _operand(weight, first, at, N, K, weights_bulk, EVEN, BLOCK_N, BLOCK_K)
         acc = _accumulate(block, w, acc, INTERPRET)
         if MODE != "part":
-            w2 = _operand(weight, second, at, N, K, BULK, EVEN, BLOCK_N, BLOCK_K)
+            w2 = _operand(weight, second, at, N, K, weights_bulk, EVEN, BLOCK_N, BLOCK_K)
             acc2 = _accumulate(block, w2, acc2, INTERPRET)
+    if AHEAD:
+        if STEPS > AHEAD and not BULK:
+            x_ahead = _later(x_ahead, M)
+        acc = _accumulate(x_ahead, _later(w_ahead, M), acc, INTERPRET)
+        if MODE != "part":
+            acc2 = _accumulate(x_ahead, _later(w2_ahead, M), acc2, INTERPRET)
     if PDL and not EARLY:
         gdc_launch_dependents()
     acc = _scaled(acc, channel_scale, input_scale, columns, N)
@@ -162,9 +189,10 @@ def _product(
     quantised = isinstance(layer, Fp8Linear)
     defaults = {"out_scale": None, "cos": None, "sin": None, "table_rows": 1, "HALF": 1, "ROTATED": 0}
     _product_kernel[(tiles_n, tile.split_k, triton.cdiv(M, BM))](
-        _source(x, [BM, tile.block_k], bulk), _source(layer.weight.data, [tile.block_n, tile.block_k], bulk), out,
+        _source(x, [BM, tile.block_k], bulk),
+        _source(layer.weight.data, [tile.block_n, tile.block_k], bulk and not tile.ahead), out,
         layer.weight_scale if quantised else None, layer.input_scale if quantised else None,
-        M=M, N=N, K=K, MODE=mode, BLOCK_M=BM, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEPS=steps, BULK=bulk,
+        M=M, N=N, K=K, MODE=mode, BLOCK_M=BM, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEPS=steps, BULK=bulk, AHEAD=int(tile.ahead),
         EVEN=N % tile.block_n == 0 and K % (tile.block_k * tile.split_k) == 0, EVEN_N=N % (2 * tile.block_n) == 0,
         **{**defaults, **more}, **launch.options(x, warps=tile.warps, stages=tile.stages, early=tile.early),
     )  # fmt: skip

@@ -37,8 +37,10 @@ def _norm_kernel(
     if gate is not None:
         opening = tl.load(gate + table * gate_stride + d, mask=inside, other=0.0).to(tl.float32)
     if PDL:
+        if EARLY == 2:
+            gdc_launch_dependents()
         gdc_wait()
-        if EARLY:
+        if EARLY == 1:
             gdc_launch_dependents()
     y = tl.load(residual + row * D + d, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
@@ -62,7 +64,7 @@ def sum_norm(
     into: Linear | Fp8Linear,
     *,
     warps: int = 4,
-    early: bool = False,
+    early: int = launch.LATE,
 ) -> tuple[Tensor, Tensor]:
     """s = residual + gate * (parts[0] + parts[1] + ...), and norm(s) as `into` takes it.
 

@@ -5,8 +5,10 @@ correct, which every kernel of a chain obeys:
 
 * before `gdc_wait` only constants are read, or data that was complete before the predecessor began;
 * every kernel waits, also one that reads nothing of its predecessor, else the chain behind it breaks;
-* `gdc_launch_dependents` comes after the own wait. Where the successor is heavy it comes after the main loop too, because
-  an early successor takes shared memory and issue slots from its predecessor; where it is light, right away (EARLY).
+* `gdc_launch_dependents` comes after the own wait, as a rule. Where the successor is heavy it comes after the main loop too, because
+  an early successor takes shared memory and issue slots from its predecessor; where it is light, right away (EARLY);
+* before the own wait (FIRST) only where the successor reads nothing but weights before its own wait: then it may begin
+  while the predecessor's predecessor still runs. It waits for its predecessor, which waited for all before it.
 
 Triton's interpreter (CPU, tests) knows neither the wait nor the launch option, and multiplies the raw bits of 16-bit
 operands in a dot; kernels take PDL and INTERPRET as compile-time switches for that.
@@ -21,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+LATE, EARLY, FIRST = 0, 1, 2  # when a kernel lets its successor launch; True is EARLY
 INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 
 
@@ -34,10 +37,10 @@ def programmatic(x: Tensor) -> bool:
     return x.is_cuda and not INTERPRET and _programmatic(x.device.index)
 
 
-def options(x: Tensor, *, warps: int, stages: int = 1, early: bool = False) -> dict[str, Any]:
+def options(x: Tensor, *, warps: int, stages: int = 1, early: int = LATE) -> dict[str, Any]:
     """Launch keywords of one kernel; `PDL`, `EARLY` and `INTERPRET` are its compile-time switches."""
     if INTERPRET:
-        return {"PDL": False, "EARLY": False, "INTERPRET": True}
+        return {"PDL": False, "EARLY": LATE, "INTERPRET": True}
     pdl = programmatic(x)
     more = {"launch_pdl": True} if pdl else {}
-    return {"num_warps": warps, "num_stages": stages, "PDL": pdl, "EARLY": early, "INTERPRET": False, **more}
+    return {"num_warps": warps, "num_stages": stages, "PDL": pdl, "EARLY": int(early), "INTERPRET": False, **more}

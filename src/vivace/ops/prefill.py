@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ShapeError, Unsupported
-from . import prefill_attention, prefill_patches, prefill_pointwise
+from . import prefill_attention, prefill_patches, prefill_pointwise, reference
 from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
 from .prefill_gemm import Rotation, gemm
 from .prefill_limits import why_not
@@ -357,6 +357,7 @@ def table_of(ops: Prefill) -> OpTable:
         kv_rope=ops.kv_rope,
         attention=ops.attention,
         vision_attention=ops.vision_attention,
+        step_boundary=reference.step_boundary,
     )
 
 

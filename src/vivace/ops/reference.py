@@ -194,3 +194,26 @@ def vision_attention(qkv: Tensor, num_heads: int, into: Linear | Fp8Linear) -> T
     """Full self-attention of one view.  qkv [V, T, 3D] = q | k | v -> [V, T, D]; torch's own SDPA, as the originals use."""
     q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
     return hand_over(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), into)
+
+
+def step_boundary(
+    n: Float[Tensor, "B T D"],
+    action_out: Linear,
+    x: Float[Tensor, "B T A"],
+    dt: float,
+    action_in: Linear,
+    norm: RmsNorm,
+    modulation: Tensor | None,
+    into: Linear | Fp8Linear,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The end of one Euler step and the beginning of the next: v = action_out(n), x' = x + dt v, tokens = action_in(x').
+
+    n           [B, T, D], the final norm as `action_out` takes it
+    x           float32 [B, T, 32], the noisy actions of this step
+    modulation  of the first norm in the next step, as in `rms_norm`
+    returns     v and x' float32 [B, T, 32], tokens [B, T, D] in into.dtype, norm(tokens) as `into` takes it
+    """
+    velocity = linear(n, action_out).float()
+    moved = torch.add(x, velocity, alpha=dt)
+    tokens = linear(moved.to(action_in.dtype), action_in).to(into.dtype)
+    return velocity, moved, tokens, rms_norm(tokens, norm, modulation, into)

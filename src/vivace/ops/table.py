@@ -40,6 +40,9 @@ class OpTable:
     kv_rope: Callable[[Tensor, AnyLinear, Table, tuple[int, int]], tuple[Tensor, Tensor]]
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, Table | None, AnyLinear], Tensor]
     vision_attention: Callable[[Tensor, int, AnyLinear], Tensor]
+    step_boundary: Callable[
+        [Tensor, Linear, Tensor, float, Linear, RmsNorm, Tensor | None, AnyLinear], tuple[Tensor, Tensor, Tensor, Tensor]
+    ]
 
 
 def reference_ops() -> OpTable:
@@ -56,4 +59,5 @@ def reference_ops() -> OpTable:
         kv_rope=reference.kv_rope,
         attention=reference.attention,
         vision_attention=reference.vision_attention,
+        step_boundary=reference.step_boundary,
     )

@@ -36,7 +36,7 @@ from ..ops.table import OpTable
 from .plan import PrecisionPlan
 
 HALF_STEP = 2.0**-10 / E4M3_MAX  # of a range: E4M3's smallest number is 2^-9 scales
-READERS = ("linear", "linear_gelu", "linear_residual_norm", "geglu", "qkv_rope", "kv_rope")
+READERS = ("linear", "linear_gelu", "linear_residual_norm", "geglu", "qkv_rope", "kv_rope", "step_boundary")
 BINS = 1 << 15
 
 

@@ -27,7 +27,7 @@ from ..ops.table import OpTable
 from .plan import PrecisionPlan
 
 IN_THE_LOOP = ("expert.layers.", "expert.norm", "action_")
-LINEARS = ("patch_embed", "linear", "linear_gelu", "linear_residual_norm", "geglu", "qkv_rope", "kv_rope")
+LINEARS = ("patch_embed", "linear", "linear_gelu", "linear_residual_norm", "geglu", "qkv_rope", "kv_rope", "step_boundary")
 NORMS = ("layer_norm", "rms_norm")
 E4M3 = "e4m3"
 
