@@ -109,6 +109,7 @@ def measure(
     device: DeviceTimer | None = None,
     clock: Clock = time.perf_counter,
     progress: Progress | None = None,
+    fewer: Mapping[str, int] | None = None,
 ) -> dict[str, EngineTimes]:
     """Time several engines on the same work, interleaved.
 
@@ -122,6 +123,7 @@ def measure(
         device: a timer on the accelerator; None = host clock only.
         clock: seconds; replaced in tests.
         progress: called after each call with the engine and whether it was a sample (False: warm-up).
+        fewer: {engine: samples} of engines too slow for every round; their calls are spread evenly over the rounds.
 
     Raises:
         ConfigError: no engine, or fewer than one sample.
@@ -135,10 +137,13 @@ def measure(
     times = {name: _warm(name, fn, warmup or WarmUp(), refcheck, device, clock, tell) for name, fn in fns.items()}
     order = random.Random(seed)
     names = list(fns)
+    wanted = {name: min(samples, (fewer or {}).get(name, samples)) for name in names}
     with _no_gc():
-        for _ in range(samples):
+        for turn in range(samples):
             order.shuffle(names)
             for name in names:
+                if (turn + 1) * wanted[name] // samples == turn * wanted[name] // samples:
+                    continue
                 _sample(times[name], fns[name], stages, device, clock)
                 tell(name, sampling=True)
     return times

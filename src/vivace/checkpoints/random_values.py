@@ -28,7 +28,7 @@ def random_blocks(name: str, shape: tuple[int, ...], *, seed: int, outliers: int
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     row = math.prod(shape[1:])
     rows = max(1, BLOCK_VALUES // row)
-    center, scale = _distribution(name, shape)
+    center, scale = distribution(name, shape)
     loud = outlier_channels(name, shape[0], seed=seed, outliers=outliers)
     for start in range(0, shape[0], rows):
         count = min(rows, shape[0] - start)
@@ -54,7 +54,7 @@ def outlier_channels(name: str, width: int, *, seed: int, outliers: int) -> np.n
     return np.sort(generator.choice(width, size=min(outliers, width), replace=False))
 
 
-def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and standard deviation."""
     if name.startswith("vision.") and "norm" in name and name.endswith("weight"):
         return 1.0, 0.1

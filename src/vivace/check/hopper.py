@@ -1,0 +1,205 @@
+"""`vivace bench --preset hopper`: the whole policy at full size with random weights, timed, proven and weighed in one run.
+
+Needs no checkpoint and none of the command line's own packages: `python -m vivace.check.hopper --out FILE` does the same.
+
+The file (kind "hopper") is written after every row, so what was measured survives an interrupt:
+
+    setup       how weights, requests and ranges were made; seed; calls
+    ceilings    {"reached": rates that torch reaches here on large work, "published": the datasheet's}
+    rows[]      setting, engine, precision, boundary B0|B1|B2, batch, steps, calls, latency {p50_ms, p95_ms, p99_ms, max_ms,
+                min_ms, mean_ms, samples}, clock, bit_identical {same, of}; at B0 also stages_ms and rates per stage {tflop,
+                gb, fp8_share, tflop_s, gb_s, floor_ms, of_floor}; rivals: ours_in_the_same_rounds {engine: {p50_ms, ratio}}
+    accuracy[]  setting, engine, precision, observations, noise_draws, cosine_mean, cosine_worst, rel_l2, rel_l2_worst,
+                plain_bfloat16 {the same four of plain PyTorch in bfloat16}
+    proof[]     setting, engine, fresh {change: the actions changed}, fresh_policy, poisoned {bytes, replays, same}, passed
+    memory[]    engine, weights_bytes, kv_bytes, peak_serving_bytes, peak_start_bytes, reserved_bytes, ratio
+    soak[]      setting, engine, calls, latency, p50_of_tenths_ms, allocated_growth_bytes, same_bits
+    start[]     caches cold|warm, imported_s, weights_s, first_action_s, every_bucket_s: seconds after the process began
+    not_run[]   phase, what, why        phase_seconds   missed[]: every "must" that is not met        passed
+
+Rows carry targets[]: {what, got, rule, must, stretch, must_met, stretch_met}. `check.targets` says where they come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.sizes import network
+from ..errors import ConfigError
+from ..precision import calibrate
+from ..precision import plan as plans
+from . import environment, hopper_machine, hopper_proof, hopper_rows
+from .gpus import match_gpu
+from .hopper_engines import CONFIG, model_inputs, plans_of, ranges_of
+from .hopper_phases import PHASES, Options, Run, noise
+from .hopper_robot import Scenes, request, toy_tokenizer
+from .hopper_weights import DESCRIPTION, load, random_checkpoint
+from .results import result
+from .targets import SIZES, parse_size
+
+PLANS = ("bf16", "fp8-mlp", "fp8-full", "fp8-prefix+vision", "fp8-all")
+NUMBERS = (
+    "calls", "host_calls", "rival_calls", "soak_calls", "observations", "draws", "calibration", "seed", "outliers",
+)  # fmt: skip
+NEEDS_GPU = ("rivals", "soak", "memory", "start")
+
+
+def run(
+    options: Options, *, phases: Sequence[str] = tuple(PHASES), size: str = "full", device: str = "cuda",
+    tell: Callable[[str], None] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure, write `options.out` after every row, and return the document.
+
+    Raises ConfigError for an unknown phase, plan or network size, and where there is no such device.
+    """
+    if unknown := sorted(set(phases) - set(PHASES)):
+        raise ConfigError("unknown phase", got=", ".join(unknown), wanted=f"some of {list(PHASES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("this preset needs an NVIDIA GPU", got="no CUDA device", do="run it on the GPU machine")
+    with torch.no_grad():
+        made = _prepared(options, size=size, device=torch.device(device), tell=tell)
+        for name in (name for name in PHASES if name in phases):
+            if name in NEEDS_GPU and device == "cpu":
+                made.skip(name, "all", "needs a GPU")
+                continue
+            PHASES[name](made)
+            tell(f"-- {name} done, {made.left_s:.0f} s left")
+    made.document["state_after"] = environment.snapshot()
+    made.write()
+    return made.document
+
+
+def _prepared(options: Options, *, size: str, device: torch.device, tell: Callable[[str], None]) -> Run:
+    """Weights, plans with ranges, float32 truth and plain bfloat16 of every setting."""
+    begin, config = time.perf_counter(), network(size, "pi05", horizon=options.sizes[0].horizon)  # type: ignore[arg-type]
+    checkpoint = random_checkpoint(config, seed=options.seed, outliers=options.outliers)
+    count = options.calibration + options.observations
+    made = Run(
+        options=options, config=config, device=device, checkpoint=checkpoint,
+        network=load(checkpoint, device=device, precision="bfloat16"), tokenizer=toy_tokenizer(config.vocab_size),
+        scenes=Scenes.make(count, views=3, image_size=config.vision.image_size, seed=options.seed),
+        document=_envelope(options, size, device), begin=begin, tell=tell,
+    )  # fmt: skip
+    tell(f"weights and scenes: {time.perf_counter() - begin:.0f} s")
+    made.plans = _plans(made)
+    tell(f"ranges: {time.perf_counter() - begin:.0f} s")
+    _truth(made)
+    tell(f"float32 and plain bfloat16 actions of {len(options.sizes)} settings: {time.perf_counter() - begin:.0f} s")
+    made.document["phase_seconds"] = {"setup": round(time.perf_counter() - begin, 1)}
+    made.write()
+    return made
+
+
+def _envelope(options: Options, size: str, device: torch.device) -> dict[str, Any]:
+    ceilings = hopper_machine.ceilings(device)
+    gpu = match_gpu(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+    body = {
+        "preset": "hopper",
+        "setup": {
+            "network": f"pi05 {size}", "weights": f"{DESCRIPTION}; {options.outliers} channels, seed {options.seed}",
+            "engine": {"num_denoise_steps": CONFIG.steps, "prompt_bucket": CONFIG.prompt_bucket}, "batch": 1,
+            "requests": "made-up scenes of 224 x 224 uint8, state of 7, prompt of exactly the setting's tokens",
+            "ranges": f"amax over {options.calibration} observations that no accuracy row uses",
+            "calls": {"B0": options.calls, "B1": options.host_calls, "rivals": options.rival_calls},
+            "method": "rounds over engines in random order; garbage collected before the samples, off while they are taken",
+        },
+        "ceilings": ceilings, "published": hopper_rows.published(gpu), "state_before": environment.snapshot(),
+        "rows": [], "accuracy": [], "not_run": [],
+    }  # fmt: skip
+    return result("hopper", body, environment=environment.collect())
+
+
+def _plans(made: Run) -> list[Any]:
+    """None for bfloat16, presets with measured ranges, and plans from files (ranges added where a file has none)."""
+    options = made.options
+    ranges = ranges_of(made.base(), _calibration(made))
+    wanted = [name for name in options.plans if name != "bf16"]
+    found: list[Any] = [None] if "bf16" in options.plans else []
+    found += plans_of(wanted, ranges, data="synthetic: full-size benchmark")
+    for path in options.plan_files:
+        plan = replace(plans.read(path), name=path.stem)
+        found.append(plan if plan.amax else calibrate.with_ranges(plan, ranges, data="synthetic: full-size benchmark"))
+    return found
+
+
+def _calibration(made: Run) -> list[Any]:
+    """Observations for the ranges: every setting in turn, none of those that accuracy is measured on."""
+    o, found = made.options, []
+    for index in range(o.calibration):
+        size = o.sizes[index % len(o.sizes)]
+        pipe = made.pipe(size)
+        one = model_inputs(pipe, request(pipe, size, made.scenes, index, seed=o.seed), device=made.device)
+        found.append((one, noise((1, size.horizon, 32), seed=1000 + index, device=made.device)))
+    return found
+
+
+def _truth(made: Run) -> None:
+    """Float32 actions first, then the float32 network is let go; it must not count in any engine's memory."""
+    wide = load(made.checkpoint, device=made.device, precision="float32")
+    for size in made.options.sizes:
+        made.truth[size.name] = hopper_proof.reference(wide, made.held_out(size))
+    del wide
+    for size in made.options.sizes:
+        made.plain[size.name] = hopper_proof.reference(made.base(), made.held_out(size))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `python -m vivace.check.hopper`."""
+    made = argparse.ArgumentParser(description="Full-size pi0.5 with random weights: speed, accuracy, memory, start.")
+    made.add_argument("--out", type=Path, required=True, help="the result")
+    made.add_argument("--settings", default=";".join(SIZES), help="VIEWS,TOKENS,CHUNK separated by ;")
+    made.add_argument("--plans", default=",".join(PLANS), help="bf16, presets, and files of plans, by commas")
+    made.add_argument("--headline", default="fp8-all", help="the FP8 plan that gets all calls in every setting")
+    made.add_argument("--phases", default=",".join(PHASES))
+    made.add_argument("--seconds", type=float, default=Options.seconds, help="what would begin later is not run")
+    made.add_argument("--network", default="full", help="a size of make-checkpoint")
+    made.add_argument("--device", default="cuda")
+    for name in (
+        "calls",
+        "host_calls",
+        "rival_calls",
+        "soak_calls",
+        "observations",
+        "draws",
+        "calibration",
+        "seed",
+        "outliers",
+    ):
+        made.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Options, name))
+    return made
+
+
+def options_of(given: argparse.Namespace) -> Options:
+    """The record behind a command line."""
+    named = [text for text in given.plans.split(",") if text]
+    return Options(
+        out=given.out, sizes=tuple(parse_size(text) for text in given.settings.split(";")),
+        plans=tuple(name for name in named if name in plans.PRESETS),
+        plan_files=tuple(Path(name) for name in named if name not in plans.PRESETS), headline=given.headline,
+        calls=given.calls, host_calls=given.host_calls, rival_calls=given.rival_calls, soak_calls=given.soak_calls,
+        observations=given.observations, draws=given.draws, calibration=given.calibration, seed=given.seed,
+        outliers=given.outliers, seconds=given.seconds,
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if everything ran and every must is met."""
+    given = parser().parse_args(arguments)
+    document = run(
+        options_of(given), phases=given.phases.split(","), size=given.network, device=given.device,
+        tell=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    for line in document["missed"]:
+        print(f"MISSED {line}")
+    return 0 if document["passed"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

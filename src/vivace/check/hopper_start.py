@@ -1,0 +1,47 @@
+"""The process whose start is measured: `python -m vivace.check.hopper_start SETTING SEED OUTLIERS [PLAN]`.
+
+Draws the network on the GPU, quantises it, captures the setting's graphs, answers one request, then captures every bucket
+that a prompt of up to 200 tokens can fall into. Prints when each was done, in seconds since 1970.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ..config import EngineConfig, ModelConfig
+from ..precision import plan as plans
+from .hopper_engines import OURS, make, policy_of
+from .hopper_robot import Scenes, pipeline, request, toy_tokenizer
+from .hopper_weights import load, random_checkpoint
+from .targets import parse_size
+
+LONGEST_PROMPT = 200
+
+
+def main(arguments: list[str]) -> None:
+    """See the module."""
+    imported = time.time()
+    size, seed, outliers = parse_size(arguments[0]), int(arguments[1]), int(arguments[2])
+    plan = plans.read(Path(arguments[3])) if len(arguments) > 3 else None
+    config = ModelConfig()
+    checkpoint = random_checkpoint(config, seed=seed, outliers=outliers)
+    network = load(checkpoint, device=torch.device("cuda"), precision="bfloat16")
+    torch.cuda.synchronize()
+    loaded = time.time()
+    engine = make(OURS, network, plan=plan, config=EngineConfig(num_denoise_steps=10), in_place=True)
+    pipe = pipeline(size, config, toy_tokenizer(config.vocab_size))
+    policy = policy_of(engine, size, pipe, checkpoint)
+    policy.infer(request(pipe, size, Scenes.make(1, views=3, image_size=config.vision.image_size, seed=seed), 0))
+    first = time.time()
+    policy.warmup(engine.backend.prompt_lengths(LONGEST_PROMPT))
+    said = {"imported_s": imported, "weights_s": loaded, "first_action_s": first, "every_bucket_s": time.time()}
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
