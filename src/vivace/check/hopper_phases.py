@@ -238,6 +238,7 @@ def drop_networks(run: Run) -> None:
 
 FAILURES = (
     VivaceError, RuntimeError, AssertionError, OSError, ValueError, TypeError, AttributeError, LookupError, SubprocessError,
+    NameError, ImportError,
 )  # fmt: skip
 
 

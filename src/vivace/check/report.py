@@ -22,6 +22,7 @@ TITLES = {
     "inspect": "Checkpoint",
     "doctor": "Machine",
     "serve-drive": "Served over the network",
+    "hopper": "Full size on one GPU",
 }
 
 

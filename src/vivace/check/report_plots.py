@@ -163,6 +163,20 @@ def budget_bars(stages: Sequence[Mapping[str, Any]]) -> str:
     return canvas.svg()
 
 
+def step_bars(names: Sequence[str], values_ms: Sequence[float], errors: Sequence[float]) -> str:
+    """Latency of successive techniques, each with its relative error written behind its bar; slowest on top."""
+    canvas = Canvas("Each technique on top of the one above", height=max(2.4, 1.1 + 0.36 * len(names)))
+    canvas.axes.barh(list(names), list(values_ms), color=SERIES[0], height=0.62)
+    for i, (ms, error) in enumerate(zip(values_ms, errors, strict=True)):
+        said = f" {ms:.1f} ms" + ("" if math.isnan(error) else f", error {error:.2g}")
+        canvas.axes.text(ms, i, said, va="center", fontsize=9, color=INK)
+    canvas.axes.invert_yaxis()
+    canvas.axes.grid(visible=False, axis="y")
+    canvas.axes.set(xlabel="milliseconds, p50 (logarithmic)", xscale="log")
+    canvas.axes.set_xlim(min(values_ms) / 2, max(values_ms) * 6)
+    return canvas.svg()
+
+
 def _legend_below(canvas: Canvas, columns: int) -> None:
     canvas.figure.legend(loc="outside lower center", ncols=columns, columnspacing=0.9, **_LEGEND)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import report_plots as plots
+from .report_hopper import hopper
 from .report_html import esc, figures, fold, num, pairs, pill, raw, table, tiles, verdict
 from .results import number
 
@@ -250,6 +251,7 @@ SECTIONS: dict[str, Callable[[Document], str]] = {
     "doctor": doctor,
     "inspect": facts,
     "serve-drive": facts,
+    "hopper": hopper,
 }
 
 

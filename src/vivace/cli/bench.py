@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -31,16 +31,35 @@ BOUNDARY = {"name": "B2", "what": "policy.infer: host arrays in (uint8 images, r
 
 
 @dataclass(frozen=True)
+class PresetArgs:
+    """Only with --preset; further ones: python -m vivace.check.hopper --help."""
+
+    settings: tuple[str, ...] = ()
+    """VIEWS,PROMPT TOKENS,CHUNK, by spaces; default: the five of docs/measured.md."""
+    plans: tuple[str, ...] = ()
+    """bf16, presets and plan files, by spaces; default: bf16 and the four FP8 presets."""
+    phases: tuple[str, ...] = ()
+    """rows, accuracy, rivals, proof, soak, memory, start; default: all."""
+    calls: int = 1000
+    """Calls of our engines at B0."""
+    seconds: float = 520.0
+    """What would begin later is not run, and the result says so."""
+
+
+@dataclass(frozen=True)
 class Args:
     """Time named engines side by side. Exit code 1 when an engine gives other actions than the reference: it is not timed.
 
     Also 1 when an operation fell back, and when the stages of an engine add up to more than its total by over 2 %.
 
     Example: vivace bench my_checkpoint --engines eager,compiled --samples 500 --target-hz 20 -o bench.json
+             vivace bench --preset hopper -o hopper.json
     """
 
-    path: tyro.conf.Positional[Path]
-    """Checkpoint folder."""
+    path: tyro.conf.Positional[Path | None] = None
+    """Checkpoint folder; none with --preset."""
+    preset: Literal["hopper"] | None = None
+    """hopper: full-size pi0.5 with random weights on an NVIDIA GPU, all engines, boundaries and proofs; about 9 minutes."""
     engines: tuple[str, ...] = ("eager",)
     """BACKEND or BACKEND:PRECISION (a precision may be a plan file), by commas or spaces; the first is the baseline."""
     samples: int = 200
@@ -54,10 +73,13 @@ class Args:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Also write the JSON here."""
     policy: tyro.conf.OmitArgPrefixes[PolicyArgs] = field(default_factory=PolicyArgs)
+    full: PresetArgs = field(default_factory=PresetArgs)
 
 
 def run(args: Args) -> int:
     """Load every engine, check its output, time them interleaved. Exit code 1: see `Args`."""
+    if args.preset is not None:
+        return _preset(args)
     names = _names(args.engines)
     wanted, request = _reference(args)
     policies = {name: _load(args, name) for name in names}
@@ -82,6 +104,29 @@ def run(args: Args) -> int:
         _show(document)
     if args.output is not None:
         write_result(args.output, document)
+    emit(document)
+    return OK if document["passed"] else FAILED
+
+
+def _preset(args: Args) -> int:
+    """`check.hopper` with this command line."""
+    from ..check import hopper
+
+    if args.path is not None or args.output is None:
+        got = f"the checkpoint {args.path}" if args.path is not None else "no --output"
+        raise ConfigError(
+            "the preset makes its own weights and writes a file", got=got, wanted="--preset hopper -o FILE"
+        )
+    command = ["--out", str(args.output), "--calls", str(args.full.calls), "--seconds", str(args.full.seconds)]
+    for name, values, between in (
+        ("--settings", args.full.settings, ";"), ("--plans", args.full.plans, ","), ("--phases", args.full.phases, ","),
+    ):  # fmt: skip
+        command += [name, between.join(values)] if values else []
+    options = hopper.parser().parse_args(command)
+    document = hopper.run(
+        hopper.options_of(options), phases=options.phases.split(","),
+        tell=lambda text: console.print(text, markup=False, highlight=False),
+    )  # fmt: skip
     emit(document)
     return OK if document["passed"] else FAILED
 
@@ -150,14 +195,20 @@ def _names(given: tuple[str, ...]) -> list[str]:
     return names
 
 
+def _path(args: Args) -> Path:
+    if args.path is None:
+        raise ConfigError("nothing to measure", wanted="a checkpoint folder, or --preset hopper")
+    return args.path
+
+
 def _load(args: Args, name: str) -> Policy:
     backend, _, precision = name.partition(":")
-    return load(args.path, args.policy, backend=backend, precision=precision or "auto")
+    return load(_path(args), args.policy, backend=backend, precision=precision or "auto")
 
 
 def _reference(args: Args) -> tuple[Any, Any]:
     """Actions of the float32 eager reference, and the request; the model is released before others are loaded."""
-    reference = load(args.path, args.policy, backend="eager", precision="float32")
+    reference = load(_path(args), args.policy, backend="eager", precision="float32")
     if args.observations is not None:
         request = observations.recorded(args.observations)[0]
     else:

@@ -1,0 +1,130 @@
+"""The report's section of a full-size benchmark: what was missed, the waterfall, every row with its marks, the proofs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import report_plots as plots
+from .report_html import esc, figures, fold, num, pairs, pill, table, tiles, verdict
+from .results import number
+from .waterfall import Step, settings, waterfall
+
+Document = Mapping[str, Any]
+
+
+def hopper(document: Document) -> str:
+    """A result of `vivace bench --preset hopper`."""
+    named = settings(document)
+    steps = {name: waterfall(document, name) for name in named}
+    fastest = {name: min(found, key=lambda step: step.p50_ms) for name, found in steps.items()}
+    top = [(f"{num(step.p50_ms)} ms", f"{step.engine}, ({name})") for name, step in fastest.items()]
+    top.append((str(len(document["missed"])), "marks missed"))
+    missed = "".join(f"<li>{esc(line)}</li>" for line in document["missed"])
+    skipped = "".join(
+        f"<li>{esc(row['phase'])}, {esc(row['what'])}: {esc(row['why'])}</li>" for row in document["not_run"]
+    )
+    return "".join(
+        [
+            f'<p class="soft">{esc(document["setup"]["weights"])}. Batch 1, 10 steps; (views, prompt tokens, chunk).</p>',
+            tiles([(esc(value), what) for value, what in top]),
+            f"<h3>Missed</h3><ul>{missed}</ul>" if missed else "",
+            f"<h3>Not run</h3><ul>{skipped}</ul>" if skipped else "",
+            *(_waterfall(name, found) for name, found in steps.items() if len(found) > 1),
+            "<h3>Latency, milliseconds</h3>" + _latency(document["rows"]),
+            fold("stages, rates and floors", _rates(document["rows"])),
+            "<h3>Actions against float32</h3>" + _accuracy(document["accuracy"]),
+            _rest(document),
+        ]
+    )
+
+
+def _waterfall(name: str, steps: Sequence[Step]) -> str:
+    rows = [
+        [
+            f"{esc(step.engine)}", esc(step.adds), num(step.p50_ms, 4), f"{num(step.of_above)}x", f"{num(step.of_first)}x",
+            num(step.rel_l2), f"{step.cosine_mean:.6f}", f"{step.cosine_worst:.6f}",
+        ]
+        for step in steps
+    ]  # fmt: skip
+    heads = [
+        "engine",
+        "adds",
+        "p50 at B0, ms",
+        "of the row above",
+        "of the first",
+        "relative L2",
+        "mean cosine",
+        "worst cosine",
+    ]
+    plot = plots.step_bars(
+        [step.engine.removeprefix("cuda_graph ") for step in steps],
+        [step.p50_ms for step in steps], [step.rel_l2 for step in steps],
+    )  # fmt: skip
+    return (
+        f"<h3>Waterfall, ({esc(name)})</h3>"
+        + figures([(plot, "error = relative L2 of the final actions against float32")])
+        + table(heads, rows, text_columns=(0, 1))
+    )
+
+
+def _latency(rows: Sequence[Document]) -> str:
+    cells = []
+    for row in rows:
+        times = [num(row["latency"][key], 4) for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
+        same = row.get("bit_identical")
+        cells.append([
+            f"({esc(row['setting'])}) {esc(row['engine'])}", esc(row["boundary"]), *times, str(row["calls"]),
+            f"{same['same']} / {same['of']}" if same else "-", _marks(row),
+        ])  # fmt: skip
+    return table(
+        ["setting, engine", "", "p50", "p95", "p99", "max", "calls", "same bits", "marks"], cells, text_columns=(8,)
+    )
+
+
+def _marks(row: Document) -> str:
+    return "".join(
+        pill(
+            f"{one['what']} {num(one['got'])} / {num(one['must'])}" + (" stretch" if one["stretch_met"] else ""),
+            "good" if one["must_met"] else "bad",
+        )
+        for one in row.get("targets", [])
+    )
+
+
+def _rates(rows: Sequence[Document]) -> str:
+    cells = [
+        [
+            f"({esc(row['setting'])}) {esc(row['engine'])}", esc(stage), num(row["stages_ms"][stage]),
+            *(num(rate[key]) for key in ("tflop_s", "gb_s", "floor_ms")), f"{100 * number(rate['of_floor']):.0f} %",
+        ]
+        for row in rows
+        for stage, rate in row.get("rates", {}).items()
+    ]  # fmt: skip
+    return table(
+        ["setting, engine", "stage", "ms", "TFLOP/s", "GB/s", "floor, ms", "floor / time"], cells, text_columns=(1,)
+    )
+
+
+def _accuracy(rows: Sequence[Document]) -> str:
+    cells = [
+        [
+            f"({esc(row['setting'])}) {esc(row['engine'])}", f"{row['observations']} x {row['noise_draws']}",
+            f"{number(row['cosine_mean']):.6f}", f"{number(row['cosine_worst']):.6f}", num(row["rel_l2"]),
+            num(row["plain_bfloat16"]["rel_l2"]), _marks(row),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    heads = ["setting, engine", "samples", "mean cosine", "worst cosine", "relative L2", "plain bfloat16's", "marks"]
+    return table(heads, cells, text_columns=(6,))
+
+
+def _rest(document: Document) -> str:
+    parts = []
+    if proofs := document.get("proof"):
+        cells = [[f"({esc(row['setting'])}) {esc(row['engine'])}", verdict(bool(row["passed"]))] for row in proofs]
+        parts.append("<h3>Fresh, and right over poisoned memory</h3>" + table(["setting, engine", ""], cells))
+    for title, key in (("Memory", "memory"), ("Soak", "soak"), ("Start", "start")):
+        for row in document.get(key, []):
+            parts.append(f"<h3>{title}</h3>{_marks(row)}" + fold("figures", pairs(row)))
+    return "".join(parts)
