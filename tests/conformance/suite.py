@@ -141,6 +141,19 @@ def check_committed_actions(subject: Subject) -> None:
         subject.close(got, literal(subject, case, clamp=(older, delay)), f"committed {delay}")
 
 
+def check_infer_is_both_stages(subject: Subject) -> None:
+    """What a robot calls gives the bits of what evidence is taken from, with and without an older chunk."""
+    older = torch.randn(1, subject.config.horizon, 32, generator=torch.Generator().manual_seed(7)).to(subject.device)
+    for seed in (1, 2):
+        case = case_of(subject.config, seed=seed)
+        moved = ModelInputs(*(None if t is None else t.to(subject.device) for t in vars(inputs_of(case)).values()))
+        noise = case.noise.to(subject.device)
+        for previous in (None, PreviousChunk(older, 2, "trained")):
+            wanted = subject.backend.denoise(subject.backend.prefill(moved), noise, previous=previous).clone()
+            got = subject.backend.infer(moved, noise, previous=previous)
+            assert torch.equal(got, wanted), f"infer differs, previous {previous is not None}"
+
+
 def check_trace_tells_the_truth(subject: Subject) -> None:
     case, trace = case_of(subject.config), Trace()
     got = subject.run(inputs_of(case), case.noise, trace=trace)
@@ -175,7 +188,10 @@ def check_spans_are_named(subject: Subject) -> None:
     moved = ModelInputs(*(None if t is None else t.to(subject.device) for t in vars(inputs_of(case)).values()))
     cache = subject.backend.prefill(moved, spans=spans)
     subject.backend.denoise(cache, case.noise.to(subject.device), spans=spans)
-    assert {"vision", "prefix", "denoise"} <= set(spans.milliseconds()), f"spans {sorted(spans.milliseconds())}"
+    at_once = Spans(cuda=subject.device.startswith("cuda"))
+    subject.backend.infer(moved, case.noise.to(subject.device), spans=at_once)
+    for seen in (spans.milliseconds(), at_once.milliseconds()):
+        assert {"vision", "prefix", "denoise"} <= set(seen), f"spans {sorted(seen)}"
 
 
 CHECKS: dict[str, Callable[[Subject], None]] = {

@@ -9,7 +9,7 @@ import pytest
 from vivace.errors import ConfigError, NumericsError, ObservationError, ShapeError
 from vivace.robots.embodiment import embodiment, from_toml
 from vivace.robots.io import resolve
-from vivace.robots.pipeline import RobotPipeline
+from vivace.robots.pipeline import RobotPipeline, prepare_image
 from vivace.types import NormStats, Observation, RobotFacts
 
 ZEROS = np.zeros((60, 80, 3), dtype=np.uint8)
@@ -254,3 +254,31 @@ def test_requests_do_not_influence_each_other(pipeline: RobotPipeline, request_o
 
 def test_embodiments_are_plain_values() -> None:
     assert embodiment("aloha", "pi0") == embodiment("aloha", "pi0")
+
+
+class Late:
+    """Stands in for the threads: notes that it was asked, and finishes in the opposite order."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def map(self, function, images):
+        self.asked += 1
+        done = {index: function(images[index]) for index in reversed(range(len(images)))}
+        return [done[index] for index in range(len(images))]
+
+
+@pytest.mark.parametrize(("side", "threads"), [(480, 1), (224, 0)])
+def test_large_views_are_resized_side_by_side_and_keep_their_order(
+    pipeline: RobotPipeline, request_of, side: int, threads: int
+) -> None:
+    late = Late()
+    request = request_of()
+    rng = np.random.default_rng(0)
+    for camera in pipeline.io.embodiment.cameras:
+        request[camera.key] = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    got = replace(pipeline, workers=late).prepare(request).images
+    assert late.asked == threads
+    alone = [prepare_image(request[camera.key], pipeline.io) for camera in pipeline.io.embodiment.cameras]
+    assert np.array_equal(got, np.stack(alone))
+    assert np.array_equal(got, pipeline.prepare(request).images)

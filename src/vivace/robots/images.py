@@ -54,7 +54,7 @@ def resize_pil(image: NDArray[np.uint8], *, height: int = 224, width: int = 224)
 
 
 def resize_torch(
-    image: NDArray[np.float32],
+    image: NDArray[np.float32] | NDArray[np.uint8],
     *,
     height: int = 224,
     width: int = 224,
@@ -62,27 +62,34 @@ def resize_torch(
     low: float = 0.0,
     high: float = 1.0,
 ) -> NDArray[np.float32]:
-    """Letterbox float32 [3, h, w] to [3, height, width] with torch's bilinear filter, no anti-aliasing.
+    """Letterbox [3, h, w] to float32 [3, height, width] with torch's bilinear filter, no anti-aliasing.
 
+    image      float32, or uint8 for what divided by 255 (then only the pixels that are read are divided: same bits, a third
+               of the time)
     low, high  the result is clamped to this range before the bars of value `pad` are added
     Numerics: bit-equal to torch's CPU kernel as it runs with two or more threads. torch itself is not called: with one
               thread it takes another kernel and rounds differently (2e-7), so answers would depend on who else is running.
     Source: lerobot vla_utils.resize_with_pad_torch; openpi shared/image_tools.py (torch), with [-1, 1] and pad -1.
     """
     if image.shape[-2:] == (height, width):
-        return image
+        return _unit(image)
     size = fit(image.shape[-2], image.shape[-1], into=(height, width))
     small = _bilinear(image, size)
     return _centre(np.clip(small, np.float32(low), np.float32(high)), height=height, width=width, pad=pad)
 
 
-def _bilinear(image: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+def _unit(image: NDArray[Any]) -> NDArray[np.float32]:
+    """Pixels as LeRobot divides them: uint8 / 255 in float32; floats stay."""
+    return image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image
+
+
+def _bilinear(image: NDArray[Any], size: tuple[int, int]) -> NDArray[np.float32]:
     """Two taps per axis, columns first, only the rows that are needed; [3, h, w] to [3, *size]."""
     top, bottom, top_weight, bottom_weight = _taps(image.shape[1], size[0])
     left, right, left_weight, right_weight = _taps(image.shape[2], size[1])
     needed = np.unique(np.concatenate([top, bottom]))
     rows = image[:, needed]
-    rows = _blend(np.take(rows, left, axis=2), left_weight, np.take(rows, right, axis=2), right_weight)
+    rows = _blend(_unit(rows[:, :, left]), left_weight, _unit(rows[:, :, right]), right_weight)
     above, below = rows[:, np.searchsorted(needed, top)], rows[:, np.searchsorted(needed, bottom)]
     return _blend(above, top_weight[:, None], below, bottom_weight[:, None])
 
@@ -206,9 +213,8 @@ def view_torch(image: NDArray[Any], *, size: int = 224, pad: float = 0.0) -> NDA
 
     pad  bar value before `x*2-1`: 0 (bars become -1), or -1 for LeRobot <= 0.4 (bars become -3)
     """
-    floats = image.astype(np.float32)
-    if image.dtype == np.uint8:
-        floats = floats / np.float32(255)
-    chw = np.moveaxis(to_hwc(floats), -1, 0)
+    chw = np.moveaxis(to_hwc(image), -1, 0)
+    if chw.dtype != np.uint8:
+        chw = chw.astype(np.float32)
     resized = resize_torch(np.ascontiguousarray(chw), height=size, width=size, pad=pad)
     return np.ascontiguousarray(resized * np.float32(2) - np.float32(1))

@@ -12,7 +12,8 @@ Source: openpi policies/policy_config.py and transforms.py; lerobot policies/pi0
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from .prompt import check_ids, check_length, encode, segments
 from .request import TOKEN_KEY, Gathered, gather
 from .tokenizer import Tokenizer, missing_tokenizer
 
+MAX_WORKERS = 4  # no robot that pi0 was trained on has more cameras than that to look through
 Convert = Callable[[NDArray[Any]], NDArray[Any]]
 GRIPPER_ADAPTERS: dict[str, tuple[Convert, Convert]] = {"aloha": (gripper_to_angle, gripper_from_angle)}
 """Name -> (reading to model, model's action to command); "none" is not in it."""
@@ -38,10 +40,14 @@ class RobotPipeline:
     """The host side of a policy; stateless, so one serves every robot and every thread.
 
     tokenizer  None: only requests that carry `tokenized_prompt` (or `Observation.tokens`) can be answered
+    workers    resize the views of one request side by side; Pillow and numpy let go of the interpreter meanwhile
     """
 
     io: RobotIO
     tokenizer: Tokenizer | None
+    workers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(MAX_WORKERS, thread_name_prefix="view"), repr=False, compare=False
+    )
 
     def prepare(self, request: Observation | Mapping[str, Any]) -> PreparedObservation:
         """Check one request and bring it into model space.
@@ -57,7 +63,7 @@ class RobotPipeline:
         padded = np.zeros(io.action_width, dtype=np.float32)
         padded[: len(normalized)] = normalized
         return PreparedObservation(
-            images=np.stack([prepare_image(image, io) for _, image in parts.images]),
+            images=self._views([image for _, image in parts.images]),
             tokens=tokens,
             state=padded,
             state_robot=state_robot,
@@ -85,6 +91,13 @@ class RobotPipeline:
             return to_absolute(cropped, prepared.state_robot, mask=robot.delta_mask)
         wide = to_absolute(unnormalize_actions(actions, io.normalization), prepared.state_robot, mask=robot.delta_mask)
         return adapt_actions(wide[:, : robot.action_dim], robot)
+
+    def _views(self, images: list[NDArray[Any]]) -> NDArray[Any]:
+        """Camera images to [V, 3, size, size]. A view that needs no resizing is not worth a thread."""
+        io = self.io
+        small = all(max(image.shape) <= io.image_size for image in images)
+        each = map if small or len(images) < 2 else self.workers.map
+        return np.stack(list(each(lambda image: prepare_image(image, io), images)))
 
     def _state(self, parts: Gathered) -> NDArray[Any]:
         if parts.state is not None:
