@@ -135,6 +135,11 @@ class ConveyorEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             views=self._views(), state=self._state(), prompt=self.prompt, t_obs=self.world.tick / self.control_hz
         )
 
+    def cameras(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Front and wrist view now, uint8 [image_px, image_px, 3]; who keeps every tick's has the third view already."""
+        tick = self.world.tick
+        return self._front(self.world.data, tick), self._image(self.world.data, "gripperPOV", tick)
+
     def feel(self) -> Observation:
         """The same without images, for policies that use none (experts)."""
         return Observation(views={}, state=self._state(), prompt=self.prompt, t_obs=self.world.tick / self.control_hz)

@@ -1,0 +1,205 @@
+"""Expert demonstrations: the scripted expert drives, noise disturbs it, and every label is what it would do undisturbed.
+
+Without noise a learner never sees what happens one centimetre off the expert's path, and cannot come back from there. So
+noise is added to the executed action and left out of the label (DART, Laskey et al. 2017). The noise level of an episode is
+drawn from `Plan.sigma`, and each draw is held for 1 or 8 ticks: as single jolts, or as the lasting error of a whole chunk.
+
+Two labels for every tick: `action`, the expert's one action in this state, and `chunk`, its next `horizon` actions by its own
+prediction. A chunk label does not depend on the noise that comes later, which a policy cannot know, so it is the better
+target; a window of `action` is what datasets without chunks have.
+
+The seeds of an episode are (plan seed, number of the episode): any number of processes makes the same demonstrations.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError
+from .conveyor import ConveyorEnv
+from .expert import act, chunk
+from .tasks import SPEEDS_M_S, task
+from .world import HISTORY_TICKS
+
+HOLD_TICKS = (1, 8)
+GRIP_SLIP = 0.02
+"""Chance of a noisy draw to also turn the fingers round: dropped cubes and empty grasps must be seen too."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Episodes of one kind. belt: a name of tasks.SPEEDS_M_S, "" = the task's own."""
+
+    task: str
+    episodes: int
+    belt: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what no environment has."""
+        task(self.task)
+        if self.belt and self.belt not in SPEEDS_M_S:
+            raise ConfigError(f"unknown belt speed {self.belt!r}", wanted=f"one of {sorted(SPEEDS_M_S)}")
+        if self.episodes < 1:
+            raise ConfigError(f"episodes of task {self.task}", got=self.episodes, wanted="at least 1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to record.
+
+    image_px  views are image_px x image_px
+    horizon   length of the chunk labels
+    sigma     noise levels, in action units (1 = 0.5 m/s); each episode draws one
+    """
+
+    sources: tuple[Source, ...]
+    seed: int = 0
+    image_px: int = 224
+    horizon: int = 24
+    sigma: tuple[float, ...] = (0.0, 0.25, 0.5)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be recorded."""
+        if not self.sources:
+            raise ConfigError("nothing to record", got="no sources", wanted="at least one task with episodes")
+        if self.image_px < 8 or self.horizon < 1 or self.seed < 0:
+            raise ConfigError(
+                "recording plan", got=f"image_px {self.image_px}, horizon {self.horizon}, seed {self.seed}",
+                wanted="image_px >= 8, horizon >= 1, seed >= 0",
+            )  # fmt: skip
+        if not self.sigma or min(self.sigma) < 0 or max(self.sigma) > 2:
+            raise ConfigError("noise levels", got=self.sigma, wanted="numbers from 0 to 2")
+
+    def jobs(self) -> list[tuple[Source, int]]:
+        """(source, seed of the episode) of every episode, in order."""
+        every = [source for source in self.sources for _ in range(source.episodes)]
+        return [(source, 1_000_000 * (self.seed + 1) + index) for index, source in enumerate(every)]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One demonstration, T ticks.
+
+    front, wrist  uint8 [T, px, px, 3]         state     float32 [T, 7]
+    action        float32 [T, 4], clean        executed  float32 [T, 4], with noise
+    chunk         float32 [T, horizon, 4]      prompts   T strings (task `swap` changes them)
+    """
+
+    task: str
+    seed: int
+    success: bool
+    sigma: float
+    belt_m_s: float
+    prompts: tuple[str, ...]
+    front: NDArray[np.uint8]
+    wrist: NDArray[np.uint8]
+    state: NDArray[np.float32]
+    action: NDArray[np.float32]
+    executed: NDArray[np.float32]
+    chunk: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    def before(self) -> NDArray[np.int64]:
+        """Tick whose front view is the third view of each tick, int64 [T]: 100 ms ago, or the first."""
+        return np.maximum(np.arange(len(self)) - HISTORY_TICKS, 0)
+
+
+class _Noise:
+    """Disturbance of one episode: normal, held for `hold` ticks; now and then the fingers turn round."""
+
+    def __init__(self, rng: np.random.Generator, sigma: float) -> None:
+        self._rng, self._sigma = rng, sigma
+        self._hold, self._left = int(rng.choice(HOLD_TICKS)), 0
+        self._offset, self._slip = np.zeros(3), False
+
+    def apply(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The action as executed, in [-1, 1]."""
+        if self._left == 0:
+            self._offset, self._left = self._rng.normal(0.0, 1.0, 3) * self._sigma, self._hold
+            self._slip = bool(self._rng.random() < GRIP_SLIP * self._hold / max(HOLD_TICKS) and self._sigma > 0)
+        self._left -= 1
+        grip = -action[3] if self._slip else action[3]
+        executed: NDArray[np.float32] = np.clip([*(action[:3] + self._offset), grip], -1.0, 1.0).astype(np.float32)
+        return executed
+
+
+def record_episode(env: ConveyorEnv, *, seed: int, sigma: tuple[float, ...], horizon: int) -> Demo:
+    """Run the disturbed expert once. A function of its arguments; the environment may have been used before."""
+    rng = np.random.default_rng([seed, 7])
+    level = float(rng.choice(sigma))
+    noise = _Noise(rng, level)
+    env.reset(seed=seed)
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("front", "wrist", "state", "action", "executed", "chunk", "prompt")
+    }
+    ended = False
+    info: dict[str, Any] = {}
+    while not ended:
+        front, wrist = env.cameras()
+        sight = env.sight()
+        clean = act(sight)
+        executed = noise.apply(clean)
+        seen = (front, wrist, env.feel().state, clean, executed, chunk(sight, horizon), env.prompt)
+        for name, value in zip(rows, seen, strict=True):
+            rows[name].append(value)
+        _, _, terminated, truncated, info = env.step(executed)
+        ended = terminated or truncated
+    prompts = tuple(rows.pop("prompt"))
+    arrays = {name: np.stack(values) for name, values in rows.items()}
+    return Demo(
+        task=env.task.name, seed=seed, success=bool(info["success"]), sigma=level, belt_m_s=info["belt_m_s"],
+        prompts=prompts, **arrays,
+    )  # fmt: skip
+
+
+def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = lambda count: None) -> Iterator[Demo]:
+    """All demonstrations of a plan in order, failed ones included (`Demo.success`); not more than a few are held.
+
+    progress  called with 1 for every finished episode
+    """
+    if processes < 1:
+        raise ConfigError("processes", got=processes, wanted="at least 1")
+    jobs = plan.jobs()
+    if processes == 1:
+        for job in jobs:
+            yield _run(plan, job)
+            progress(1)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        waiting: dict[Future[Demo], int] = {}
+        done: dict[int, Demo] = {}
+        sent = 0
+        for index in range(len(jobs)):
+            while index not in done:
+                while sent < len(jobs) and sent < index + 4 * processes:
+                    waiting[pool.submit(_run, plan, jobs[sent])] = sent
+                    sent += 1
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    done[waiting.pop(future)] = future.result()
+                    progress(1)
+            yield done.pop(index)
+
+
+_environments: dict[tuple[str, str, int], ConveyorEnv] = {}
+
+
+def _run(plan: Plan, job: tuple[Source, int]) -> Demo:
+    source, seed = job
+    key = (source.task, source.belt, plan.image_px)
+    if key not in _environments:
+        for old in _environments.values():  # a GL context each: one at a time
+            old.close()
+        _environments.clear()
+        belt = SPEEDS_M_S[source.belt] if source.belt else None
+        _environments[key] = ConveyorEnv(source.task, belt_m_s=belt, image_px=plan.image_px)
+    return record_episode(_environments[key], seed=seed, sigma=plan.sigma, horizon=plan.horizon)

@@ -1,0 +1,199 @@
+"""A training run from a recipe: demonstrations, steps, corrections, checkpoint folder, success rates.
+
+Everything that happens is told to `report`, a row at a time (the verb writes them as JSON lines and draws progress).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..config import EngineConfig
+from ..errors import ConfigError
+from ..robots import prompt
+from ..robots.conveyor import embodiment
+from ..robots.tokenizer import SentencePieceModel, Tokenizer
+from ..runtime.policy import Policy, load_policy
+from ..sim import scene
+from ..sim.conveyor import STATE_DIM
+from ..sim.record import Plan, record
+from ..sim.rollout import Execution
+from ..types import Observation
+from . import closed_loop, export
+from .config import Correction, Recipe
+from .frames import FLAVOUR, Frames, Piece, piece_of
+from .learner import Learner, check_loss
+from .tokenizer import conveyor_tokenizer, pieces
+
+Report = Callable[[dict[str, Any]], None]
+MAX_TOKENS = 48
+CAMERAS = tuple(camera.view for camera in embodiment("pi05").cameras)
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: torch.device,
+    report: Report,
+    resume: Path | None = None,
+    compiled: bool = False,
+) -> Path:
+    """Run a recipe and return the folder of the trained policy, `out/policy` (LeRobot's format).
+
+    resume    a state that an earlier run of the same recipe saved
+    compiled  torch.compile the loss
+    Raises: ConfigError for data that cannot be used; NumericsError where the loss diverges.
+    """
+    if (out / "policy").exists():
+        raise ConfigError(f"{out / 'policy'} exists already", do="choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    blob = conveyor_tokenizer()
+    (out / "tokenizer.model").write_bytes(blob)
+    tokenizer = SentencePieceModel(out / "tokenizer.model")
+    vocabulary = -(-pieces(blob) // 16) * 16  # whole blocks for products
+    learner = Learner(recipe.network.model(vocabulary), recipe.optimise, device=device, compiled=compiled)
+    frames = _frames(recipe, learner, tokenizer, report)
+    if resume is not None:
+        learner.resume(resume)
+    run = Run(recipe, learner, frames, blob, out, report)
+    run.steps()
+    folder = out / "policy"
+    export.export(folder, run.trained(), format="lerobot")
+    report({"event": "exported", "folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.rglob("*.*"))})
+    if recipe.closed_loop.sources:
+        run.evaluate(folder)
+    return folder
+
+
+class Run:
+    """The state of a run: network, examples, and what is told on the way."""
+
+    def __init__(
+        self, recipe: Recipe, learner: Learner, frames: Frames, tokenizer: bytes, out: Path, report: Report
+    ) -> None:  # fmt: skip
+        self.recipe, self.learner, self.frames, self.out, self.report = recipe, learner, frames, out, report
+        self._tokenizer = tokenizer
+
+    def steps(self) -> None:
+        """All steps from where the learner stands, with the corrections in between."""
+        o = self.recipe.optimise
+        due = {round(one.at * o.steps): one for one in self.recipe.closed_loop.corrections}
+        for step in sorted(due):
+            if step < self.learner.step:
+                self._correct(due[step], step)  # resumed: the examples are made again
+        began, seen = time.perf_counter(), self.learner.step
+        while self.learner.step < o.steps:
+            step = self.learner.step
+            if step in due:
+                self._correct(due[step], step)
+                began, seen = time.perf_counter(), step
+            batch, draws = self.learner.draw(self.frames)
+            measured = self.learner.learn(batch, draws)
+            if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
+                value = float(measured.loss)
+                check_loss(step, value)
+                speed = (step + 1 - seen) * o.batch / (time.perf_counter() - began)
+                rate = self.learner.rate(step)
+                self.report(
+                    {"event": "step", "step": step + 1, "loss": value, "norm": float(measured.norm), "rate": rate,
+                     "observations_per_s": speed}
+                )  # fmt: skip
+            if o.save_every and (step + 1) % o.save_every == 0:
+                self.learner.save(self.out / "state.safetensors")
+
+    def trained(self) -> export.Trained:
+        """The averaged weights with everything that serving needs."""
+        recipe = self.recipe
+        return export.Trained(
+            model=self.learner.average, state=self.frames.state_stats, action=self.frames.action_stats,
+            cameras=CAMERAS, tokenizer=self._tokenizer, max_tokens=MAX_TOKENS, num_denoise_steps=recipe.export.num_denoise_steps,
+            max_committed=recipe.optimise.max_committed, dtype=recipe.export.dtype,
+        )  # fmt: skip
+
+    def evaluate(self, folder: Path) -> list[dict[str, Any]]:
+        """Success rates on the held-out seeds 0, 1, ..."""
+        ended = self._episodes(folder, self.recipe.closed_loop.sources, first_seed=0, correct=False)
+        rows = closed_loop.rates(ended)
+        self.report(
+            {"event": "success", "step": self.learner.step, "rates": rows, "simulator": scene.versions(),
+             "execute_ticks": self.recipe.closed_loop.execute_ticks}
+        )  # fmt: skip
+        return rows
+
+    def _correct(self, correction: Correction, step: int) -> None:
+        """Run the averaged weights, add what the expert says about where they got."""
+        folder = self.out / f"correction_{step}"
+        if not folder.exists():
+            export.export(folder, self.trained(), format="lerobot")
+        ended = self._episodes(
+            folder, correction.sources, first_seed=closed_loop.CORRECTION_SEED + 4000 * round(100 * correction.at),
+            correct=True,
+        )  # fmt: skip
+        ended.sort(key=lambda one: (one.job.source.task, one.job.source.belt, one.job.seed))
+        before = len(self.frames)
+        self.frames.add(one.piece for one in ended if one.piece is not None)
+        rows = closed_loop.rates(ended)
+        self.report(
+            {"event": "corrected", "step": step, "rates": rows, "examples": len(self.frames) - before}
+        )  # fmt: skip
+
+    def _episodes(self, folder: Path, sources: Any, *, first_seed: int, correct: bool) -> list[closed_loop.Ended]:
+        network, loop = self.recipe.network, self.recipe.closed_loop
+        policy = load_policy(folder, config=EngineConfig(device=str(self.learner.device), backend="eager"))
+        work = closed_loop.jobs(
+            sources, first_seed=first_seed, image_px=network.vision.image_size, horizon=network.horizon,
+            execution=Execution("aligned", loop.execute_ticks, 0), correct=correct,
+        )  # fmt: skip
+        return list(closed_loop.run(work, answering(policy), processes=loop.processes))
+
+
+def answering(policy: Policy) -> closed_loop.Answer:
+    """A policy as `closed_loop` calls it."""
+
+    def answer(observations: list[Observation]) -> list[NDArray[Any]]:
+        return [one.actions for one in policy.infer_batch(observations)]
+
+    return answer
+
+
+def _frames(recipe: Recipe, learner: Learner, tokenizer: Tokenizer, report: Report) -> Frames:
+    """Demonstrations on the device. While simulators record, the loss is compiled."""
+    with ThreadPoolExecutor(1) as thread:
+        recording = thread.submit(_pieces, recipe, report)
+        if learner.compiled:
+            began = time.perf_counter()
+            text = prompt.segments(FLAVOUR, "pick up the red cube", np.zeros(STATE_DIM))
+            learner.warm(len(prompt.encode(text, tokenizer, max_tokens=MAX_TOKENS)), views=len(CAMERAS))
+            report({"event": "compiled", "seconds": time.perf_counter() - began})
+        pieces = recording.result()
+    frames = Frames(
+        pieces, tokenizer=tokenizer, width=recipe.network.action_width, max_tokens=MAX_TOKENS, device=learner.device
+    )  # fmt: skip
+    report({"event": "data", "episodes": len(pieces), "examples": len(frames), "pictures": len(frames.pictures)})
+    return frames
+
+
+def _pieces(recipe: Recipe, report: Report) -> list[Piece]:
+    data = recipe.data
+    if data.folder:
+        raise ConfigError("reading datasets")
+    plan = Plan(
+        data.sources, seed=data.seed, image_px=recipe.network.vision.image_size, horizon=recipe.network.horizon,
+        sigma=data.sigma,
+    )  # fmt: skip
+    pieces, total, began = [], len(plan.jobs()), time.perf_counter()
+    for count, demo in enumerate(record(plan, processes=data.processes), start=1):
+        if demo.success:  # a lost cube has nothing to teach
+            pieces.append(piece_of(demo))
+        if count % max(1, total // 20) == 0 or count == total:
+            seconds = time.perf_counter() - began
+            report({"event": "recorded", "episodes": count, "of": total, "kept": len(pieces), "seconds": seconds})
+    return pieces
