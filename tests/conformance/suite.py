@@ -37,7 +37,8 @@ class Subject:
 
     def __post_init__(self) -> None:
         self.config: ModelConfig = tiny_config(self.kind, **self.config_changes)
-        self.tensors = random_tensors(self.config)
+        tensors = random_tensors(self.config)  # rounded as the network holds them: the formula judges arithmetic alone
+        self.tensors = {name: value.to(self.dtype_of(name)).float() for name, value in tensors.items()}
         self.model = build(self.config, self.tensors, dtype_of=self.dtype_of, device=self.device)
         self.backend = self.create(self.model, EngineConfig(num_denoise_steps=STEPS))
 
