@@ -7,16 +7,9 @@ import pytest
 from toy import HZ, Chunk, Line, clock, follow
 
 from vivace.errors import ConfigError, ShapeError
-from vivace.sim.rollout import (
-    HELD,
-    Execution,
-    blanked,
-    expected_reaction_ticks,
-    reaction_ticks,
-    rms_jerk,
-    rollout,
-    ticks,
-)
+from vivace.sim.faults import blanked
+from vivace.sim.episode import HELD, expected_reaction_ticks, reaction_ticks, rms_jerk
+from vivace.sim.rollout import Committed, Execution, rollout, ticks
 
 WAIT = -1000.0
 DELAYS = (0, 1, 3, 8, 11)

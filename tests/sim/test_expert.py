@@ -12,7 +12,9 @@ import pytest
 
 from vivace.sim.conveyor import VIEWS, ConveyorEnv
 from vivace.sim.expert import ExpertChunk, ExpertPolicy, act, chunk, lead, predict
-from vivace.sim.rollout import Execution, blanked, expected_reaction_ticks, reaction_ticks, rollout
+from vivace.sim.faults import blanked
+from vivace.sim.episode import expected_reaction_ticks, reaction_ticks
+from vivace.sim.rollout import Execution, rollout
 from vivace.sim.tasks import SPEEDS_M_S, TASKS, Task
 
 SEEDS = range(100, 108)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PolicyArgs:
+class CheckpointArgs:
     """What the checkpoint folder does not say itself."""
 
     embodiment: str | None = None
@@ -32,6 +32,12 @@ class PolicyArgs:
     """Which LeRobot wrote the folder; 0.4 differs in prompt and letterbox."""
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto = cuda if there is one."""
+
+
+@dataclass(frozen=True)
+class PolicyArgs(CheckpointArgs):
+    """The same, and how to run it."""
+
     steps: int | None = None
     """Denoise steps; None = what the checkpoint says, else 10."""
     seed: int | None = 0

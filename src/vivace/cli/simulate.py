@@ -1,81 +1,255 @@
-"""`vivace simulate`: success against delay in the simulated conveyor, for the scripted expert."""
+"""`vivace simulate`: success of policies, or of the scripted expert, in the simulated conveyor, on equal seeds."""
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.progress import track
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..check.environment import collect
 from ..check.results import result, write_result
 from ..errors import ConfigError
-from .output import OK, console, emit
+from .output import FAILED, OK, console, emit
+from .policy_args import CheckpointArgs
+
+if TYPE_CHECKING:
+    from ..sim.arms import Arm
+    from ..sim.campaign import Block, Job, Settings
+    from ..sim.controls import Control
+    from ..sim.outcomes import Comparison, Outcome
 
 
 @dataclass(frozen=True)
 class Args:
-    """Run every combination of tasks, belts, modes and delays on the same seeds. Time is simulated: nothing sleeps.
+    """Run every combination of tasks, belts, policies, engines, precisions, steps, modes and delays on the same seeds.
+
+    Time is simulated: nothing sleeps, the world goes on for the delay. The first arm of a task and belt is the reference.
+    Exit code 1: a control failed, or an episode crashed. See docs/guides/simulation.md.
 
     Example: vivace simulate --task conveyor --belt slow fast --mode naive aligned --delay-ms 0 100 160
+    Example: vivace simulate --policy my-policy --precision float32 plan.json --episodes 500 --processes 8 -o out.json
     """
 
     task: tuple[str, ...] = ("static", "conveyor")
     """Names of vivace.sim.tasks, or all."""
-    policy: Literal["expert"] = "expert"
-    """Who acts: the scripted expert, which sees the true state."""
-    belt: tuple[Literal["off", "slow", "middle", "fast", "fastest"], ...] = ()
+    policy: tuple[str, ...] = ("expert",)
+    """Checkpoint folders; expert = the scripted one, which sees the true state."""
+    engine: tuple[str, ...] = ("auto",)
+    """Backends, see vivace doctor."""
+    precision: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--plan"])] = ("auto",)
+    """float32, bfloat16, auto, or files of precision plans."""
+    steps: tuple[int, ...] = ()
+    """Denoise steps, each a condition of its own; default: what the checkpoint says."""
+    belt: Annotated[
+        tuple[Literal["off", "slow", "middle", "fast", "fastest"], ...], tyro.conf.arg(aliases=["--belt-speed"])
+    ] = ()
     """Belt speeds; default: each task's own."""
     mode: tuple[Literal["pause", "naive", "aligned"], ...] = ("aligned",)
     """What the robot does while the policy computes."""
-    delay_ms: tuple[float, ...] = (0.0,)
-    """Inference delays, each a condition of its own, rounded up to control ticks of 20 ms."""
+    delay_ms: tuple[float, ...] = ()
+    """Inference delays, each a condition of its own, rounded up to control ticks of 20 ms; default 0."""
+    latency: tuple[str, ...] = ()
+    """JSON files of measured latencies, or bench results (FILE#ENGINE); each inference draws one."""
+    real_clock: bool = False
+    """Add the wall time of each inference on this machine to its delay."""
+    committed: Literal["auto", "always", "never"] = "auto"
+    """Tell the policy which actions will be executed meanwhile (mode aligned); auto = where it was trained for it."""
     execute_ticks: int = 8
     """Execution horizon: control ticks from one observation to the next."""
     episodes: int = 50
-    """Episodes of each condition."""
+    """Episodes of each arm."""
     seed: int = 0
-    """First seed; the others follow."""
+    """First seed of the episodes; the others follow."""
     processes: int = 1
-    """Conditions that run at the same time."""
+    """Blocks of episodes that run at the same time."""
+    margin: float = 0.05
+    """Non-inferiority margin: loss of success rate that would not matter. Choose it before the run."""
+    controls: bool = True
+    """Blanked images, broken mask, injected delay, stored rate."""
+    control_episodes: int = 10
+    """Episodes of each control."""
+    keep_episodes: bool = False
+    """Store a row for each episode, not only its outcome."""
+    store: bool = False
+    """Write the reached rates into simulation.json beside the policies."""
+    video: Path | None = None
+    """Also write one episode as an annotated clip: .mp4 (vivace[video]), .webp or .gif. First arm, first seed."""
+    rerun: Path | None = None
+    """Also log that episode for Rerun, .rrd; needs rerun-sdk."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Also write the JSON here."""
+    options: tyro.conf.OmitArgPrefixes[CheckpointArgs] = field(default_factory=CheckpointArgs)
 
 
 def run(args: Args) -> int:
-    """Print one row for each condition and the JSON."""
-    from ..sim import campaign, rollout, scene, tasks  # Unsupported without the extra `sim`
+    """Print one row for each arm, comparisons and controls, and the JSON."""
+    from ..sim import campaign, controls, statistics  # Unsupported without the extra `sim`
 
-    if args.episodes < 1 or args.processes < 1 or args.seed < 0:
-        raise ConfigError("--episodes and --processes must be at least 1, --seed at least 0")
-    names = tuple(tasks.TASKS) if args.task == ("all",) else tuple(tasks.task(name).name for name in args.task)
-    delays = rollout.ticks(args.delay_ms, scene.CONTROL_HZ)
-    cells = [
-        campaign.Cell(name, belt, mode, args.execute_ticks, (delay,))
-        for name, belt, mode, delay in itertools.product(names, args.belt or (None,), args.mode, delays)
-    ]
-    seeds = range(args.seed, args.seed + args.episodes)
-    work = campaign.run_cells(cells, seeds, processes=args.processes)
-    outcomes = list(track(work, description="conditions", total=len(cells), console=console))
-    table = Table(title=f"{args.policy}, {args.episodes} episodes each, equal seeds")
-    for head in ("task", "belt", "mode", "delay, ms", "success", "95 % interval", "time, s", "age, ms", "wrong"):
-        table.add_column(head, justify="left" if head in ("task", "belt", "mode") else "right")
-    for one in outcomes:
-        cell, (low, high) = one.cell, one.interval
-        time = "" if one.median_time_to_success_s is None else f"{one.median_time_to_success_s:.2f}"
-        age = "" if one.observation_age_ms is None else f"{one.observation_age_ms:.0f}"
-        delay = f"{cell.delay_ticks[0] * 1000 / scene.CONTROL_HZ:.0f}"
-        interval = f"{low:.1%} to {high:.1%}"
-        table.add_row(
-            cell.task, cell.belt or "", cell.mode, delay, f"{one.rate:.1%}", interval, time, age, str(one.wrong_object)
-        )
-    console.print(table)
-    document = result("simulate", campaign.as_json(outcomes, seeds), environment=collect())
+    _check(args)
+    arms, settings = _arms(args), _settings(args)
+    statistics.paired(0, 0, 1, margin=args.margin)  # a bad margin is refused before hours of work
+    _film(args, arms[0], settings)
+    work = campaign.jobs(arms, settings, processes=args.processes)
+    extra = controls.control_jobs(arms, settings, episodes=args.control_episodes) if args.controls else []
+    blocks = _played([*work, *extra], args.processes)
+    outcomes = campaign.collect(arms, blocks[: len(work)], keep=args.keep_episodes)
+    compared = campaign.comparisons(outcomes, margin=args.margin)
+    judged = controls.judge(outcomes, extra, blocks[len(work) :], settings) if args.controls else []
+    passed = not any(one.status == "failed" for one in judged) and not any(one.crashes for one in outcomes)
+    body = campaign.as_json(outcomes, settings, compared)
+    document = result(
+        "simulate", {"passed": passed, **body, "controls": [asdict(one) for one in judged]}, environment=collect()
+    )
+    _show(outcomes, compared, judged, args)
+    if args.store:
+        _store(outcomes, settings)
     if args.output is not None:
         write_result(args.output, document)
     emit(document)
-    return OK
+    return OK if passed else FAILED
+
+
+def _check(args: Args) -> None:
+    if args.episodes < 1 or args.processes < 1 or args.seed < 0 or args.control_episodes < 1:
+        raise ConfigError("--episodes, --processes and --control-episodes must be at least 1, --seed at least 0")
+    if args.real_clock and args.processes > 1:
+        raise ConfigError(
+            "--real-clock with --processes", got=args.processes, wanted="1: the others would slow it down"
+        )
+    if any(steps < 1 for steps in args.steps):
+        raise ConfigError("--steps", got=list(args.steps), wanted="at least 1")
+    for policy in args.policy:
+        if policy != "expert" and not Path(policy).is_dir():
+            raise ConfigError("--policy", got=repr(policy), wanted="expert, or a checkpoint folder")
+
+
+def _arms(args: Args) -> list[Arm]:
+    from ..sim import arms, latency, stored
+
+    measured = [latency.read_latencies(given) for given in args.latency]
+    fixed = args.delay_ms or (() if measured else (0.0,))
+    axes = arms.Axes(
+        tasks=args.task,
+        belts=args.belt,
+        policies=args.policy,
+        engines=args.engine,
+        precisions=args.precision,
+        steps=args.steps,
+        modes=args.mode,
+        delays=arms.delays(fixed, measured, measured=args.real_clock),
+        execute_ticks=args.execute_ticks,
+    )
+    return stored.with_committed(arms.product(axes), args.committed)
+
+
+def _settings(args: Args) -> Settings:
+    from ..sim.actors import Options
+    from ..sim.campaign import Settings
+
+    options = asdict(args.options)
+    options["embodiment"] = options["embodiment"] or "conveyor"
+    return Settings(
+        episodes=args.episodes,
+        first_seed=args.seed,
+        margin=args.margin,
+        keep=args.keep_episodes,
+        options=Options(**options),
+    )
+
+
+def _played(work: Sequence[Job], processes: int) -> list[Block]:
+    """Run all blocks under a progress bar that counts episodes."""
+    from ..sim.campaign import run_jobs
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    blocks = []
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("episodes", total=sum(len(job.seeds) for job in work))
+        for block in run_jobs(work, processes=processes):
+            blocks.append(block)
+            bar.update(task, advance=len(block.rows))
+    return blocks
+
+
+def _film(args: Args, arm: Arm, settings: Settings) -> None:
+    """Before the campaign, so that a missing library is known before hours of work."""
+    if args.video is None and args.rerun is None:
+        return
+    from ..sim import film
+
+    episode = film.record(arm, seed=args.seed, options=settings.options, video=args.video, rerun=args.rerun)
+    end = "success" if episode.success else "no success"
+    written = ", ".join(str(path) for path in (args.video, args.rerun) if path is not None)
+    console.print(f"{written}: seed {args.seed}, {end} after {len(episode.actions) / episode.control_hz:.2f} s")
+
+
+def _store(outcomes: Sequence[Outcome], settings: Settings) -> None:
+    from ..sim import scene, stored
+
+    for policy in {one.arm.policy for one in outcomes} - {"expert"}:
+        rates = tuple(
+            stored.Rate(
+                task=one.arm.task, successes=one.successes, n=one.finished, belt=one.arm.belt, mode=one.arm.mode,
+                committed=one.arm.committed, execute_ticks=one.arm.execute_ticks, delay_ticks=one.arm.delay.ticks[0],
+                first_seed=settings.first_seed, **scene.versions(),
+            )
+            for one in outcomes
+            if one.arm.policy == policy and len(set(one.arm.delay.ticks)) == 1 and not one.arm.delay.measured
+        )  # fmt: skip
+        console.print(f"stored {len(rates)} rates in {stored.write_rates(policy, rates)}")
+
+
+def _show(outcomes: Sequence[Outcome], compared: Sequence[Comparison], judged: Sequence[Control], args: Args) -> None:
+    table = Table(title=f"{args.episodes} episodes each, equal seeds from {args.seed}")
+    heads = "arm", "delay", "success", "95 % interval", "time, s", "age, ms", "p99", "wrong", "crashed"
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i == 0 else "right")
+    for one in outcomes:
+        low, high = one.interval
+        rate = "" if one.rate is None else f"{one.rate:.1%}"
+        figures = one.time_to_success_s["median"], one.age_ms["mean"], one.age_ms["p99"]
+        shown = [_number(value, digits) for value, digits in zip(figures, (2, 0, 0), strict=True)]
+        cells = [rate, f"{low:.1%} to {high:.1%}", *shown, str(one.wrong_object), str(one.crashes)]
+        table.add_row(escape(_title(one.arm)), escape(one.arm.delay.name), *cells, style="red" if one.crashes else None)
+    console.print(table)
+    if compared:
+        console.print(_comparisons(outcomes, compared, args.margin))
+    for message in dict.fromkeys(text for one in outcomes for text in one.crash_messages):
+        console.print(f"crash: {message}", style="red", markup=False)
+    for control in judged:
+        colour = {"passed": "green", "failed": "red", "void": "yellow"}[control.status]
+        console.print(
+            f"control {control.name}, {control.policy}: {control.status}; {control.found}", style=colour, markup=False
+        )
+
+
+def _title(arm: Arm) -> str:
+    parts: list[Any] = [arm.task, arm.belt, None if arm.policy == "expert" else arm.policy, arm.mode]
+    parts += [None if value == "auto" else value for value in (arm.engine, arm.precision)]
+    parts += [f"{arm.steps} steps" if arm.steps else None, "committed" if arm.committed else None]
+    return " ".join(str(part) for part in parts if part)
+
+
+def _comparisons(outcomes: Sequence[Outcome], compared: Sequence[Comparison], margin: float) -> Table:
+    table = Table(title="pairs: difference of success, Tango's 95 % interval, McNemar exact (Holm over the table)")
+    for i, head in enumerate(
+        ("arm", "against", "difference", "95 % interval", "+", "-", "p", f"not worse by {margin:.0%}")
+    ):
+        table.add_column(head, justify="left" if i < 2 else "right")
+    for one in compared:
+        r = one.result
+        low, high = r.interval
+        sides = [escape(f"{_title(outcomes[i].arm)}, {outcomes[i].arm.delay.name}") for i in (one.arm, one.reference)]
+        size = [f"{r.difference:+.1%}", f"{low:+.1%} to {high:+.1%}", str(r.gained), str(r.lost), f"{one.holm_p:.2g}"]
+        table.add_row(*sides, *size, "yes" if r.noninferior else "not shown")
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

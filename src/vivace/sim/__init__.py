@@ -17,3 +17,7 @@ from ..errors import Unsupported
 for _package in ("mujoco", "gymnasium"):
     if importlib.util.find_spec(_package) is None:
         raise Unsupported(f"vivace.sim needs {_package}, which is not installed", do="pip install 'vivace[sim]'")
+
+from .registration import register  # noqa: E402  the check above comes first
+
+register()

@@ -1,121 +1,253 @@
-"""Many episodes: cells of task, belt speed, execution mode and delay, all on the same seeds, so that cells can be paired.
+"""Many episodes: arms on equal seeds, in blocks that any process can run, then counted, compared and controlled.
 
-A cell is plain data, so it can be sent to another process; every process builds its own environment.
+A block is an arm and some of its seeds, as plain data; every process builds its own environment and loads its own policy.
+What a policy raises ends that episode as a crash, and the campaign goes on; what the simulator raises ends the campaign.
 """
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from ..errors import ShapeError, VivaceError
+from ..types import Observation
 from . import scene
-from .conveyor import ConveyorEnv
-from .expert import ExpertPolicy
-from .rollout import Episode, Execution, Mode, rollout
-from .tasks import SPEEDS_M_S
+from .actors import Actor, Options, actor, load
+from .arms import EXPERT, Arm, references
+from .conveyor import ACTION_DIM, ConveyorEnv
+from .episode import HELD, Episode, expected_reaction_ticks, reaction_ticks
+from .faults import broken
+from .outcomes import Comparison, Outcome, compare, outcome
+from .rollout import Chunk, Committed, Moment, checked, rollout
+from .stored import read
+from .tasks import SPEEDS_M_S, Task, task
 
-EXPERT_HORIZON = 48
-"""Enough for a delay of 24 ticks: a chunk has to last for delay + max(delay, execution horizon) ticks."""
+BLOCK = 20
+"""Episodes of a block at most: a bar that moves, and a policy that is loaded once for many."""
+REACTION_ACTION = 1e-3
+"""Actions that differ by more than this from the twin's are a reaction (0.5 mm/s)."""
+POLICY_RAISES = (
+    VivaceError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, OSError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One condition. belt: a name of SPEEDS_M_S, None = the task's own. delay_ticks: one, or several to draw from."""
+class Settings:
+    """What all arms share.
 
-    task: str
-    belt: str | None = None
-    mode: Mode = "aligned"
-    execute_ticks: int = 8
-    delay_ticks: tuple[int, ...] = (0,)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a cell. `interval` is Wilson's, 95 %; `episodes` are summaries in the order of the seeds."""
-
-    cell: Cell
-    n: int
-    successes: int
-    rate: float
-    interval: tuple[float, float]
-    wrong_object: int
-    median_time_to_success_s: float | None
-    observation_age_ms: float | None
-    seam_apart: float | None
-    rms_jerk_m_s3: float | None
-    episodes: tuple[dict[str, Any], ...]
-
-
-def wilson(successes: int, n: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a rate, 95 % by default. Source: Wilson 1927; Newcombe 1998, method 3.
-
-    Raises: ConfigError unless 0 <= successes <= n and n >= 1.
+    episodes   per arm, seeds first_seed, first_seed + 1, ...
+    twins      episodes per arm that are run again without their event, for the reaction
+    margin     loss of success rate that would not matter
+    keep       store every episode's row
     """
-    if not 0 <= successes <= n or n < 1:
-        raise ConfigError("a rate", got=f"{successes} of {n}", wanted="0 <= successes <= n, n >= 1")
-    p = successes / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+    episodes: int = 50
+    first_seed: int = 0
+    twins: int = 50
+    margin: float = 0.05
+    keep: bool = False
+    options: Options = field(default_factory=Options)
+
+    @property
+    def seeds(self) -> range:
+        """Of every arm."""
+        return range(self.first_seed, self.first_seed + self.episodes)
 
 
-def run_expert(cell: Cell, seeds: Sequence[int]) -> Outcome:
-    """The scripted expert, in chunks of 48 actions, on one cell."""
-    if cell.belt is not None and cell.belt not in SPEEDS_M_S:
-        raise ConfigError(f"unknown belt speed {cell.belt!r}", wanted=f"one of {sorted(SPEEDS_M_S)}")
-    env = ConveyorEnv(cell.task, belt_m_s=SPEEDS_M_S[cell.belt] if cell.belt else None)
-    policy = ExpertPolicy(env.sight, EXPERT_HORIZON)
-    execution = Execution(cell.mode, cell.execute_ticks, cell.delay_ticks)
-    return outcome(cell, [rollout(env, policy, seed=seed, execution=execution, images=False) for seed in seeds])
+@dataclass(frozen=True)
+class Job:
+    """A block. twins: the leading seeds that are run again without the event. task: replaces the arm's, for controls."""
+
+    index: int
+    arm: Arm
+    seeds: tuple[int, ...]
+    twins: int = 0
+    options: Options = field(default_factory=Options)
+    task: Task | None = None
 
 
-def run_cells(cells: Sequence[Cell], seeds: Sequence[int], *, processes: int = 1) -> Iterator[Outcome]:
-    """All cells on the same seeds, in the order given, each as it is done."""
-    if processes == 1:
-        yield from (run_expert(cell, seeds) for cell in cells)
-        return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(run_expert, cells, [seeds] * len(cells))
+@dataclass(frozen=True)
+class Block:
+    """What came of a job: rows as in `Episode.summary`, with crash, reaction, ages and inference_ms."""
+
+    index: int
+    rows: tuple[dict[str, Any], ...]
+    engine: dict[str, Any] | None
 
 
-def outcome(cell: Cell, episodes: Sequence[Episode]) -> Outcome:
-    """Count and average. Raises ConfigError without episodes."""
-    rows = [episode.summary() for episode in episodes]
-    successes = sum(row["success"] for row in rows)
-    interval = wilson(successes, len(rows))
-    times = [row["time_to_success_s"] for row in rows if row["success"]]
-    return Outcome(
-        cell=cell,
-        n=len(rows),
-        successes=successes,
-        rate=successes / len(rows),
-        interval=interval,
-        wrong_object=sum(row["wrong_object"] for row in rows),
-        median_time_to_success_s=float(np.median(times)) if times else None,
-        observation_age_ms=_mean([row["observation_age_ms"]["mean"] for row in rows]),
-        seam_apart=_mean([row["seam_apart"] for row in rows]),
-        rms_jerk_m_s3=_mean([row["rms_jerk_m_s3"] for row in rows]),
-        episodes=tuple(rows),
+class PolicyCrash(VivaceError):
+    """The policy raised, or answered with something that is no chunk of actions."""
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """Turns whatever an actor raises into a PolicyCrash, and nothing else."""
+
+    inner: Actor
+
+    def policy(self, observation: Observation) -> Chunk:
+        """See Actor."""
+        return self._safe(lambda: self.inner.policy(observation))
+
+    def continuing(self, observation: Observation, committed: Committed) -> Chunk:
+        """See Actor."""
+        return self._safe(lambda: self.inner.continuing(observation, committed))
+
+    @staticmethod
+    def _safe(call: Callable[[], Chunk]) -> Chunk:
+        try:
+            chunk = call()
+            if (width := checked(chunk).shape[1]) != ACTION_DIM:
+                raise ShapeError("actions of a chunk", got=f"{width} wide", wanted=ACTION_DIM)
+        except POLICY_RAISES as error:
+            raise PolicyCrash(f"{type(error).__name__}: {error}") from error
+        return chunk
+
+
+def environment(arm: Arm, *, options: Options, task_: Task | None = None) -> ConveyorEnv:
+    """The arm's environment, with views of the size that its policy was trained on, else that of its network."""
+    belt = SPEEDS_M_S[arm.belt] if arm.belt else None
+    named = task_ or task(arm.task)
+    if arm.policy == EXPERT:
+        return ConveyorEnv(named, belt_m_s=belt)
+    size = read(arm.policy).image_px or load(arm.policy, arm.engine, arm.precision, arm.steps, options).io.image_size
+    return ConveyorEnv(named, belt_m_s=belt, image_px=size)
+
+
+def play(
+    env: ConveyorEnv,
+    arm: Arm,
+    *,
+    seed: int,
+    options: Options,
+    event: bool = True,
+    watch: Callable[[Moment], None] | None = None,
+) -> Episode:
+    """One episode of an arm. Raises PolicyCrash."""
+    acting = actor(arm, env, seed=seed, options=options)
+    if arm.fault is not None:
+        acting = broken(arm.fault, acting, env)
+    guarded = Guarded(acting)
+    return rollout(
+        env,
+        guarded.policy,
+        seed=seed,
+        execution=arm.execution,
+        continuing=guarded.continuing if arm.committed else None,
+        images=arm.policy != EXPERT,
+        options=None if event else {"event": False},
+        watch=watch,
     )
 
 
-def as_json(outcomes: Sequence[Outcome], seeds: Sequence[int]) -> dict[str, Any]:
-    """The body of a result file: versions of the simulator, seeds, and a row for each cell."""
+def run_job(job: Job) -> Block:
+    """Run a block in this process."""
+    env = environment(job.arm, options=job.options, task_=job.task)
+    try:
+        rows = tuple(_row(env, job, seed, twin=i < job.twins) for i, seed in enumerate(job.seeds))
+    finally:
+        env.close()
+    arm = job.arm
+    if arm.policy == EXPERT:
+        return Block(job.index, rows, None)
+    engine = load(arm.policy, arm.engine, arm.precision, arm.steps, job.options).engine
+    return Block(job.index, rows, engine.to_json())
+
+
+def _row(env: ConveyorEnv, job: Job, seed: int, *, twin: bool) -> dict[str, Any]:
+    try:
+        episode = play(env, job.arm, seed=seed, options=job.options)
+        event = env.world.event_tick
+        react = None
+        if twin and event is not None and event < len(episode.actions):
+            other = play(env, job.arm, seed=seed, options=job.options, event=False)
+            react = {
+                "event_tick": event,
+                "ticks": reaction_ticks(episode, other, event_tick=event, threshold=REACTION_ACTION),
+                "expected": expected_reaction_ticks(episode, event_tick=event),
+            }
+    except PolicyCrash as crash:
+        return {"seed": seed, "crash": str(crash), "ages": {}, "inference_ms": ()}
+    used: NDArray[np.int64] = episode.age_ticks[episode.age_ticks != HELD]
+    ages = dict(Counter(used.tolist()))
     return {
-        "policy": "expert",
+        **episode.summary(), "crash": None, "reaction": react, "ages": ages, "inference_ms": episode.inference_ms,
+    }  # fmt: skip
+
+
+def jobs(arms: Sequence[Arm], settings: Settings, *, processes: int) -> list[Job]:
+    """Blocks of all arms, arm after arm. Twins are spread over the blocks, so that every process has its share."""
+    size = max(1, min(BLOCK, math.ceil(settings.episodes / processes)))
+    found = []
+    for index, arm in enumerate(arms):
+        left = settings.twins if task(arm.task).event != "none" else 0
+        for start in range(0, settings.episodes, size):
+            seeds = tuple(settings.seeds[start : start + size])
+            found.append(Job(index, arm, seeds, twins=min(left, len(seeds)), options=settings.options))
+            left = max(0, left - len(seeds))
+    return found
+
+
+def run_jobs(work: Sequence[Job], *, processes: int = 1) -> Iterator[Block]:
+    """Run blocks, in this process or in others; in the order given, each as soon as it and those before are done."""
+    if processes == 1:
+        yield from map(run_job, work)
+        return
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(run_job, work)
+
+
+def collect(
+    arms: Sequence[Arm], blocks: Sequence[Block], *, keep: bool = False
+) -> list[Outcome]:  # fmt: skip
+    """Join the blocks of each arm."""
+    joined = []
+    for index, arm in enumerate(arms):
+        mine = [block for block in blocks if block.index == index]
+        rows = [row for block in mine for row in block.rows]
+        joined.append(outcome(arm, rows, engine=mine[0].engine if mine else None, keep=keep))
+    return joined
+
+
+def comparisons(outcomes: Sequence[Outcome], *, margin: float) -> list[Comparison]:
+    """Every arm against its reference, and aligned against naive against pause at equal everything else."""
+    arms = [one.arm for one in outcomes]
+    pairs = [(i, r, "reference") for i, r in enumerate(references(arms)) if i != r]
+    places = {arm: i for i, arm in enumerate(arms)}
+    for i, arm in enumerate(arms):
+        lesser = {"aligned": "naive", "naive": "pause"}.get(arm.mode)
+        other = places.get(replace(arm, mode=lesser, committed=False)) if lesser else None  # type: ignore[arg-type]
+        if other is not None:
+            pairs.append((i, other, "mode"))
+    return compare(outcomes, pairs, margin=margin)
+
+
+def as_json(outcomes: Sequence[Outcome], settings: Settings, found: Sequence[Comparison]) -> dict[str, Any]:
+    """The body of a result file: versions of the simulator, seeds, a row for each arm, comparisons."""
+    rows = []
+    for one in outcomes:
+        row = asdict(replace(one, episodes=()))
+        row["arm"] = one.arm.named()
+        row["episodes"] = list(one.episodes)
+        rows.append(row)
+    return {
         "simulator": scene.versions(),
-        "seeds": {"first": seeds[0], "n": len(seeds)},
-        "cells": [asdict(one) for one in outcomes],
+        "seeds": {"first": settings.first_seed, "n": settings.episodes},
+        "method": {
+            "interval": "Wilson, 95 %",
+            "pairs": "equal seeds and noise; McNemar exact, Tango score interval 95 %, non-inferiority one-sided 5 %",
+            "margin": settings.margin,
+            "several_arms": "Holm",
+            "reaction_threshold": REACTION_ACTION,
+        },
+        "arms": rows,
+        "comparisons": [asdict(one) for one in found],
     }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

@@ -1,0 +1,190 @@
+"""From the rows of an arm's episodes to what a result says about it, and about it against its reference.
+
+A crash is no failure: the policy raised, or gave an action that is no number, so the episode says nothing about how well it
+acts. Rates are over the episodes that ran to their end; crashes are counted beside them, and pairs leave them out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .arms import Arm
+from .scene import CONTROL_HZ
+from .statistics import Paired, distance_of_cdfs, holm, paired, wilson
+from .world import COMMAND_M
+
+Row = Mapping[str, Any]
+TICK_MS = 1000.0 / CONTROL_HZ
+SPEED_M_S = COMMAND_M * CONTROL_HZ
+"""Action 1.0 as a velocity."""
+KS_1_PERCENT = 1.63
+"""Kolmogorov-Smirnov: D * sqrt(n) above this has p < 1 %; for discrete distributions less."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an arm.
+
+    n            episodes asked for; `finished` of them did not crash, and `rate` and its Wilson interval are of these
+    outcomes     a letter for each seed in order: S success, W another cube instead, F failure, C crash
+    age_ms       observation age at actuation over all executed actions: mean, p99, max
+    seams        at chunk switches: jumps of commanded and measured velocity, against those inside chunks; of the plans
+    reaction     see `reaction`; None without an event
+    inference_ms wall time on this machine; None for the expert
+    """
+
+    arm: Arm
+    n: int
+    finished: int
+    crashes: int
+    successes: int
+    rate: float | None
+    interval: tuple[float, float]
+    wrong_object: int
+    outcomes: str
+    time_to_success_s: dict[str, float | None]
+    age_ms: dict[str, float | None]
+    held_share: float | None
+    starved_ticks: int
+    seams: dict[str, float | None]
+    rms_jerk_m_s3: float | None
+    reaction: dict[str, Any] | None
+    inference_ms: dict[str, float | None] | None
+    engine: dict[str, Any] | None
+    crash_messages: tuple[str, ...]
+    episodes: tuple[Row, ...]
+
+
+def outcome(arm: Arm, rows: Sequence[Row], *, engine: dict[str, Any] | None = None, keep: bool = False) -> Outcome:
+    """Count and average the rows of `campaign.run_job`. keep: store the rows too."""
+    good = [row for row in rows if row["crash"] is None]
+    letters = "".join(letter(row) for row in rows)
+    successes = letters.count("S")
+    times = [row["time_to_success_s"] for row in good if row["success"]]
+    milliseconds = [value for row in rows for value in row["inference_ms"]]
+    return Outcome(
+        arm=arm,
+        n=len(rows),
+        finished=len(good),
+        crashes=len(rows) - len(good),
+        successes=successes,
+        rate=successes / len(good) if good else None,
+        interval=wilson(successes, len(good)) if good else (0.0, 1.0),
+        wrong_object=sum(row["wrong_object"] for row in good),
+        outcomes=letters,
+        time_to_success_s={"median": _percentile(times, 50), "p90": _percentile(times, 90)},
+        age_ms=ages(good),
+        held_share=_mean([row["held_ticks"] / row["ticks"] for row in good]),
+        starved_ticks=sum(row["starved_ticks"] for row in good),
+        seams=seams(good),
+        rms_jerk_m_s3=_mean([row["rms_jerk_m_s3"] for row in good]),
+        reaction=reaction(arm, good),
+        inference_ms=None if engine is None else {f"p{q}": _percentile(milliseconds, q) for q in (50, 95, 99)},
+        engine=engine,
+        crash_messages=tuple(dict.fromkeys(row["crash"] for row in rows if row["crash"] is not None))[:3],
+        episodes=tuple({k: v for k, v in row.items() if k not in ("ages", "inference_ms")} for row in rows if keep),
+    )
+
+
+def letter(row: Row) -> str:
+    """One episode as a letter, see `Outcome.outcomes`."""
+    if row["crash"] is not None:
+        return "C"
+    return "S" if row["success"] else "W" if row["wrong_object"] else "F"
+
+
+def ages(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Observation age at actuation, every executed action counts once."""
+    counts: Counter[int] = Counter()
+    for row in rows:
+        counts.update(row["ages"])
+    every = np.repeat(list(counts), list(counts.values())) * TICK_MS
+    return {
+        "mean": float(every.mean()) if every.size else None,
+        "p99": _percentile(every, 99),
+        "max": float(every.max()) if every.size else None,
+    }
+
+
+def seams(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Jumps at chunk switches in m/s and m; means over episodes."""
+
+    def average(key: str, unit: float) -> float | None:
+        value = _mean([row[key] for row in rows])
+        return None if value is None else value * unit
+
+    return {
+        "switches": float(sum(row["seams"] for row in rows)),
+        "command_jump_m_s": average("seam_step", SPEED_M_S),
+        "command_jump_inside_m_s": average("step_inside_chunks", SPEED_M_S),
+        "plans_apart_m_s": average("seam_apart", SPEED_M_S),
+        "plans_apart_m": average("seam_ahead", COMMAND_M),
+        "hand_jump_m_s": average("hand_jump_at_seams_m_s", 1.0),
+        "hand_jump_inside_m_s": average("hand_jump_inside_m_s", 1.0),
+    }
+
+
+def reaction(arm: Arm, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Reaction to the event in ticks, from twins: counts, share that is what the looks of that episode imply, and theory.
+
+    Theory for a fixed delay d: the event falls at any phase of the period P between looks alike, so reaction is uniform on
+    d .. d + P - 1. `distance` is that of the two distribution functions, `limit` the 1 % value of Kolmogorov and Smirnov.
+    """
+    seen = [row["reaction"] for row in rows if row.get("reaction") is not None]
+    if not seen:
+        return None
+    measured = [one["ticks"] for one in seen if one["ticks"] is not None]
+    body: dict[str, Any] = {
+        "episodes": len(seen),
+        "reacted": len(measured),
+        "ticks": {str(value): count for value, count in sorted(Counter(measured).items())},
+        "mean_ms": None if not measured else float(np.mean(measured)) * TICK_MS,
+        "p99_ms": None if not measured else float(np.percentile(measured, 99)) * TICK_MS,
+        "as_the_looks_imply": sum(one["ticks"] == one["expected"] for one in seen if one["ticks"] is not None),
+    }
+    if measured and len(set(arm.delay.ticks)) == 1 and not arm.delay.measured:
+        delay, execute = arm.delay.ticks[0], arm.execute_ticks
+        period = delay + execute if arm.mode == "pause" else max(delay, execute)
+        distance = distance_of_cdfs(measured, range(delay, delay + period))
+        limit = KS_1_PERCENT / len(measured) ** 0.5
+        theory = [delay, delay + period - 1]
+        body |= {"theory_ticks": theory, "distance": distance, "limit": limit, "agrees": distance <= limit}
+    return body
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two arms, by their places in the result; holm_p adjusts McNemar's p for all comparisons of the same list."""
+
+    arm: int
+    reference: int
+    what: str
+    result: Paired
+    holm_p: float
+
+
+def compare(outcomes: Sequence[Outcome], pairs: Sequence[tuple[int, int, str]], *, margin: float) -> list[Comparison]:
+    """Compare arms on their common seeds; pairs of (arm, reference, why). Pairs without a finished episode are left out."""
+    found = []
+    for arm, reference, what in pairs:
+        both = list(zip(outcomes[arm].outcomes, outcomes[reference].outcomes, strict=True))
+        whole = [(a == "S", r == "S") for a, r in both if "C" not in (a, r)]
+        if whole:
+            gained, lost = sum(a and not r for a, r in whole), sum(r and not a for a, r in whole)
+            found.append((arm, reference, what, paired(gained, lost, len(whole), margin=margin)))
+    adjusted = holm([one[3].mcnemar_p for one in found])
+    return [Comparison(*one, holm_p=p) for one, p in zip(found, adjusted, strict=True)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _percentile(values: Any, q: float) -> float | None:
+    return float(np.percentile(values, q)) if len(values) else None

@@ -1,0 +1,121 @@
+"""What a trained policy says about itself in the simulator: the file simulation.json beside its weights.
+
+    {"schema": 1, "image_px": 64, "execute_ticks": 8, "committed_max_ticks": 10,
+     "rates": [{"task": "conveyor", "belt": null, "mode": "aligned", "committed": false, "execute_ticks": 8,
+                "delay_ticks": 0, "successes": 182, "n": 200, "first_seed": 50000, "scene_sha256": "...", "mujoco": "..."}]}
+
+`vivace simulate --store` writes the rates; a campaign compares its own with them. Every key may be missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .arms import EXPERT, Arm
+
+FILE = "simulation.json"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A success rate at one fixed delay, and which simulator and seeds gave it."""
+
+    task: str
+    successes: int
+    n: int
+    belt: str | None = None
+    mode: str = "aligned"
+    committed: bool = False
+    execute_ticks: int = 8
+    delay_ticks: int = 0
+    first_seed: int = 0
+    scene_sha256: str = ""
+    mujoco: str = ""
+
+    def fits(self, arm: Arm) -> bool:
+        """Whether it was measured under this arm's conditions; engine and precision are what is being tested."""
+        mine = (self.task, self.belt, self.mode, self.committed, self.execute_ticks, (self.delay_ticks,))
+        same = mine == (arm.task, arm.belt, arm.mode, arm.committed, arm.execute_ticks, arm.delay.ticks)
+        return same and not arm.delay.measured and arm.fault is None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What simulation.json says.
+
+    image_px             size of the views in training, None = the network's own
+    execute_ticks        intended execution horizon, None = not said
+    committed_max_ticks  most committed actions that it was told in training, 0 = none
+    """
+
+    image_px: int | None = None
+    execute_ticks: int | None = None
+    committed_max_ticks: int = 0
+    rates: tuple[Rate, ...] = field(default_factory=tuple)
+
+
+def expert() -> Stored:
+    """The scripted expert's own: every task, zero delay, 200 of 200 each (docs/guides/simulation.md)."""
+    from .tasks import TASKS
+
+    return Stored(committed_max_ticks=48, rates=tuple(Rate(name, 200, 200) for name in TASKS))
+
+
+def read(policy: str) -> Stored:
+    """The file of a policy; empty where there is none. Raises ConfigError for one that is damaged."""
+    if policy == EXPERT:
+        return expert()
+    file = Path(policy) / FILE
+    if not file.exists():
+        return Stored()
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or document.pop("schema", 1) != 1:
+            raise ConfigError(f"{file}", got="another schema", wanted="a JSON object with schema 1")
+        rates = tuple(Rate(**row) for row in document.pop("rates", []))
+        known = {key: document[key] for key in ("image_px", "execute_ticks", "committed_max_ticks") if key in document}
+        return Stored(rates=rates, **known)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise ConfigError(f"cannot read {file}", got=error, do="see docs/guides/simulation.md for its keys") from error
+
+
+def write_rates(policy: str, rates: tuple[Rate, ...]) -> Path:
+    """Put rates into the file of a policy, in the place of those of the same conditions; the other keys stay.
+
+    Raises: ConfigError for the expert, or a folder that is not there.
+    """
+    folder = Path(policy)
+    if policy == EXPERT or not folder.is_dir():
+        raise ConfigError("rates are stored beside a policy", got=repr(policy), wanted="a checkpoint folder")
+    file = folder / FILE
+    old = read(policy).rates
+    kept = [rate for rate in old if not any(_conditions(rate) == _conditions(one) for one in rates)]
+    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"schema": 1}
+    document["rates"] = [asdict(rate) for rate in (*kept, *rates)]
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def with_committed(arms: list[Arm], wish: str) -> list[Arm]:
+    """Decide which arms tell their policy the committed actions.
+
+    wish: never; always (mode aligned); auto = aligned, and trained for delays as long as the arm's.
+    """
+    limit: Mapping[str, int] = {policy: read(policy).committed_max_ticks for policy in {arm.policy for arm in arms}}
+
+    def told(arm: Arm) -> bool:
+        if wish == "never" or arm.mode != "aligned":
+            return False
+        trained = arm.policy != EXPERT and 0 < max(arm.delay.ticks) <= limit[arm.policy]
+        return wish == "always" or trained or (arm.delay.measured and limit[arm.policy] > 0 and arm.policy != EXPERT)
+
+    return [replace(arm, committed=told(arm)) for arm in arms]
+
+
+def _conditions(rate: Rate) -> tuple[Any, ...]:
+    return rate.task, rate.belt, rate.mode, rate.committed, rate.execute_ticks, rate.delay_ticks
