@@ -34,7 +34,7 @@ PARTS = {"vision": r"vision\.layers", "prefix": r"prefix\.layers", "expert": r"e
          "all": r"(vision|prefix|expert)\.layers"}  # fmt: skip
 
 
-def canonical_model(config: ModelConfig, outliers: int) -> Pi:
+def canonical_model(config: ModelConfig, outliers: int, device: str = "cuda") -> Pi:
     """The distribution of `vivace make-checkpoint`, drawn on the device; packed layers get their parts' own loud rows."""
     with torch.device("meta"):
         model = Pi(config)
@@ -44,10 +44,10 @@ def canonical_model(config: ModelConfig, outliers: int) -> Pi:
         name = re.sub(r"\.(attn|mlp)\.(attn|mlp)\.", r".\1.", name)
         name = "embedding.weight" if path == "embedding" else name
         center, scale = random_values.distribution(name, tuple(meta.shape))
-        g = torch.Generator(device="cuda").manual_seed(zlib.crc32(name.encode()))
-        value = torch.randn(meta.shape, generator=g, device="cuda") * scale + center
+        g = torch.Generator(device=device).manual_seed(zlib.crc32(name.encode()))
+        value = torch.randn(meta.shape, generator=g, device=device) * scale + center
         loud = random_values.outlier_channels(name, meta.shape[0], seed=0, outliers=outliers)
-        value[torch.from_numpy(loud).cuda()] *= random_values.OUTLIER_GAIN
+        value[torch.from_numpy(loud).to(device)] *= random_values.OUTLIER_GAIN
         dtype = parameter_dtype(name, precision="bfloat16", flavour="openpi_torch")
         owner = model.get_submodule(path.rpartition(".")[0])
         setattr(owner, path.rpartition(".")[2], nn.Parameter(value.to(dtype).float(), requires_grad=False))
