@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,43 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+EXTRAS = {
+    "OpenGL", "PIL", "beartype", "gymnasium", "hypothesis", "imageio", "jaxtyping", "matplotlib", "msgpack", "mujoco",
+    "openpi_client", "prometheus_client", "psutil", "rich", "safetensors", "sentencepiece", "tensorstore", "tokenizers",
+    "transformers", "tyro", "websockets",
+}  # fmt: skip
+"""What a GPU machine may lack without losing the GPU tests of the other modules."""
+MISSING = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
+
+
+class MissingExtras:
+    """`-m gpu`: a module or folder that cannot be imported for want of an extra is skipped by name, and stops nothing.
+
+    Anything else that fails to import stays an error. A plugin of its own, because pytest does not ask a conftest about a
+    folder whose own conftest is being imported.
+    """
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_make_collect_report(self, collector: pytest.Collector) -> Generator[None, Any, None]:
+        outcome = yield
+        report = outcome.get_result()
+        found = MISSING.findall(str(report.longrepr)) if report.failed else []
+        if found and found[-1] in EXTRAS and not _installed(found[-1]):
+            reason = f"Skipped: {found[-1]} is not installed here; the GPU tests in this file or folder did not run"
+            report.outcome, report.longrepr, report.result = "skipped", (str(collector.path), 0, reason), []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Never in CI, never in another selection: there everything is installed and everything must be imported."""
+    if config.option.markexpr.strip() == "gpu" and not os.environ.get("CI"):
+        config.pluginmanager.register(MissingExtras(), "missing-extras")
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from ..robots.io import resolve
 from ..robots.pipeline import RobotPipeline
 from ..robots.tokenizer import Tokenizer, load_tokenizer
 from ..types import ActionChunk, Embodiment, Observation, PreparedObservation, PreviousChunk, RobotIO, Trace
-from . import coverage
+from . import coverage, gpu_memory
 from . import noise as noise_source
 from . import precision as precisions
 from . import previous as previous_chunk
@@ -162,14 +162,15 @@ class Policy:
     ) -> NDArray[np.float32]:
         device = self.model.device
         previous = previous_chunk.checked(previous, shape=noise.shape, device=device)
-        inputs = collate(rows, kind=self.model.config.kind, device=device)
-        start = torch.from_numpy(noise).to(device)
-        if trace is None:
-            x = self.backend.infer(inputs, start, previous=previous, spans=spans)
-        else:
-            trace.cache, trace.prepared = self.backend.prefill(inputs, trace=trace, spans=spans), rows[0]
-            x = self.backend.denoise(trace.cache, start, previous=previous, trace=trace, spans=spans)
-        actions: NDArray[np.float32] = x.float().cpu().numpy()
+        with gpu_memory.explained("an inference", device=device):
+            inputs = collate(rows, kind=self.model.config.kind, device=device)
+            start = torch.from_numpy(noise).to(device)
+            if trace is None:
+                x = self.backend.infer(inputs, start, previous=previous, spans=spans)
+            else:
+                trace.cache, trace.prepared = self.backend.prefill(inputs, trace=trace, spans=spans), rows[0]
+                x = self.backend.denoise(trace.cache, start, previous=previous, trace=trace, spans=spans)
+            actions: NDArray[np.float32] = x.float().cpu().numpy()
         if not np.isfinite(actions).all():
             raise NumericsError(
                 "the policy produced actions that are not finite", got=f"engine {self.engine.backend}",
@@ -230,10 +231,11 @@ def load_policy(
     device, precision = _device(config), precisions.resolve(config.precision, checkpoint)
     _refuse_early(config, device)
     seen = Fingerprint()
-    model = load_model(checkpoint, device=device, precision=precision.dtype, seen=seen)
-    plan = precisions.quantise(model, precision, checkpoint_hash=seen.digest())
-    name = _backend(config, device, model, quantised=bool(plan and plan["layers"]))
-    backend = base.build(name, model, config)
+    with gpu_memory.explained("loading the weights", device=device):
+        model = load_model(checkpoint, device=device, precision=precision.dtype, seen=seen)
+        plan = precisions.quantise(model, precision, checkpoint_hash=seen.digest())
+        name = _backend(config, device, model, quantised=bool(plan and plan["layers"]))
+        backend = base.build(name, model, config)
     engine = ResolvedEngine(
         backend=name, device=str(device), precision=precision.label, num_denoise_steps=config.steps,
         seed=config.seed, checkpoint=str(checkpoint.path), policy_kind=checkpoint.model.kind,
