@@ -58,7 +58,7 @@ class Args:
     """JSON files of measured latencies, or bench results (FILE#ENGINE); each inference draws one."""
     real_clock: bool = False
     """Add the wall time of each inference on this machine to its delay."""
-    committed: Literal["auto", "always", "never"] = "auto"
+    committed: tuple[Literal["auto", "always", "never"], ...] = ("auto",)
     """Tell the policy which actions will be executed meanwhile (mode aligned); auto = where it was trained for it."""
     execute_ticks: int = 8
     """Execution horizon: control ticks from one observation to the next."""

@@ -218,7 +218,7 @@ def collect(
 
 
 def comparisons(outcomes: Sequence[Outcome], *, margin: float) -> list[Comparison]:
-    """Every arm against its reference, and aligned against naive against pause at equal everything else."""
+    """Every arm against its reference; aligned against naive against pause; told the committed actions against not told."""
     arms = [one.arm for one in outcomes]
     pairs = [(i, r, "reference") for i, r in enumerate(references(arms)) if i != r]
     places = {arm: i for i, arm in enumerate(arms)}
@@ -227,6 +227,9 @@ def comparisons(outcomes: Sequence[Outcome], *, margin: float) -> list[Compariso
         other = places.get(replace(arm, mode=lesser, committed=False)) if lesser else None  # type: ignore[arg-type]
         if other is not None:
             pairs.append((i, other, "mode"))
+        untold = places.get(replace(arm, committed=False)) if arm.committed else None
+        if untold is not None:
+            pairs.append((i, untold, "committed"))
     return compare(outcomes, pairs, margin=margin)
 
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,20 +101,20 @@ def write_rates(policy: str, rates: tuple[Rate, ...]) -> Path:
     return file
 
 
-def with_committed(arms: list[Arm], wish: str) -> list[Arm]:
-    """Decide which arms tell their policy the committed actions.
+def with_committed(arms: Sequence[Arm], wishes: Sequence[str]) -> list[Arm]:
+    """Decide which arms tell their policy the committed actions; with several wishes an arm may become two.
 
-    wish: never; always (mode aligned); auto = aligned, and trained for delays as long as the arm's.
+    wishes: never; always (mode aligned); auto = aligned, and trained for delays as long as the arm's.
     """
-    limit: Mapping[str, int] = {policy: read(policy).committed_max_ticks for policy in {arm.policy for arm in arms}}
+    limits = {policy: read(policy).committed_max_ticks for policy in {arm.policy for arm in arms}}
 
-    def told(arm: Arm) -> bool:
-        if wish == "never" or arm.mode != "aligned":
+    def told(arm: Arm, wish: str) -> bool:
+        if wish == "never" or arm.mode != "aligned" or (wish == "auto" and arm.policy == EXPERT):
             return False
-        trained = arm.policy != EXPERT and 0 < max(arm.delay.ticks) <= limit[arm.policy]
-        return wish == "always" or trained or (arm.delay.measured and limit[arm.policy] > 0 and arm.policy != EXPERT)
+        limit, longest = limits[arm.policy], max(arm.delay.ticks)
+        return wish == "always" or (limit > 0 and arm.delay.measured) or 0 < longest <= limit
 
-    return [replace(arm, committed=told(arm)) for arm in arms]
+    return list(dict.fromkeys(replace(arm, committed=told(arm, wish)) for arm in arms for wish in wishes))
 
 
 def _conditions(rate: Rate) -> tuple[Any, ...]:

@@ -7,10 +7,11 @@
 | bimodal | a post stands between hand and cube: left or right, never through | averaging of two modes, mode switching |
 | precise | the cube goes into a well 2 mm wider on each side; 4 mm off slips in, 6 mm does not | precision: FP8, pruning |
 | perturb | the target jumps to another place at a random time | reaction, blind spots of reuse |
+| perturb-cube | a second cube is put down near the target at a random time | the same, where nothing has to be done about it |
 | swap | the instruction names the other cube from a random time on | the language path, cached text |
 | distract | blobs move beside the belt, the exposure flickers | false refresh and false reuse |
 
-The family follows docs/guides/simulation.md. Difficulty of moving tasks is the belt's speed: the delay that a policy
+A name with -moving is the same task on the slow belt. The family follows docs/guides/simulation.md. Difficulty of moving tasks is the belt's speed: the delay that a policy
 survives is about (grasp tolerance, 25 mm) / speed.
 """
 
@@ -41,7 +42,8 @@ class Task:
     cubes        cubes on the belt, 1 to 3; the instruction names one
     goal         lift: target above 12 cm in the hand for 10 ticks; insert: target released at the bottom of the well
     post         a post between hand and cube that must not be touched; the hand cannot go over it
-    event        jump: the target is moved; swap: the instruction changes. Success counts only after it
+    event        jump: the target is moved; swap: the instruction changes; enter: until then the target is alone, then the
+                 other cubes come. Success counts only after it
     event_ticks  the event happens at a control tick drawn uniformly from here, both ends included
     blobs        moving things that cannot be touched
     flicker      exposure of every image is multiplied by a number from [1 - flicker, 1 + flicker]
@@ -53,7 +55,7 @@ class Task:
     cubes: int = 2
     goal: Literal["lift", "insert"] = "lift"
     post: bool = False
-    event: Literal["none", "jump", "swap"] = "none"
+    event: Literal["none", "jump", "swap", "enter"] = "none"
     event_ticks: tuple[int, int] = (8, 30)
     blobs: int = 0
     flicker: float = 0.0
@@ -68,8 +70,14 @@ TASKS: dict[str, Task] = {
         Task("bimodal", post=True, cubes=1),
         Task("precise", goal="insert"),
         Task("perturb", event="jump"),
+        Task("perturb-cube", event="enter"),
         Task("swap", event="swap"),
         Task("distract", belt_m_s=SPEEDS_M_S["slow"], cubes=3, blobs=2, flicker=0.4),
+        Task("bimodal-moving", belt_m_s=SPEEDS_M_S["slow"], post=True, cubes=1),
+        Task("precise-moving", belt_m_s=SPEEDS_M_S["slow"], goal="insert"),
+        Task("perturb-moving", belt_m_s=SPEEDS_M_S["slow"], event="jump"),
+        Task("perturb-cube-moving", belt_m_s=SPEEDS_M_S["slow"], event="enter"),
+        Task("swap-moving", belt_m_s=SPEEDS_M_S["slow"], event="swap"),
     )
 }
 

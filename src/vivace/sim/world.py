@@ -25,6 +25,8 @@ WORKSPACE_LOW_M = np.array([-0.45, 0.40, 0.04])
 WORKSPACE_HIGH_M = np.array([0.45, 0.90, 0.40])
 POST_CEILING_M = 0.22
 """With a post (0.34 m high) the hand cannot rise above this: the way is left or right."""
+PAST_THE_POST_S = 1.0
+"""A cube on a running belt comes to the middle of the post when a hand has passed it: both ways stay equally long."""
 LIFTED_Z_M = 0.12
 HELD_TICKS = 10
 BELT_END_M = 0.42
@@ -134,7 +136,7 @@ class World:
         self.data.ctrl[:] = [grip, -grip]
 
     def reset(self, rng: np.random.Generator, *, event: bool = True) -> None:
-        """Draw and place an episode. `event` False: the twin in which nothing jumps or is swapped (same draw)."""
+        """Draw and place an episode. `event` False: the twin in which nothing jumps, enters or is swapped (same draw)."""
         self.drawn = drawn = draw(self.task, self.belt_range, rng)
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:] = self._arm_home
@@ -144,6 +146,8 @@ class World:
         self.data.qpos[self._belt_q] = 0.0
         self.data.time = 0.0
         for cube, (x, y) in zip(drawn.cubes, drawn.cube_xy_m, strict=True):
+            if self.task.event == "enter" and cube != drawn.target:
+                continue  # parked until the event
             self._put(cube, np.array([x, y, REST_Z_M]), speed_m_s=drawn.belt_m_s)
         if self.task.post:
             self.data.mocap_pos[self._mocap["post"]] = drawn.post_m
@@ -182,12 +186,14 @@ class World:
         if self.task.event == "swap":
             self.target = others[0]
             return
-        old = self.cube_m(self.target)
-        jumps = np.add(self.drawn.jumps_m, [old[0], 0.0])
-        for x, y in jumps:  # the first that lies around the belt's middle and clear of the others
-            if abs(x) < 0.25 and all(abs(self.cube_m(other)[0] - x) > 0.07 for other in others):
-                self._put(self.target, np.array([x, y, REST_Z_M]), speed_m_s=self.drawn.belt_m_s)
-                return
+        moved = [self.target] if self.task.event == "jump" else others
+        places = np.add(self.drawn.jumps_m, [self.cube_m(self.target)[0], 0.0])
+        for cube in moved:
+            there = [self.cube_m(other)[0] for other in self.drawn.cubes if other != cube]
+            for x, y in places:  # the first that lies around the belt's middle and clear of the others
+                if abs(x) < 0.25 and all(abs(other - x) > 0.07 for other in there):
+                    self._put(cube, np.array([x, y, REST_Z_M]), speed_m_s=self.drawn.belt_m_s)
+                    break
 
     def _move_blobs(self) -> None:
         for i in range(self.task.blobs):
@@ -265,7 +271,7 @@ def draw(task: Task, belt_range: Range, rng: np.random.Generator) -> Draw:
     middle, near = uniform(-0.08, 0.08), uniform(-1.0, 1.0, 4)
     if task.post:
         hand = np.array([middle + 0.01 * near[0], 0.43 + 0.01 * near[1], 0.13 + 0.3 * (hand[2] - 0.2)])
-        x = np.full(task.cubes, middle + 0.01 * near[2])
+        x = np.full(task.cubes, middle + 0.01 * near[2] - belt * PAST_THE_POST_S)
         y = np.full(task.cubes, BELT_Y_M + 0.02 + 0.01 * near[3])
     low, high = task.event_ticks
     jumps = rng.choice([-1.0, 1.0], 16) * uniform(0.07, 0.13, 16)
