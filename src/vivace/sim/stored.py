@@ -109,10 +109,10 @@ def with_committed(arms: Sequence[Arm], wishes: Sequence[str]) -> list[Arm]:
     limits = {policy: read(policy).committed_max_ticks for policy in {arm.policy for arm in arms}}
 
     def told(arm: Arm, wish: str) -> bool:
-        if wish == "never" or arm.mode != "aligned" or (wish == "auto" and arm.policy == EXPERT):
-            return False
         limit, longest = limits[arm.policy], max(arm.delay.ticks)
-        return wish == "always" or (limit > 0 and arm.delay.measured) or 0 < longest <= limit
+        if wish == "never" or arm.mode != "aligned" or not (longest or arm.delay.measured):
+            return False
+        return wish == "always" or (arm.policy != EXPERT and 0 < longest <= limit) or (arm.delay.measured and limit > 0)
 
     return list(dict.fromkeys(replace(arm, committed=told(arm, wish)) for arm in arms for wish in wishes))
 

@@ -7,12 +7,12 @@
 | bimodal | a post stands between hand and cube: left or right, never through | averaging of two modes, mode switching |
 | precise | the cube goes into a well 2 mm wider on each side; 4 mm off slips in, 6 mm does not | precision: FP8, pruning |
 | perturb | the target jumps to another place at a random time | reaction, blind spots of reuse |
-| perturb-cube | a second cube is put down near the target at a random time | the same, where nothing has to be done about it |
+| perturb-cube | a second cube is put down near the target at a random time | false reaction |
 | swap | the instruction names the other cube from a random time on | the language path, cached text |
 | distract | blobs move beside the belt, the exposure flickers | false refresh and false reuse |
 
-A name with -moving is the same task on the slow belt. The family follows docs/guides/simulation.md. Difficulty of moving tasks is the belt's speed: the delay that a policy
-survives is about (grasp tolerance, 25 mm) / speed.
+A name with -moving is the same task on the slow belt. The family follows docs/guides/simulation.md. Difficulty of moving
+tasks is the belt's speed: the delay that a policy survives is about (grasp tolerance, 25 mm) / speed.
 """
 
 from __future__ import annotations
