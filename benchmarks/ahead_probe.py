@@ -81,7 +81,8 @@ def triggered(name: str, folder: str) -> ModuleType:
     path = Path(folder) / f"{name}_triggered.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(f"vivace.ops.{name}_triggered", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

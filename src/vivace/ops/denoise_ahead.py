@@ -7,7 +7,7 @@ In `denoise_gemm` a program waits for its predecessor and then reads weights. We
 and the stream of weights of the next stages runs while the current stage computes. What makes the early start safe: every
 program waits for its predecessor's end before it reads anything but constants, and before it writes at all, and ends
 only after that wait. So a kernel that passes its wait knows that all older kernels have ended: it may read what they wrote
-and overwrite what they read. A kernel starts only when all programs of its predecessor are resident, so none starves another.
+and overwrite what they read. A kernel starts only when all programs of its predecessor are resident: none starves another.
 
 `parts`, `geglu` and `qkv` have the contracts of `denoise_gemm`. At most 16 rows: `denoise_ahead_few`; at most 64:
 `denoise_ahead_many`.

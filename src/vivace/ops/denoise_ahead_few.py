@@ -2,15 +2,15 @@
 # ruff: noqa: ANN001, ANN201, ANN202
 """Products of at most 16 token rows whose weights are in shared memory before the predecessor has finished.
 
-A program owns BN output columns (two times BN in geglu and qkv) and a range of K. Its weights are constants, so their copies
-are issued first; then it waits for its predecessor, loads x (16 rows), multiplies and stores.
+A program owns BN output columns (two times BN in geglu and qkv) and a range of K. Its weights are constants, so their
+copies are issued first; then it waits for its predecessor, loads x (16 rows), multiplies and stores.
 
 The warps share K, not columns: warp w multiplies chunk w of every step, which keeps each chain of dependent matrix
 instructions short. Their sums meet in shared memory and are added in warp order, so every replay gives the same bits.
 Weight [N, K] is described to the copy engine as [K / chunk, N, chunk], so one copy brings one chunk for every warp.
 
-x goes from the second-level cache straight to registers in the order in which the matrix instruction wants it. A chunk is 64
-bytes: a thread holds 16 consecutive bytes of x and of the weights (the sum over K may be taken in any order as long as both
+x goes from the second-level cache straight to registers in the order in which the matrix instruction wants it. A chunk is
+64 bytes: a thread holds 16 consecutive bytes of x and of the weights (the sum over K may be taken in any order as long as both
 agree), and two rows of a chunk cover all banks of shared memory once.
 """
 
@@ -86,7 +86,7 @@ def few_kernel(
         gdc_wait()
     rows = ()
     for step in gl.static_range(STEPS):
-        rows = rows + (_rows(x, chunk + step * WARPS, M, K, BK, WARPS, left),)
+        rows = rows + (_rows(x, chunk + step * WARPS, M, K, BK, WARPS, left),)  # type: ignore[assignment]  # noqa: RUF005
     acc = gl.zeros([WARPS, 16, BN], gl.float32, mma)
     acc2 = gl.zeros([WARPS, 16, BN], gl.float32, mma)
     for step in gl.static_range(STEPS):
@@ -99,7 +99,7 @@ def few_kernel(
         gdc_launch_dependents()
     y = gl.sum(
         gl.convert_layout(acc, spread), axis=0
-    )  # every thread gets its elements of all warps, and adds in warp order
+    )  # every thread gets its elements of all warps, adding in warp order
     y2 = y
     if PAIRS == 2:
         y2 = gl.sum(gl.convert_layout(acc2, spread), axis=0)

@@ -2,10 +2,10 @@
 # ruff: noqa: ANN001, ANN201, ANN202
 """Products of 17 to 64 token rows whose weights are in shared memory before the predecessor has finished.
 
-The order is that of `denoise_ahead_few`: copies of all weights of this program, constants, wait, x, sums, store. Here 64 rows
-of x (128 KB at K = 1024 in bfloat16) do not fit beside the weights, so x passes through a ring of SLOTS groups, and the wide
-matrix instruction of Hopper takes both operands from shared memory. A chunk is 128 bytes, the width of its swizzle; the two
-column blocks of geglu and qkv lie behind each other, so one instruction multiplies both.
+The order is that of `denoise_ahead_few`: copies of all weights of this program, constants, wait, x, sums, store. Here 64
+rows of x (128 KB at K = 1024 in bfloat16) do not fit beside the weights, so x passes through a ring of SLOTS groups, and
+the wide matrix instruction of Hopper takes both operands from shared memory. A chunk is 128 bytes, the width of its
+swizzle; the two column blocks of geglu and qkv lie behind each other, so one instruction multiplies both.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201
 """What the products with early weights share: which columns are theirs, constants of the epilogue, and the epilogue.
 
-The three epilogues are those of `denoise_gemm`, in explicit layouts. Scales and rotary tables are constants like the weights,
-so `constants` runs before the wait and `store` only multiplies.
+The three epilogues are those of `denoise_gemm`, in explicit layouts. Scales and rotary tables are constants like the
+weights, so `constants` runs before the wait and `store` only multiplies.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def store(
         y2 = y2 * right
         if MODE == "geglu":
             y = y / (1.0 + gl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y))) * y2
-            if STORED == gl.float8e4nv:
+            if STORED == gl.float8e4nv:  # noqa: SIM300
                 y = gl.minimum(gl.maximum(y, -448.0), 448.0)
             gl.store(out + rows[:, None] * (N // 2) + columns[None, :], y.to(STORED), mask=inside)
         else:
