@@ -98,6 +98,13 @@ class Run:
             self.network = load(self.checkpoint, device=self.device, precision="bfloat16")
         return self.network
 
+    def late(self, phase: str, what: str) -> bool:
+        """Whether the time is up; then this is not begun, and the result says so."""
+        if self.left_s > 0:
+            return False
+        self.skip(phase, what, f"no time left of {self.options.seconds:g} s")
+        return True
+
     def engine(self, plan: PrecisionPlan | None) -> Engine:
         """vivace's engine for this plan, made once."""
         name = plan.name if plan else "bf16"
@@ -128,6 +135,8 @@ def noise(shape: tuple[int, ...], *, seed: int, device: torch.device) -> Tensor:
 def rows(run: Run) -> None:
     """B0, B1 and B2 of our engines in every setting; the headline plans with all calls, others with fewer."""
     for size in run.options.sizes:
+        if run.late("rows", size.name):
+            continue
         with guarded(run, "rows", size.name):
             begin, samples = time.perf_counter(), run.held_out(size)
             engines = [engine for plan in run.plans if (engine := _right(run, size, plan, samples)) is not None]
@@ -139,6 +148,8 @@ def rows(run: Run) -> None:
 def accuracy(run: Run) -> None:
     """Final actions of every engine in every setting."""
     for size in run.options.sizes:
+        if run.late("accuracy", size.name):
+            continue
         samples, truth = run.held_out(size), run.truth[size.name]
         plain = hopper_proof.scores(run.plain[size.name], truth)
         for plan in run.plans:
@@ -154,6 +165,8 @@ def accuracy(run: Run) -> None:
 def proof(run: Run) -> None:
     """Freshness and poisoned memory; last, because a graph that does not stand poison is broken afterwards."""
     for size in run.options.sizes:
+        if run.late("proof", size.name):
+            continue
         samples = run.held_out(size)
         for engine in _headline(run):
             with guarded(run, "proof", f"{size.name} {engine.name}"):
@@ -195,6 +208,8 @@ def memory(run: Run) -> None:
     """What one plan alone keeps on the device; everything else is let go first."""
     drop_networks(run)
     for plan in run.plans:
+        if run.late("memory", plan.name if plan else "bf16"):
+            continue
         with guarded(run, "memory", plan.name if plan else "bf16"):
             o = run.options
             row = hopper_machine.memory_row(run.config, o.sizes[0], plan, seed=o.seed, outliers=o.outliers)
@@ -207,6 +222,8 @@ def memory(run: Run) -> None:
 def soak(run: Run) -> None:
     """Ten thousand replays of the headline engine in the first setting."""
     size, engine = run.options.sizes[0], _headline(run)[-1]
+    if run.late("soak", engine.name):
+        return
     with guarded(run, "soak", engine.name):
         samples = run.held_out(size)
         replay = engine.backend.graph_of(samples.inputs[0], samples.noise[0, :1])
@@ -219,6 +236,8 @@ def start(run: Run) -> None:
     """Cold and warm start of the headline plan in processes of their own."""
     drop_networks(run)
     o = run.options
+    if run.late("start", o.headline):
+        return
     plan = next((one for one in run.plans if one is not None and one.name == o.headline), None)
     with guarded(run, "start", o.headline):
         timeout_s = max(30.0, run.left_s)
@@ -244,14 +263,12 @@ FAILURES = (
 
 @contextmanager
 def guarded(run: Run, phase: str, what: str) -> Iterator[None]:
-    """What fails is written down and does not take the next with it; what there is no time for is not begun.
+    """What fails is written down and does not take the next with it.
 
     An hour of a lent GPU is worth more than a traceback: whatever an engine raises becomes a line of `not_run`.
     """
     begin = time.perf_counter()
     try:
-        if run.left_s <= 0:
-            raise VivaceError("no time left", got=f"{run.options.seconds:g} s were given")
         yield
     except FAILURES as error:
         run.skip(phase, what, f"{type(error).__name__}: {str(error)[:400]}")
