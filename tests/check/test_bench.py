@@ -228,3 +228,16 @@ def test_default_is_two_hundred_samples_of_the_real_clock():
     times = bench.measure({"a": lambda: sum(range(50))})["a"]
     assert len(times.total_ms) == 200
     assert all(math.isfinite(ms) and ms >= 0 for ms in times.total_ms)
+
+
+def test_slow_engines_may_be_called_less_often_spread_over_the_rounds():
+    calls = []
+    fns = {name: (lambda name=name: calls.append(name)) for name in ("fast", "slow")}
+    rule = bench.WarmUp(max_calls=0)
+    times = bench.measure(fns, samples=20, warmup=rule, fewer={"slow": 4})
+    assert len(times["fast"].total_ms) == 20
+    assert len(times["slow"].total_ms) == 4
+    order = calls[2:]
+    at = [sum(one == "fast" for one in order[:i]) for i, name in enumerate(order) if name == "slow"]
+    assert all(abs(got - wanted) <= 1 for got, wanted in zip(at, (5, 10, 15, 20), strict=True)), "every fifth round"
+    assert len(bench.measure(fns, samples=3, warmup=rule, fewer={"slow": 9})["slow"].total_ms) == 3

@@ -76,6 +76,13 @@ def doctor_document():
     return results.result("doctor", {"healthy": False, "checks": checks})
 
 
+def hopper_document():
+    latency = {key: 10.0 for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")}
+    rows = [{"setting": EVIL, "engine": EVIL, "boundary": "B0", "calls": 3, "latency": latency}]
+    body = {"setup": {"weights": EVIL}, "rows": rows, "accuracy": [], "missed": [EVIL], "not_run": [], "passed": False}
+    return results.result("hopper", body)
+
+
 ALL = {
     "bench": bench_document(),
     "check": check_document(),
@@ -84,6 +91,7 @@ ALL = {
     "doctor": doctor_document(),
     "inspect": {"schema": 1, "kind": "inspect", "sizes": {"layers": 3}, "name": EVIL},
     "serve-drive": {"schema": 1, "kind": "serve-drive", "p50_ms": 4.2},
+    "hopper": hopper_document(),
     "strange": {"kind": EVIL, "x": EVIL},
 }
 

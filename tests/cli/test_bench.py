@@ -113,3 +113,33 @@ def test_engines_by_spaces_or_commas(engines):
 def test_bad_engines_exit_2(vivace, checkpoint, engines):
     code, document, _ = vivace("bench", checkpoint, "--engines", engines, *FAST)
     assert (code, document) == (2, None)
+
+
+def test_the_preset_runs_the_full_size_benchmark_with_its_own_options(vivace, tmp_path, monkeypatch):
+    from vivace.check import hopper
+
+    seen = {}
+
+    def run(options, *, phases, tell):
+        seen.update(vars(options), phases=phases)
+        return {"schema": 1, "kind": "hopper", "passed": False, "missed": ["x"]}
+
+    monkeypatch.setattr(hopper, "run", run)
+    out = tmp_path / "h.json"
+    code, document, _ = vivace(
+        "bench", "--preset", "hopper", "-o", out, "--full.settings", "1,48,50", "2,0,63", "--full.plans", "bf16", "fp8-all",
+        "--full.phases", "rows", "--full.calls", "7",
+    )  # fmt: skip
+    assert code == 1, "a must was missed"
+    assert document["kind"] == "hopper"
+    assert [size.name for size in seen["sizes"]] == ["1,48,50", "2,0,63"]
+    assert (seen["plans"], seen["phases"], seen["calls"], seen["out"]) == (("bf16", "fp8-all"), ["rows"], 7, out)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--preset", "hopper"], ["a_checkpoint", "--preset", "hopper", "-o", "x.json"], []]
+)
+def test_a_preset_takes_a_file_and_no_checkpoint(vivace, arguments):
+    code, _, text = vivace("bench", *arguments)
+    assert code == 2
+    assert "preset" in text

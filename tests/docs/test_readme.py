@@ -24,6 +24,44 @@ def test_speed_table_is_that_of_the_result():
     assert made.with_table(README, text) == README, "run: python benchmarks/readme_table.py --write"
 
 
+def test_a_result_of_the_preset_makes_the_table_by_changing_one_constant():
+    """Every figure of a table line is the result's own; what was not measured is a dash and never a number."""
+    p50 = {"compiled graph": 22.7, "cuda_graph bf16": 14.35, "cuda_graph fp8-all": 10.71}
+    rows = [
+        {"setting": "3,200,50", "engine": engine, "boundary": "B0", "latency": {"p50_ms": ms, "p99_ms": ms + 0.1}}
+        for engine, ms in p50.items()
+    ]
+    rows.append(
+        {
+            "setting": "3,200,50",
+            "engine": "cuda_graph bf16",
+            "boundary": "B2",
+            "latency": {"p50_ms": 15.2, "p99_ms": 16},
+        }
+    )
+    rows.append(
+        {
+            "setting": "2,0,63",
+            "engine": "cuda_graph bf16",
+            "boundary": "B0",
+            "latency": {"p50_ms": 11.4, "p99_ms": 11.5},
+        }
+    )
+    accuracy = [
+        {"setting": "3,200,50", "engine": "cuda_graph bf16", "rel_l2": 0.0065, "plain_bfloat16": {"rel_l2": 0.0105}},
+        {"setting": "3,200,50", "engine": "cuda_graph fp8-all", "cosine_mean": 0.99912, "cosine_worst": 0.99601},
+    ]
+    result = {"kind": "hopper", "rows": rows, "accuracy": accuracy}
+    _, _, first, second = readme_table().table(result).splitlines()
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert cells == [
+        "(3, 200, 50)", "22.70", "14.35 / 14.45", "0.0065 / 0.0105", "10.71 / 10.81", "0.99912 / 0.99601", "15.20, -",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in second.strip("|").split("|")] == [
+        "(2, 0, 63)", "-", "11.40 / 11.50", "-", "-", "-", "-, -",
+    ]  # fmt: skip
+
+
 def test_every_verb_of_the_readme_exists():
     from vivace.cli.main import VERBS
 

@@ -1,0 +1,98 @@
+"""The waterfall: the rows of a result in the order of the techniques, latency and error together; table and plot of it."""
+
+import math
+
+import pytest
+
+from vivace.check import results
+from vivace.check.report import build
+from vivace.check.waterfall import STEPS, settings, waterfall
+from vivace.errors import ConfigError
+
+MS = {
+    "eager": 200.0, "compiled graph": 20.0, "cuda_graph bf16": 14.0, "cuda_graph fp8-mlp": 12.5,
+    "cuda_graph fp8-full": 12.0, "cuda_graph fp8-prefix+vision": 11.0, "cuda_graph fp8-all": 10.0,
+}  # fmt: skip
+
+
+def row(engine, ms, setting="3,200,50", boundary="B0"):
+    latency = {"p50_ms": ms, "p95_ms": ms * 1.01, "p99_ms": ms * 1.02, "max_ms": ms * 1.1, "min_ms": ms, "mean_ms": ms,
+               "samples": 1000}  # fmt: skip
+    target = {"what": "B0 p50, ms", "got": ms, "rule": "at most", "must": 11.0, "stretch": 8.5, "must_met": ms <= 11,
+              "stretch_met": False}  # fmt: skip
+    rates = {"vision": {"tflop": 0.6, "gb": 0.8, "fp8_share": 0.0, "tflop_s": 400.0, "gb_s": 500.0, "floor_ms": 0.8,
+                        "of_floor": 0.5}}  # fmt: skip
+    return {"setting": setting, "engine": engine, "precision": "x", "boundary": boundary, "calls": 1000, "latency": latency,
+            "targets": [target], "stages_ms": {"vision": 1.6}, "rates": rates,
+            "bit_identical": {"same": 1000, "of": 1000}}  # fmt: skip
+
+
+def score(engine, error, setting="3,200,50"):
+    four = {"cosine_mean": 1 - error, "cosine_worst": 1 - 2 * error, "rel_l2": error, "rel_l2_worst": 2 * error}
+    plain = {"cosine_mean": 0.9999, "cosine_worst": 0.9998, "rel_l2": 0.0105, "rel_l2_worst": 0.02}
+    return {"setting": setting, "engine": engine, "precision": "x", "observations": 64, "noise_draws": 3, **four,
+            "plain_bfloat16": plain, "targets": []}  # fmt: skip
+
+
+def document(engines=tuple(MS), **changes):
+    body = {
+        "preset": "hopper", "setup": {"weights": "random"}, "rows": [row(engine, MS[engine]) for engine in engines],
+        "accuracy": [score(engine, 0.01 * i) for i, engine in enumerate(engines) if engine != "eager"],
+        "proof": [{"setting": "3,200,50", "engine": "cuda_graph bf16", "passed": True}],
+        "memory": [{"engine": "cuda_graph bf16", "ratio": 1.05, "targets": []}], "missed": ["something <b>slow</b>"],
+        "not_run": [{"phase": "soak", "what": "all", "why": "no time"}], "passed": False, **changes,
+    }  # fmt: skip
+    return results.result("hopper", body)
+
+
+def test_steps_are_in_order_whatever_the_order_of_rows():
+    made = document(tuple(reversed(MS)))
+    steps = waterfall(made, "3,200,50")
+    assert [step.engine for step in steps] == [engine for engine, _ in STEPS] == list(MS)
+    assert [step.p50_ms for step in steps] == list(MS.values())
+    assert steps[1].of_above == pytest.approx(10.0)
+    assert steps[-1].of_above == pytest.approx(1.1)
+    assert steps[-1].of_first == pytest.approx(20.0)
+    assert steps[0].of_above == steps[0].of_first == 1.0
+
+
+def test_errors_are_those_of_the_engine_and_eagers_those_of_plain_bfloat16():
+    steps = {step.engine: step for step in waterfall(document(), "3,200,50")}
+    assert steps["eager"].rel_l2 == 0.0105
+    assert steps["cuda_graph fp8-all"].rel_l2 == pytest.approx(0.06)
+    assert steps["cuda_graph fp8-all"].cosine_worst == pytest.approx(0.88)
+
+
+def test_what_was_not_measured_has_no_row_and_no_error():
+    made = document(("cuda_graph bf16", "cuda_graph fp8-all"), accuracy=[])
+    steps = waterfall(made, "3,200,50")
+    assert [step.engine for step in steps] == ["cuda_graph bf16", "cuda_graph fp8-all"]
+    assert all(math.isnan(step.rel_l2) for step in steps)
+    assert waterfall(made, "1,2,3") == ()
+
+
+def test_other_settings_and_boundaries_do_not_mix():
+    made = document()
+    made["rows"] += [row("eager", 1.0, boundary="B2"), row("cuda_graph bf16", 9.0, setting="1,48,50")]
+    assert settings(made) == ["3,200,50", "1,48,50"]
+    assert waterfall(made, "3,200,50")[0].p50_ms == 200.0
+    assert [step.p50_ms for step in waterfall(made, "1,48,50")] == [9.0]
+
+
+def test_the_report_shows_table_plot_marks_and_what_was_missed():
+    page = build([("hopper.json", document())])
+    assert "<h2>Full size on one GPU</h2>" in page
+    assert "Waterfall, (3,200,50)" in page
+    for _, adds in STEPS:
+        assert adds.replace("+", "+") in page
+    assert page.count("<svg") == 1
+    assert "200.0 ms, error 0.01" in page, "the plot names latency and error"
+    assert "something &lt;b&gt;slow" in page
+    assert "soak, all: no time" in page
+    assert 'pill bad">fail' in page
+    assert "1000 / 1000" in page
+
+
+def test_an_incomplete_result_is_an_error():
+    with pytest.raises(ConfigError, match="incomplete"):
+        build([("h.json", {"schema": 1, "kind": "hopper"})])
