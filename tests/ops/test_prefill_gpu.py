@@ -14,13 +14,15 @@ if not torch.cuda.is_available():
 
 from vivace.ops import prefill, prefill_limits, reference
 from vivace.ops.layers import LayerNorm, Linear, RmsNorm
+from vivace.ops.prefill_gemm import Tile
+from vivace.ops.prefill_tuning import Choice, Key, Tuning
 from vivace.ops.table import reference_ops
 from vivace.precision.quantize import quantise_layer
 
 pytestmark = pytest.mark.gpu
 CAPABILITY = torch.cuda.get_device_capability()
 BF16 = torch.bfloat16
-PREFIX_ROWS, VISION_VIEWS = (968, 560, 304, 259), (3, 2, 1)
+PREFIX_ROWS, VISION_VIEWS = (968, 784, 560, 512, 304, 259), (3, 2, 1)
 FORMATS = ["bf16", "fp8"]
 
 
@@ -177,6 +179,43 @@ def test_siglip_block(kind, views):
         return (table.linear_residual_norm(hidden, used["fc2"], total, None, gain, None, plain["qkv"])[0],)
 
     check(*both(ops_for(*layers.values()), call, plain["qkv"]))
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 128, 256])
+@pytest.mark.parametrize("views", [1, 3])
+def test_views_of_few_tokens(views, tokens):
+    """16 tokens are 56 pixels: fewer than the keys of one turn."""
+    into = linear(1152, 1152, name="o", seed=0)
+    qkv = randn(views, tokens, 3456, seed=1).to(BF16)
+
+    def call(table, *, wide=False):
+        return (
+            table.vision_attention(qkv.float() if wide else qkv, 16, Linear(1, 1, name="f").cuda() if wide else into),
+        )
+
+    check(*both(ops_for(into), call, into))
+
+
+@pytest.mark.parametrize("tail", [0, 16, 32, 64])
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("rows", [784, 560, 304, 129, 320, 353])
+def test_rows_that_ride_along(rows, kind, tail):
+    plain_up, plain_down = linear(4096, 2048, name="gate_up", seed=0), linear(2048, 2048, name="down", seed=1)
+    up, down = in_format(plain_up, kind), in_format(plain_down, kind)
+    exact_up, exact_down = wide(plain_up), wide(plain_down)
+    x = randn(1, rows, 2048, seed=2).to(BF16)
+    tile = Tile(128, 128, 128 if kind == "fp8" else 64, warps=8, stages=3, tail=tail, group=8)
+    key = Key("geglu", 4096, 2048, fp8=kind == "fp8")
+    ops = prefill.prefill_ops(
+        torch.nn.ModuleList([up, down]), tuning=Tuning(products={key: ((rows, Choice(tile)),)}, ahead_bytes=16 << 20)
+    )
+
+    def call(table, *, wide=False):
+        if wide:
+            return (table.geglu(x.float(), exact_up, exact_down),)
+        return (table.geglu(reference.hand_over(x, up), up, down),)
+
+    check(*both(ops, call, down))
 
 
 @pytest.mark.parametrize("pixels", ["uint8", "float32"])

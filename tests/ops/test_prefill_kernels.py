@@ -17,7 +17,7 @@ if not GPU:
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vivace.errors import ShapeError  # noqa: E402
-from vivace.ops import prefill_attention, prefill_patches, prefill_pointwise  # noqa: E402
+from vivace.ops import prefill_attention, prefill_patches, prefill_pointwise, prefill_tail  # noqa: E402
 from vivace.ops.layers import Linear  # noqa: E402
 from vivace.ops.prefill_attention import AttentionTile  # noqa: E402
 from vivace.ops.prefill_gemm import Rotation, Tile, gemm  # noqa: E402
@@ -94,6 +94,43 @@ def test_gated_product(tile):
     gate, up = (x @ w.T).chunk(2, dim=-1)
     out = gemm(x, w, poisoned(M, F), tile=tile, epilogue="geglu", processors=2)
     torch.testing.assert_close(out, functional.gelu(gate, approximate="tanh") * up, **TIGHT)
+
+
+def carrying(tail: int, group: int = 1) -> Tile:
+    return Tile(128, 16, 16, warps=8, stages=3, tail=tail, group=group)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile", "carriers"),
+    [
+        (256, carrying(16), 0),  # no row left over
+        (257, carrying(16), 1),
+        (272, carrying(16), 1),
+        (273, carrying(16, 2), 2),
+        (288, carrying(16, 3), 2),
+        (289, carrying(16), 0),  # three carriers, two row tiles: a tile of its own again
+        (304, carrying(32, 2), 2),
+        (320, carrying(64), 1),
+        (321, carrying(64), 2),
+        (383, carrying(64, 2), 2),
+        (100, carrying(64), 0),  # no full tile that could carry
+    ],
+)
+def test_rows_left_over_ride_along(rows, tile, carriers):
+    F, K = 48, 36
+    assert prefill_tail.carriers(rows, tile) == carriers
+    x, w, scale = randn(rows, K, seed=0), randn(2 * F, K, seed=1), randn(2 * F, seed=2).abs()
+    gate, up = ((x @ w.T) * scale).chunk(2, dim=-1)
+    wanted = functional.gelu(gate, approximate="tanh") * up
+    room = poisoned(rows + 70, F)
+    out = prefill_tail.gated(x, w, room[:rows], tile=tile, channel_scale=scale)
+    torch.testing.assert_close(out, wanted, **TIGHT)
+    assert room[rows:].isnan().all(), "wrote below the last row"
+    inverse = torch.full((1,), 100.0, device=DEVICE)
+    out = prefill_tail.gated(x, w, poisoned(rows, F), tile=tile, channel_scale=scale, out_inverse=inverse)
+    clamped = (wanted * 100.0).clamp(-448.0, 448.0)
+    assert (clamped[-1].abs() == 448.0).any(), "no value of the last row was clamped"
+    torch.testing.assert_close(out, clamped, rtol=2e-5, atol=2e-3)
 
 
 @pytest.mark.parametrize("tile", [SMALL, WALKING, BULK], ids=["one-tile", "persistent", "bulk"])
@@ -184,6 +221,19 @@ def test_vision_attention_of_odd_head_dims(head_dim):
         qkv, poisoned(V, T, heads * head_dim), heads=heads, tile=AttentionTile(16, 16, warps=4, stages=2)
     )
     torch.testing.assert_close(out, reference.vision_attention(qkv, heads, KEEP), **TIGHT)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 17])
+def test_few_keys_take_two_turns(tokens):
+    from vivace.ops import reference
+
+    tile = AttentionTile(16, 32, warps=4, stages=2)
+    qkv = randn(3, tokens, 3 * 2 * 24, seed=0)
+    out = prefill_attention.vision_attention(qkv, poisoned(3, tokens, 48), heads=2, tile=tile)
+    torch.testing.assert_close(out, reference.vision_attention(qkv, 2, KEEP), **TIGHT)
+    q, k, v = (randn(2, tokens, n, 16, seed=n) for n in (4, 1, 1))
+    out = prefill_attention.attention(q, k, v, poisoned(2, tokens, 64), tile=tile)
+    torch.testing.assert_close(out, reference.attention(q, k, v, None, None, KEEP), **TIGHT)
 
 
 def test_keys_inside_a_wider_cache_are_read_in_place():

@@ -18,9 +18,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from vivace.config import GemmaConfig, ModelConfig, VisionConfig  # noqa: E402
 from vivace.errors import ShapeError, Unsupported  # noqa: E402
 from vivace.model.pi import Pi  # noqa: E402
-from vivace.ops import prefill, prefill_limits  # noqa: E402
+from vivace.ops import prefill, prefill_ahead, prefill_limits, prefill_tail  # noqa: E402
 from vivace.ops.layers import Fp8Linear, Linear, RmsNorm  # noqa: E402
-from vivace.ops.prefill_tuning import Choice, Key, Tile, Tuning  # noqa: E402
+from vivace.ops.prefill_tuning import TUNED, Choice, Key, Tile, Tuning  # noqa: E402
 from vivace.ops.table import reference_ops  # noqa: E402
 from vivace.precision.quantize import quantise_layer  # noqa: E402
 
@@ -145,6 +145,26 @@ def test_why_not_names_device_alignment_and_capability():
     assert prefill_limits.why_not_layer(fp8, capability=(9, 0)) is None
     assert prefill_limits.why_not_layer(Linear(3, 5, name="time_in"), capability=(8, 0)) is None
     assert "float32" in prefill_limits.why_not_layer(Linear(8, 8, name="vision.layers.0.attn.qkv"), capability=(9, 0))
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("rows", [256, 272, 304, 456, 512, 528, 560, 640, 712, 784, 968])
+def test_committed_rows_give_every_gated_product_a_way_to_run(rows, fp8):
+    choice = TUNED.choose("geglu", rows=rows, shape=(32768, 2048), fp8=fp8)
+    assert choice.tile is None or choice.tile.split_k == 1
+    if fp8 and rows in (304, 560):  # the rows that a tail was measured for: no tile of zeros more
+        assert choice.tile is not None
+        assert 0 < prefill_tail.carriers(rows, choice.tile) <= 2
+
+
+def test_weights_are_fetched_ahead_up_to_a_size():
+    weight = torch.zeros(32, 64, dtype=torch.bfloat16)
+    assert prefill_ahead.worth(weight, 4096) is weight
+    assert prefill_ahead.worth(weight, 4095) is None
+    assert prefill_ahead.worth(torch.zeros(64, 32).t(), 1 << 20) is None, "words of a strided weight are not in a row"
+    assert prefill_ahead.ahead_options(weight, programs=4, warps=4)["AHEAD_LINES"] == 0, (
+        "a CPU has nothing to fetch with"
+    )
 
 
 def test_tuning_picks_the_first_row_that_is_large_enough():

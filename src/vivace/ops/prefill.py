@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ShapeError, Unsupported
-from . import prefill_attention, prefill_patches, prefill_pointwise, reference
+from . import prefill_attention, prefill_patches, prefill_pointwise, prefill_tail, reference
 from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
+from .prefill_ahead import Ahead, worth
 from .prefill_gemm import Rotation, gemm
 from .prefill_limits import why_not
 from .prefill_tuning import TUNED, Choice, Tuning, untuned
@@ -114,7 +115,7 @@ class Prefill:
         total, out = torch.empty_like(old), self._for(into, old, old.shape[1])
         prefill_pointwise.residual_norm(
             old, _gain(norm), out, shift=_shift(norm), parts=parts, channel_scale=self._channel(layer), bias=layer.bias,
-            total=total, out_inverse=self._inverse(into), pdl=self._early(layer.name),
+            total=total, out_inverse=self._inverse(into), pdl=self._early(layer.name), ahead=self._ahead(into),
         )  # fmt: skip
         return total.view(residual.shape), out.view(residual.shape)
 
@@ -123,8 +124,9 @@ class Prefill:
         out = self._for(into, rows, rows.shape[1])
         self._note(norm.name, "layer_norm" if isinstance(norm, LayerNorm) else "rms_norm", "triton")
         prefill_pointwise.residual_norm(
-            rows, _gain(norm), out, shift=_shift(norm), out_inverse=self._inverse(into), pdl=self._early(norm.name)
-        )
+            rows, _gain(norm), out, shift=_shift(norm), out_inverse=self._inverse(into), pdl=self._early(norm.name),
+            ahead=self._ahead(into),
+        )  # fmt: skip
         return out.view(x.shape)
 
     # --- products -------------------------------------------------------------------------------------------------
@@ -159,6 +161,7 @@ class Prefill:
         gemm(
             rows, layer.weight, out, tile=choice.tile, channel_scale=self._channel(layer), bias=layer.bias, gelu=True,
             out_inverse=self._inverse(into), processors=self.processors, pdl=self._early(layer.name),
+            ahead=self._ahead(into),
         )  # fmt: skip
         return out.view(*x.shape[:-1], -1)
 
@@ -172,8 +175,8 @@ class Prefill:
             packed = self._blas(rows, layer)
             prefill_pointwise.geglu(packed, out, channel_scale=scale, out_inverse=inverse, pdl=self._early(layer.name))
         else:
-            gemm(
-                rows, layer.weight, out, tile=choice.tile, epilogue="geglu", channel_scale=scale, out_inverse=inverse,
+            prefill_tail.gated(
+                rows, layer.weight, out, tile=choice.tile, channel_scale=scale, out_inverse=inverse,
                 processors=self.processors, pdl=self._early(layer.name),
             )  # fmt: skip
         return out.view(*x.shape[:-1], -1)
@@ -245,7 +248,7 @@ class Prefill:
         self._note(into.name, "attention", "triton")
         return prefill_attention.attention(
             q, k, v, out, tile=self.tuning.attention_tile(rows=T * N), mask=mask, out_inverse=self._inverse(into),
-            pdl=self._early(into.name),
+            pdl=self._early(into.name), ahead=self._ahead(into),
         )  # fmt: skip
 
     def vision_attention(self, qkv: Tensor, num_heads: int, into: AnyLinear) -> Tensor:
@@ -257,13 +260,9 @@ class Prefill:
         out = self._for(into, qkv.flatten(0, 1), packed // 3).view(V, T, packed // 3)
         self._note(into.name, "vision_attention", "triton")
         return prefill_attention.vision_attention(
-            qkv,
-            out,
-            heads=num_heads,
-            tile=self.tuning.vision_tile,
-            out_inverse=self._inverse(into),
-            pdl=self._early(into.name),
-        )
+            qkv, out, heads=num_heads, tile=self.tuning.vision_tile, out_inverse=self._inverse(into),
+            pdl=self._early(into.name), ahead=self._ahead(into),
+        )  # fmt: skip
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
@@ -277,6 +276,9 @@ class Prefill:
             choice = untuned(epilogue, fp8=fp8)
         self._note(layer.name, operation, "cublas" if choice.tile is None else "triton")
         return choice
+
+    def _ahead(self, into: AnyLinear) -> Ahead:
+        return worth(into.weight, self.tuning.ahead_bytes)
 
     def _early(self, name: str) -> bool:
         return name.startswith(self.early)

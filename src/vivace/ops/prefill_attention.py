@@ -27,6 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..errors import ShapeError
+from .prefill_ahead import Ahead, ahead_options, fetch_ahead
 from .prefill_gemm import scaled_out
 
 LOG2_E = 1.4426950408889634
@@ -52,7 +53,7 @@ def _attention_kernel(
     q, k, v, mask, out, out_inverse, q_batch, q_token, k_rows, v_rows, out_batch, rows_in_all, keys, score_scale,
     KEY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_KEYS: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, ahead, ahead_bytes, ahead_turns, AHEAD_LINES: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, B * KV_HEADS).  Row r of a group is head r % GROUP of token r // GROUP; k, v are descriptors."""
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
@@ -60,6 +61,8 @@ def _attention_kernel(
     in_rows = rows < rows_in_all
     columns = tl.arange(0, HEAD_DIM)
     token, head = rows // GROUP, kv_head * GROUP + rows % GROUP
+    if AHEAD_LINES > 0:
+        fetch_ahead(ahead, ahead_bytes, ahead_turns, AHEAD_LINES)
     if PDL:
         gdc_wait()
     at = (token * q_token + head * HEAD_DIM)[:, None] + columns[None, :]
@@ -99,6 +102,7 @@ def _vision_kernel(
     qkv, main_rows, rest_rows, out, out_inverse, token_stride, out_view, out_token, tokens, score_scale,
     KEY_BLOCKS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    ahead, ahead_bytes, ahead_turns, AHEAD_LINES: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, V * HEADS).  HEAD_DIM = MAIN + a part of REST; MAIN and REST are powers of two.
 
@@ -111,6 +115,8 @@ def _vision_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     main, rest = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
     in_rows, in_rest = (rows < tokens)[:, None], (rest < HEAD_DIM)[None, :]
+    if AHEAD_LINES > 0:
+        fetch_ahead(ahead, ahead_bytes, ahead_turns, AHEAD_LINES)
     if PDL:
         gdc_wait()
     at = qkv + column + (view * tokens + rows)[:, None] * token_stride
@@ -156,20 +162,26 @@ def attention(
     mask: Tensor | None = None,
     out_inverse: Tensor | None = None,
     pdl: bool = False,
+    ahead: Ahead = None,
 ) -> Tensor:
-    """q [B, T, N, d], k and v [B, S, K, d], mask bool [B, S] or None, out [B, T, N * d]; heads contiguous in each."""
+    """q [B, T, N, d], k and v [B, S, K, d], mask bool [B, S] or None, out [B, T, N * d]; heads contiguous in each.
+
+    ahead  see `prefill_ahead`
+    """
     assert tile.stages >= 2, tile
     B, T, N, head_dim = q.shape
     S, K = k.shape[1], k.shape[2]
     rows = T * (N // K)
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    _attention_kernel[(triton.cdiv(rows, tile.block_m), B * K)](
+    grid = triton.cdiv(rows, tile.block_m), B * K
+    _attention_kernel[grid](
         q, _rows_of(k, tile.block_n), _rows_of(v, tile.block_n), mask.view(torch.uint8) if mask is not None else q,
         out, out_inverse, q.stride(0), q.stride(1), k.stride(0) // k.stride(1), v.stride(0) // v.stride(1),
         out.stride(0), rows, S, head_dim**-0.5 * LOG2_E,
-        KEY_BLOCKS=triton.cdiv(S, tile.block_n), GROUP=N // K, KV_HEADS=K, HEAD_DIM=head_dim, BLOCK_M=tile.block_m,
+        KEY_BLOCKS=_key_blocks(S, tile), GROUP=N // K, KV_HEADS=K, HEAD_DIM=head_dim, BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n, MASKED_KEYS=mask is not None, PRECISION=_precision(q), PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, **options,
+        **ahead_options(ahead, programs=grid[0] * grid[1], warps=tile.warps),
     )  # fmt: skip
     return out
 
@@ -182,6 +194,7 @@ def vision_attention(
     tile: AttentionTile,
     out_inverse: Tensor | None = None,
     pdl: bool = False,
+    ahead: Ahead = None,
 ) -> Tensor:
     """qkv contiguous [V, T, 3 D] = q | k | v, out [V, T, D]; every view sees itself alone."""
     assert tile.stages >= 2, tile
@@ -190,13 +203,15 @@ def vision_attention(
     main, rest = split_head_dim(head_dim)
     rows = qkv.view(V * T, packed)
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    _vision_kernel[(triton.cdiv(T, tile.block_m), V * heads)](
+    grid = triton.cdiv(T, tile.block_m), V * heads
+    _vision_kernel[grid](
         rows, TensorDescriptor.from_tensor(rows, [tile.block_n, main]),
         TensorDescriptor.from_tensor(rows, [tile.block_n, rest]), out, out_inverse, rows.stride(0), out.stride(0),
         out.stride(1), T, head_dim**-0.5 * LOG2_E,
-        KEY_BLOCKS=triton.cdiv(T, tile.block_n), HEADS=heads, HEAD_DIM=head_dim, MAIN=main, REST=rest,
+        KEY_BLOCKS=_key_blocks(T, tile), HEADS=heads, HEAD_DIM=head_dim, MAIN=main, REST=rest,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, PRECISION=_precision(qkv), PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, **options,
+        **ahead_options(ahead, programs=grid[0] * grid[1], warps=tile.warps),
     )  # fmt: skip
     return out
 
@@ -209,6 +224,14 @@ def _rows_of(x: Tensor, block: int) -> TensorDescriptor:
         raise ShapeError("keys or values cannot be read as rows", got=x.stride(), wanted="heads contiguous in a token")
     rows = (B - 1) * (x.stride(0) // token) + S
     return TensorDescriptor(x, [rows, K * head_dim], [token, 1], [block, head_dim])
+
+
+def _key_blocks(keys: int, tile: AttentionTile) -> int:
+    """Turns of the key loop, never one: a loop of one turn has no pipeline, and fails as one stage does (`AttentionTile`).
+
+    The keys of a turn beyond the last are all masked: their weights are zero.
+    """
+    return max(2, -(-keys // tile.block_n))
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..errors import ShapeError
+from .prefill_ahead import Ahead, ahead_options, fetch_ahead
 
 E4M3_MAX = tl.constexpr(448.0)
 
@@ -42,6 +43,7 @@ class Tile:
     split_k      programs that share one output tile; each writes its own part
     persistent   one program per processor walks over several tiles, so that loads run on through the epilogues
     bulk_store   whole tiles leave through the bulk copy engine (plain and geglu, unsplit)
+    tail, group  geglu alone: rows that a carrier takes beside its own, and column tiles launched together; `prefill_tail`
     """
 
     block_m: int
@@ -52,6 +54,8 @@ class Tile:
     split_k: int = 1
     persistent: bool = False
     bulk_store: bool = False
+    tail: int = 0
+    group: int = 1
 
 
 @dataclass(frozen=True)
@@ -119,19 +123,22 @@ def _store_rotated(
     tl.store(to + HALF, second.to(q.dtype.element_ty), mask=in_rows[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "rope_rows", "bias_rows"])
+@triton.jit(do_not_specialize=["M", "rope_rows", "bias_rows", "ahead_turns"])
 def _gemm_kernel(
     x, weight, out, out_stride, k_out, k_stride, v_out, v_stride, channel_scale, bias, bias_rows, out_inverse,
     cos_table, sin_table, rope_rows, M, N,
     K_TILES: tl.constexpr, TILES_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EPILOGUE: tl.constexpr, GELU: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, PRECISION: tl.constexpr, ROW_BIAS: tl.constexpr,
-    BULK_STORE: tl.constexpr, PDL: tl.constexpr,
+    BULK_STORE: tl.constexpr, PDL: tl.constexpr, ahead, ahead_bytes, ahead_turns,
+    AHEAD_LINES: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, split_k).  N = output columns of one accumulator (qkv_rope: all columns / 2)."""
     PAIRED: tl.constexpr = EPILOGUE != "plain"
     tiles_m = tl.cdiv(M, BLOCK_M)
     split = tl.program_id(1)
+    if AHEAD_LINES > 0:
+        fetch_ahead(ahead, ahead_bytes, ahead_turns, AHEAD_LINES)
     if PDL:
         gdc_wait()
     for index in tl.range(0, TILES_EACH, flatten=TILES_EACH > 1):
@@ -197,6 +204,7 @@ def gemm(
     rotation: Rotation | None = None,
     processors: int = 132,
     pdl: bool = False,
+    ahead: Ahead = None,
 ) -> Tensor:
     """Launch the product; returns `out`, completely written.
 
@@ -205,6 +213,7 @@ def gemm(
     channel_scale  float32, one per weight row
     bias           [N], or [R, N] contiguous: row m of the result gets row m % R (position embeddings)
     out_inverse    float32 [1] = 1 / scale of an e4m3 output
+    ahead          see `prefill_ahead`
     """
     M, K = x.shape
     check_operands(x, weight, out, tile=tile, plain=epilogue == "plain" and bias is None and not gelu)
@@ -228,6 +237,7 @@ def gemm(
         HALF=head_dim // 2, HEADS=heads, KV_HEADS=kv_heads, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         ROW_BIAS=bias is not None and bias.dim() == 2,
         BULK_STORE=bulk, PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, **options,
+        **ahead_options(ahead, programs=programs * tile.split_k, warps=tile.warps),
     )  # fmt: skip
     return out
 

@@ -18,14 +18,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .prefill_ahead import Ahead, ahead_options, fetch_ahead
 from .prefill_gemm import gelu_tanh, scaled_out
 from .reference import NORM_EPS
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "ahead_turns"])
 def _norm_kernel(
     parts, channel_scale, bias, residual, total, gain, shift, out, out_inverse, M, D, eps,
-    PARTS: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, ahead, ahead_bytes,
+    ahead_turns, AHEAD_LINES: tl.constexpr,
 ):  # fmt: skip
     """Row: sum of parts in order, scaled, + bias, rounded to the residual's dtype, + residual, stored; then the norm."""
     row, columns = tl.program_id(0), tl.arange(0, BLOCK)
@@ -36,6 +38,8 @@ def _norm_kernel(
         offset = tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         constant = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if AHEAD_LINES > 0:
+        fetch_ahead(ahead, ahead_bytes, ahead_turns, AHEAD_LINES)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -130,19 +134,22 @@ def residual_norm(
     out_inverse: Tensor | None = None,
     warps: int | None = None,
     pdl: bool = False,
+    ahead: Ahead = None,
 ) -> Tensor:
     """total = residual + sum(parts) * channel_scale + bias, then its norm to `out`.  All [M, D] contiguous.
 
     parts  [P, M, D], added in order, or None: the norm of `residual` alone, and `total` is not written
     shift  [D]: LayerNorm with gain and shift; None: RMSNorm with gain 1 + gain
     warps  None: 8 from 2,048 columns on (968 rows: 3.5 us against 3.8 with 4), else 2 (768 x 1,152: 2.5 against 2.9)
+    ahead  see `prefill_ahead`
     """
     M, D = residual.shape
     block = triton.next_power_of_2(D)
+    warps = warps or (8 if D >= 2048 else 2)
     _norm_kernel[(M,)](
         parts, channel_scale, bias, residual, total, gain, shift, out, out_inverse, M, D, NORM_EPS,
         PARTS=0 if parts is None else parts.shape[0], MEAN=shift is not None, BLOCK=block,
-        **(_options(D, pdl) | {"num_warps": warps or (8 if D >= 2048 else 2)}),
+        **(_options(D, pdl) | {"num_warps": warps}), **ahead_options(ahead, programs=M, warps=warps),
     )  # fmt: skip
     return out
 

@@ -34,13 +34,17 @@ class Key:
 
 @dataclass(frozen=True)
 class Tuning:
-    """products  {key: ((largest M, choice), ...) in ascending M}; beyond the last row the last choice holds."""
+    """products  {key: ((largest M, choice), ...) in ascending M}; beyond the last row the last choice holds.
+
+    ahead_bytes  weights up to this size are fetched into L2 by the kernel before their product (`prefill_ahead`)
+    """
 
     products: Mapping[Key, tuple[tuple[int, Choice], ...]] = field(default_factory=dict)
     attention: tuple[tuple[int, AttentionTile], ...] = ((1 << 30, MIDDLING),)
     vision_tile: AttentionTile = MIDDLING
     patch_tile: Tile = PATCH_TILE
     early: tuple[str, ...] = ("vision",)
+    ahead_bytes: int = 0
 
     def choose(self, epilogue: str, *, rows: int, shape: tuple[int, ...], fp8: bool) -> Choice:
         """The choice for x [rows, K] and a weight of `shape` [N, K]."""
@@ -62,35 +66,57 @@ def untuned(epilogue: str, *, fp8: bool) -> Choice:
 
 
 def _own(
-    block_m: int, block_n: int, block_k: int, warps: int, stages: int, *, split_k: int = 1, bulk: bool = False
-) -> Choice:
-    return Choice(Tile(block_m, block_n, block_k, warps, stages, split_k=split_k, bulk_store=bulk))
+    block_m: int, block_n: int, block_k: int, warps: int, stages: int, *, split_k: int = 1, bulk: bool = False,
+    tail: int = 0, group: int = 1,
+) -> Choice:  # fmt: skip
+    return Choice(
+        Tile(block_m, block_n, block_k, warps, stages, split_k=split_k, bulk_store=bulk, tail=tail, group=group)
+    )
 
 
 BLAS = Choice(None)
 # us on an H100 at the row's M: chosen (the other engine), both with whatever kernel they need beside them.
-# Run: benchmarks/results/prefill-h100-2026-11-24.json
+# Run: benchmarks/results/prefill-h100-2026-11-24.json; "25th": prefill-tail-h100-2026-11-25.json, all candidates in turn
 _PRODUCTS: dict[Key, tuple[tuple[int, Choice], ...]] = {
-    # prefix, M = 304, 560, 968
-    Key("qkv_rope", 2560, 2048, fp8=False): ((968, BLAS),),  # 20.8 (25.2), 14.7 (15.6), 14.0 (13.7)
+    # prefix, M = 304, 560, 968; 25th: 304, 512, 560, 784, 968
+    Key("qkv_rope", 2560, 2048, fp8=False): (
+        (304, _own(64, 64, 64, 4, 4)),  # 25th: 13.0 (14.3)
+        (968, BLAS),  # 14.7 (15.6), 20.8 (25.2); 25th: 512 13.7 (14.7), 784 17.3 (18.8)
+    ),
     Key("qkv_rope", 2560, 2048, fp8=True): (
-        (560, _own(64, 64, 128, 4, 4)),  # 9.2 (10.5), 10.6 (11.3)
+        (784, _own(64, 64, 128, 4, 4)),  # 9.2 (10.5), 10.6 (11.3); 25th: 784 11.9 (13.2; with 3 stages 14.7)
         (968, _own(64, 64, 128, 4, 3)),  # 15.4 (15.6)
     ),
     Key("qkv_rope", 512, 2048, fp8=False): ((968, BLAS),),  # the last layer's keys and values: once a prefill
     Key("qkv_rope", 512, 2048, fp8=True): ((968, _own(64, 64, 128, 4, 4)),),
-    Key("parts", 2048, 2048, fp8=False): ((968, BLAS),),  # 8.4 (9.5), 12.0 (12.9), 14.2 (14.0)
+    Key("parts", 2048, 2048, fp8=False): (
+        (448, BLAS),  # 8.4 (9.5)
+        (512, _own(64, 128, 64, 4, 5, bulk=True)),  # 25th: 9.7 (10.9, 13.6)
+        (640, BLAS),  # 12.0 (12.9)
+        (784, _own(128, 128, 64, 4, 4, bulk=True)),  # 25th: 14.3 (14.6)
+        (968, BLAS),  # 14.2 (14.0)
+    ),
     Key("parts", 2048, 2048, fp8=True): (
-        (560, BLAS),  # 5.8 (5.9), 7.6 (8.1)
+        (448, BLAS),  # 5.8 (5.9)
+        (512, _own(64, 128, 128, 4, 5, bulk=True)),  # 25th: 5.9 (6.8)
+        (560, BLAS),  # 7.6 (8.1)
         (968, _own(128, 128, 128, 4, 4, bulk=True)),  # 8.6 (9.7)
     ),
     Key("geglu", 32768, 2048, fp8=False): (
-        (640, BLAS),  # 75.6 (87.6), 120.8 (133.1): 560 rows are 4.4 tiles of 128
-        (968, _own(128, 128, 64, 8, 4)),  # 195.6, 205.4, 210.6 (229.1, 230.8, 234.6), three runs
+        (448, BLAS),  # 25th: 76.9 (79.6 with a tail of 32, 92.1 without)
+        (512, _own(128, 128, 64, 8, 4)),  # 25th: 107.6 (115.6)
+        (784, BLAS),  # 25th: 560 131.8 (134.0 with a tail of 64), 784 187.7 (201.9 with a tail of 16)
+        # 25th: 230.7 (252.8) on a hot chip; 24th: 195.6, 205.4, 210.6 (229.1, 230.8, 234.6), three runs
+        (968, _own(128, 128, 64, 8, 4)),
     ),
     Key("geglu", 32768, 2048, fp8=True): (
-        (640, BLAS),  # 46.8 (51.7), 76.4 (78.1)
-        (968, _own(128, 128, 128, 8, 4)),  # 117.8, 123.9, 124.4 (125.1, 127.0, 124.2), and no 63 MB of scratch
+        (304, _own(128, 128, 128, 8, 4, tail=32, group=32)),  # 25th: 44.6 (46.7; 52.2 without a tail)
+        (448, BLAS),
+        (512, _own(128, 128, 128, 8, 4)),  # 25th: 63.8 (71.4)
+        (576, _own(128, 128, 128, 8, 3, tail=64, group=32)),  # 25th: 77.8 (81.2; 83.1 without a tail)
+        (784, BLAS),  # 25th: 109.7 (111.3 with a tail of 16, 114.6 without)
+        # 25th: 132.3 (135.7) on a hot chip; 24th: 117.8, 123.9, 124.4 (125.1, 127.0, 124.2), and no 63 MB of scratch
+        (968, _own(128, 128, 128, 8, 4)),
     ),
     Key("parts", 2048, 16384, fp8=False): ((968, BLAS),),  # 43.8 (52.6), 58.3 (83.0), 87.1 (94.1)
     Key("parts", 2048, 16384, fp8=True): ((968, BLAS),),  # 26.3 (29.6), 35.2 (44.8), 45.7 (48.3)
@@ -102,7 +128,8 @@ _PRODUCTS: dict[Key, tuple[tuple[int, Choice], ...]] = {
     ),
     Key("plain", 3456, 1152, fp8=True): (
         (256, _own(64, 64, 128, 4, 4)),  # 5.2 (8.0)
-        (768, _own(64, 128, 128, 4, 3, bulk=True)),  # 7.9 (8.4), 8.9 (11.2)
+        (512, _own(64, 64, 128, 4, 3, bulk=True)),  # 25th: 6.8 (8.2; 64 x 128 columns 7.5)
+        (768, _own(64, 128, 128, 4, 3, bulk=True)),  # 8.9 (11.2)
     ),
     Key("parts", 1152, 1152, fp8=False): (
         (256, _own(64, 64, 64, 4, 6)),  # 5.5 (5.7)
@@ -122,7 +149,8 @@ _PRODUCTS: dict[Key, tuple[tuple[int, Choice], ...]] = {
         (768, _own(128, 128, 128, 8, 3, bulk=True)),  # 12.2
     ),
     Key("parts", 1152, 4304, fp8=False): (
-        (512, BLAS),  # 11.1 (11.6), 13.0 (15.0)
+        (256, _own(64, 128, 64, 4, 5, split_k=3)),  # 25th: 10.0 (11.1), the norm's parts included
+        (512, BLAS),  # 13.0 (15.0)
         (768, _own(128, 128, 64, 4, 4, split_k=2)),  # 19.6 (22.7), the norm's second part included
     ),
     Key("parts", 1152, 4304, fp8=True): ((768, BLAS),),  # 8.3 (9.1), 12.4 (12.8), 15.2 (16.2)
