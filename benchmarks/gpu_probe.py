@@ -31,7 +31,7 @@ from vivace.backends import cuda_graph, eager
 from vivace.backends.loop import run_flow
 from vivace.config import EngineConfig, GemmaConfig, ModelConfig, VisionConfig
 from vivace.model.pi import Pi
-from vivace.ops import denoise, denoise_attention, denoise_gemm, denoise_norm, reference
+from vivace.ops import denoise, denoise_attention, denoise_gemm, denoise_norm, launch, reference
 from vivace.ops.denoise import Tiles
 from vivace.ops.denoise_attention import AttentionTile
 from vivace.ops.denoise_gemm import Tile
@@ -182,12 +182,13 @@ class Loop:
     truth: Tensor
     table: Any
     rows: dict[str, Any]
+    boundary: bool = True  # the end of a step and the beginning of the next as one operation
 
     def run(self, ops: OpTable) -> Tensor:
         self.model.ops = ops
-        return run_flow(
-            self.model, self.model.denoise_step, self.table, self.cache, self.noise, previous=None, trace=None
-        )
+        step = None if self.boundary else self.model.denoise_step
+        with torch.no_grad():
+            return run_flow(self.model, step, self.table, self.cache, self.noise, previous=None, trace=None)
 
     def ms(self, tiles: Tiles, *, n: int = 25) -> float:
         """Checked, then timed. Infinite where the variant is wrong, does not fit, or does not compile."""
@@ -314,9 +315,73 @@ def attention_variants(start: Tiles) -> dict[str, Tiles]:
     return {short(tile): replace(start, attention=tile, attention_mid=None) for tile in tiles}
 
 
-def chain_of(loop: Loop, field: str) -> Callable[[Any], Callable[[], Any]]:
+def variants_of(T: int, S: int, fp8: bool, start: Tiles) -> list[tuple[str, Any]]:
+    """(field, value) in the order in which they are tried inside the loop."""
+    w = 2 if fp8 else 1
+    a, out = start.attention, []
+    cuts = (
+        ((32, 128, 8, 4), (32, 64, 8, 4), (64, 64, 8, 4))
+        if S > 400
+        else ((32, 64, 8, 4), (32, 64, 8, 2), (32, 32, 4, 4))
+    )
+    if T > 16:
+        out += [("attention", replace(a, rows=r, keys=k, warps=n, combine_rows=c)) for r, k, n, c in cuts]
+    out += [("early", (launch.EARLY, launch.FIRST)), ("early", (launch.FIRST, launch.FIRST))]
+    if fp8:
+        out += [
+            ("gate_up", Tile(32, 128 * w, 1, 4, 4, ahead=True)),
+            ("o", Tile(32, 256, 8, 4, 1, early=True, ahead=True)),
+        ]
+        out += [("gate_up", Tile(32, 256, 1, 4, 5))]
+    return out
+
+
+def changed(tiles: Tiles, field: str, value: Any) -> Tiles:
+    if field == "carveout":
+        products, attention, norms = value
+        return denoise.shared(tiles, products=products, attention=attention, norms=norms)
+    if field == "early":
+        return replace(tiles, norm_early=value[0], attention=replace(tiles.attention, combine_early=value[1]))
+    if field == "attention":
+        value = replace(value, combine_early=tiles.attention.combine_early, carveout=tiles.attention.carveout)
+    if isinstance(value, Tile):
+        value = replace(value, carveout=getattr(tiles, field).carveout)
+    return replace(tiles, **{field: value})
+
+
+def explore(loop: Loop, start: Tiles, found: dict[str, Any], *, fp8: bool) -> Tiles:
+    """Variant after variant inside the whole loop; what gains 8 us stays. Products are compiled in threads first."""
+    start = replace(start, attention=denoise._attention_tile(start, loop.S), attention_mid=None, attention_short=None)
+    variants, begin = variants_of(loop.T, loop.S, fp8, start), time.perf_counter()
+    jobs = []
+    for field in ("qkv", "o", "gate_up", "down", "attention"):
+        make = chain_of(loop, field, layers=1)
+        truth = make(getattr(start, field))()[0]
+        jobs += [(make, tile, truth) for name, tile in variants if name == field]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda job: compiled(*job), jobs))
+    torch.cuda.synchronize()
+    found["compile_s"] = round(time.perf_counter() - begin, 1)
+    loop.boundary = False
+    found["start, boundary in parts"] = loop.ms(start, n=15)
+    loop.boundary = True
+    best, best_ms = start, loop.ms(start, n=15)
+    found["start"] = best_ms
+    shares = [("carveout", (100, 100, 100)), ("carveout", (-1, -1, 100)), ("carveout", (-1, 100, 100))]
+    for field, tile in [*shares, *variants]:
+        name = f"{field} {short(tile)}"
+        tiles = changed(start if field == "carveout" else best, field, tile)
+        found[name] = ms = round(loop.ms(tiles, n=15), 4)
+        print(f"{name} {ms:.3f}", flush=True)
+        if ms < best_ms - 0.008:
+            best, best_ms = tiles, ms
+    found["start again"], found["best"] = loop.ms(start, n=15), best_ms
+    return best
+
+
+def chain_of(loop: Loop, field: str, *, layers: int = 18) -> Callable[[Any], Callable[[], Any]]:
     """tile -> a function that runs one operation for every layer, each with its own weights."""
-    model, T, blocks = loop.model, loop.T, [loop.model.expert.block(i) for i in range(18)]
+    model, T, blocks = loop.model, loop.T, [loop.model.expert.block(i) for i in range(layers)]
     context = model.suffix_context(loop.cache, T)
     rope = tuple(table.reshape(T, -1) for table in context.rope)
     first = blocks[0]
@@ -393,10 +458,14 @@ def compiled(make: Callable[[Any], Callable[[], Any]], tile: Any, truth: Any) ->
 
 def short(tile: Any) -> str:
     if isinstance(tile, Tile):
-        return f"bn{tile.block_n} bk{tile.block_k} k{tile.split_k} w{tile.warps} s{tile.stages}{' bulk' if tile.bulk else ''}"
+        return (
+            f"bn{tile.block_n} bk{tile.block_k} k{tile.split_k} w{tile.warps} s{tile.stages}{' bulk' if tile.bulk else ''}"
+            f"{' ahead' if tile.ahead else ''}{' early' if tile.early else ''}{' shared' if tile.carveout > 0 else ''}"
+        )
     if isinstance(tile, AttentionTile):
         return (
             f"r{tile.rows} k{tile.keys} w{tile.warps} c{tile.combine_rows}/{tile.combine_warps} {str(tile.parts)[6:]}"
+            f" e{int(tile.combine_early)}{' shared' if tile.carveout > 0 else ''}"
         )
     return str(tile)
 
@@ -460,12 +529,23 @@ def loop_phase(index: int, text: str, tuned: str, report: dict[str, Any]) -> Non
     fp8 = kind == "fp8"
     loop = make_loop(int(T), int(S), fp8, seed=index)
     start = denoise.TILES[(16 if int(T) <= 16 else denoise.MAX_ROWS, fp8)]
-    row = report[text] = {**loop.rows, "default": check_loop(loop, start)}
+    row = report[text] = {**loop.rows, "default": check_loop(loop, start, replays=100)}
     print(text, {k: v for k, v in row.items() if k != "default"}, json.dumps(row["default"]), flush=True)
     if tuned in ("early", "attention"):
         variants = early_variants(start) if tuned == "early" else attention_variants(start)
         row[tuned] = {name: round(loop.ms(tiles, n=25), 4) for name, tiles in variants.items()}
         print(text, row[tuned], flush=True)
+    elif tuned == "explore":
+        best = explore(loop, start, row.setdefault("explore", {}), fp8=fp8)
+        row["best_tiles"], row["failures"] = {k: short(v) for k, v in vars(best).items()}, loop.rows
+        row["best"] = check_loop(loop, best, replays=200)
+        print(
+            text,
+            {k: v for k, v in row["explore"].items() if "start" in k},
+            "best",
+            json.dumps(row["best"]),
+            row["best_tiles"],
+        )
     elif tuned == "tune":
         best, row["tuned"] = tune(loop, start, fp8=fp8)
         row["best_tiles"], row["failures"] = {k: short(v) for k, v in vars(best).items()}, loop.rows

@@ -15,7 +15,6 @@ from tiny import build, random_tensors, tiny_config
 from vivace.backends import cuda_graph, eager
 from vivace.backends.loop import run_flow
 from vivace.backends.spans import Spans
-from vivace.backends.wavefront import behind_the_keys
 from vivace.config import EngineConfig, GemmaConfig, VisionConfig
 from vivace.ops import denoise, prefill
 from vivace.precision.flavours import parameter_dtype
@@ -69,8 +68,7 @@ def test_only_the_first_step_waits_and_for_every_layer_in_order(tiny):
     model, inputs, noise = tiny
     backend, log = eager.create(model, EngineConfig(num_denoise_steps=3)), Log()
     cache, table = backend.prefill(inputs), model.time_table(3)
-    step = behind_the_keys(model.denoise_step, log)
-    actions = run_flow(model, step, table, cache, noise, previous=None, trace=None)
+    actions = run_flow(model, None, table, cache, noise, previous=None, trace=None, await_keys=log.await_keys)
     assert log.awaited == list(range(model.config.expert.layers))
     assert torch.equal(actions, backend.denoise(cache, noise))
 
@@ -90,8 +88,9 @@ def test_a_layer_waits_before_its_first_operation(tiny):
 
     model.ops = replace(original, qkv_rope=noted)
     try:
-        step = behind_the_keys(model.denoise_step, Ordered())
-        run_flow(model, step, model.time_table(1), cache, noise, previous=None, trace=None)
+        run_flow(
+            model, None, model.time_table(1), cache, noise, previous=None, trace=None, await_keys=Ordered().await_keys
+        )
     finally:
         model.ops = original
     assert order == [item for layer in range(model.config.expert.layers) for item in (layer, "qkv")]

@@ -60,8 +60,7 @@ def test_an_older_chunk_goes_step_by_step(mode):
     previous = PreviousChunk(torch.randn(noise.shape, generator=torch.Generator().manual_seed(5)), 1, mode, weights)
     table = model.time_table(3)
     answers = [
-        run_flow(model, step, table, cache, noise, previous=previous, trace=None)
-        for step in (None, model.denoise_step)
+        run_flow(model, step, table, cache, noise, previous=previous, trace=None) for step in (None, model.denoise_step)
     ]
     assert torch.equal(*answers)
     assert boundaries == []

@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from vivace.ops import denoise, reference
+from vivace.ops import denoise, denoise_gemm, reference
+from vivace.ops.denoise_gemm import Tile
 from vivace.ops.layers import Linear, RmsNorm
 from vivace.ops.table import reference_ops
 from vivace.precision.quantize import quantise_layer
@@ -84,6 +85,53 @@ def test_attention(ops, T, S, masked):
     plain = reference.attention(q, k, v, mask, past, o)
     true = reference.attention(q.float(), k.float(), v.float(), mask, (past[0].float(), past[1].float()), wide(o))
     not_worse(got, plain, true)
+
+
+@pytest.mark.parametrize("T", [1, 10, 50, 128])
+@pytest.mark.parametrize("rows", ["one", "per token"])
+def test_step_boundary(ops, T, rows):
+    """Action projections are float32 on both sides; tokens may differ by one rounding to bfloat16."""
+    leave, enter = (
+        Linear(*shape, name="action", bias=True).cuda().requires_grad_(False) for shape in ((1024, 32), (32, 1024))
+    )
+    for seed, made in enumerate((leave, enter)):
+        made.weight.data, made.bias.data = rand(*made.weight.shape, seed=seed), rand(*made.bias.shape, seed=9 + seed)
+    n, x, modulation = rand(1, T, 1024, seed=3), rand(1, T, 32, seed=4), rand(1 if rows == "one" else T, 3072, seed=5)
+    norm, into = RmsNorm(1024, name="n", modulated=True), layer(2560, 1024, 6)
+    got = ops.step_boundary(n, leave, x, -0.1, enter, norm, modulation, into)
+    plain = reference.step_boundary(n, leave, x, -0.1, enter, norm, modulation, into)
+    truth = reference.step_boundary(n, leave, x, -0.1, enter, norm, modulation, wide(into))
+    for mine, true in zip(got[:2], truth[:2], strict=True):
+        assert ((mine - true).norm() / true.norm()) < 1e-5
+    for mine, theirs, true in zip(got[2:], plain[2:], truth[2:], strict=True):
+        not_worse(mine, theirs, true)
+    again = ops.step_boundary(n, leave, x, -0.1, enter, norm, modulation, into)
+    assert all(map(torch.equal, got, again))
+    small = quantise_layer(into, amax=8.0)
+    got, wanted = (
+        o.step_boundary(n, leave, x, -0.1, enter, norm, modulation, small)[3].float() for o in (ops, reference_ops())
+    )
+    assert ((got - wanted).norm() / wanted.norm()) < 2**-5
+
+
+@pytest.mark.parametrize("T", [10, 50])
+@pytest.mark.parametrize("bulk", [False, True])
+def test_weights_ahead_of_the_wait(T, bulk):
+    """The first block of weights in registers: the whole product at once, and with a loop behind it."""
+    once, loop = Tile(32, 256, 8, stages=1, bulk=bulk, ahead=True), Tile(32, 128, 4, stages=3, bulk=bulk, ahead=True)
+    h, down, x, gate_up = (
+        rand(1, T, 2048, seed=5).bfloat16(),
+        layer(1024, 2048, 2),
+        rand(1, T, 1024, seed=T),
+        layer(8192, 1024, 1),
+    )
+    for tile in (once, loop):
+        got = denoise_gemm.parts(h[0], down, tile)
+        assert torch.equal(got, denoise_gemm.parts(h[0], down, tile))
+        not_worse(got.sum(0), reference.linear(h, down)[0], reference.linear(h.float(), wide(down))[0])
+    x, into = x.bfloat16(), layer(1024, 4096, 3)
+    got = denoise_gemm.geglu(x[0], gate_up, into, Tile(32, 128, stages=3, bulk=bulk, ahead=True))
+    not_worse(got, reference.geglu(x, gate_up, into)[0], reference.geglu(x.float(), wide(gate_up), wide(into))[0])
 
 
 @pytest.mark.parametrize("T", [10, 50])

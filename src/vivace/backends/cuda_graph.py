@@ -29,10 +29,10 @@ from ..ops.table import OpTable
 from ..precision.coverage import Coverage
 from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
 from .buffers import Bucket, FlowBuffers, InputBuffers, bucket_of, choose, flow_buffers, input_buffers
-from .loop import Step, run_flow
+from .loop import run_flow
 from .spans import Spans, span
 from .stage_events import StageEvents
-from .wavefront import Wavefront, behind_the_keys
+from .wavefront import Wavefront
 
 MAX_BUCKETS = 16
 MAX_POSITIONS = 4096  # rotary tables: views, prompt and actions together; a longer request computes its angles
@@ -160,9 +160,7 @@ class CudaGraphBackend:
         flow.committed_mask(previous, noise.shape[1], noise.device)  # refuses a delay outside the chunk
         if trace is not None:  # the same kernels on the same data, one by one: the same bits
             with span(spans, "denoise"):
-                return run_flow(
-                    self.model, self.model.denoise_step, self._table, cache, noise, previous=previous, trace=trace
-                )
+                return run_flow(self.model, None, self._table, cache, noise, previous=previous, trace=trace)
         slot = self._owner(cache)
         key = _flow_key(noise, previous)
         if key not in slot.flows:
@@ -229,7 +227,10 @@ class CudaGraphBackend:
         tables = self._tables(embeds.shape[1])
         return embeds, self.model.prefill(embeds, mask, state=inputs.state, tables=tables, written=written)
 
-    def _flow(self, cache: PrefixCache, buffers: FlowBuffers, key: FlowKey, step: Step | None = None) -> Tensor:
+    def _flow(
+        self, cache: PrefixCache, buffers: FlowBuffers, key: FlowKey,
+        await_keys: Callable[[int], None] | None = None,
+    ) -> Tensor:  # fmt: skip
         horizon, mode, max_guidance = key
         previous = committed = None
         if mode == "trained":
@@ -238,8 +239,8 @@ class CudaGraphBackend:
         elif mode == "guided":
             previous = PreviousChunk(buffers.older, 0, "guided", buffers.weights, max_guidance)
         return run_flow(
-            self.model, step or self.model.denoise_step, self._table, cache, buffers.noise,
-            previous=previous, committed=committed, trace=None, tables=self._tables(cache.k[0].shape[1] + horizon),
+            self.model, None, self._table, cache, buffers.noise, previous=previous, committed=committed, trace=None,
+            tables=self._tables(cache.k[0].shape[1] + horizon), await_keys=await_keys,
         )  # fmt: skip
 
     def _tables(self, positions: int) -> RopeTables | None:
@@ -256,7 +257,7 @@ class CudaGraphBackend:
             actions = self._flow(cache, buffers, key)
         else:
             with wavefront.behind():
-                actions = self._flow(cache, buffers, key, behind_the_keys(self.model.denoise_step, wavefront))
+                actions = self._flow(cache, buffers, key, wavefront.await_keys)
         events.mark("denoise")
         events.join()
         return actions

@@ -15,20 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
-from torch import Tensor
-
-from ..model.pi import StepCondition, SuffixContext
-from ..types import PrefixCache
-from .loop import Step
 
 URGENT = -1  # stream priority: the small kernels of the step go before the prefix' next wave
 
 
 class Wavefront:
-    """Events of one capture. `written` goes to `Pi.prefill`, `await_keys` into the first step's `SuffixContext`."""
+    """Events of one capture. `written` goes to `Pi.prefill`, `await_keys` to `run_flow`."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=URGENT)
@@ -52,16 +46,3 @@ class Wavefront:
             self.await_keys(0)
             yield
         main.wait_stream(self._stream)
-
-
-def behind_the_keys(step: Step, wavefront: Wavefront) -> Step:
-    """`step`, of which the first call waits for each layer's keys where it needs them; all other calls find them there."""
-    first = True
-
-    def run(x: Tensor, condition: StepCondition, cache: PrefixCache, context: SuffixContext) -> Tensor:
-        nonlocal first
-        if first:
-            first, context = False, replace(context, await_keys=wavefront.await_keys)
-        return step(x, condition, cache, context)
-
-    return run

@@ -40,40 +40,66 @@ class Tiles:
     norm_warps: int = 8
     norm_early: int = launch.EARLY
     boundary_warps: int = 16
+    norm_carveout: int = launch.BY_DRIVER  # of norms and boundary; products and attention have their own
 
 
-# (rows at most, E4M3?) -> tiles, chosen on an H100 at 10 rows over 560 keys and 50 rows over 968 (docs/log.md 2026-11-24);
-# early where it won inside the whole loop: successors that hold no shared memory, and at 50 rows attention behind qkv
+def shared(
+    tiles: Tiles, *, products: int = launch.MOST, attention: int = launch.MOST, norms: int = launch.MOST
+) -> Tiles:
+    """`tiles` with these wishes for the division of a processor's memory, see `launch.share`."""
+    cuts = {name: replace(getattr(tiles, name), carveout=products) for name in ("qkv", "o", "gate_up", "down")}
+    for name in ("attention", "attention_short", "attention_mid"):
+        cut = getattr(tiles, name)
+        cuts[name] = cut and replace(cut, carveout=attention)
+    return replace(tiles, **cuts, norm_carveout=norms)
+
+
+# (rows at most, E4M3?) -> tiles, chosen on an H100 at 10 rows over 560 keys and at 50 rows over 968 and 304 (docs/log.md
+# 2026-11-24 and -25). early where it won inside the whole loop: successors that hold no shared memory, and at 50 rows
+# attention behind qkv. Loops of 10 steps in ms, before -> with this table, on one card in one call each (-25):
+#   10 rows 560 keys BF16 5.36 -> 5.17, E4M3 4.57 -> 4.29   all `shared` is -0.08 and -0.15 of it, the boundary -0.04
+#   50 rows 968 keys BF16 6.26 -> 6.13, E4M3 5.32 -> 5.20   all `shared` costs 0.06 in BF16
+#   50 rows 304 keys BF16 5.98 -> 5.70 with all `shared` (without it as here: not timed), E4M3 5.06 -> 4.77
+# ("before" has the boundary of two steps in parts in BF16 and at 10 rows, as one kernel for E4M3 at 50 rows)
 TILES: dict[tuple[int, bool], Tiles] = {
-    (16, False): Tiles(
-        qkv=Tile(32, 128, stages=5),
-        o=Tile(32, 64, split_k=4, stages=6, early=True),
-        gate_up=Tile(32, 128, stages=5),
-        down=Tile(64, 128, split_k=8, early=True),
-        attention=AttentionTile(16, 32, 4, 2, 4, torch.bfloat16, early=True, combine_early=True),
+    (16, False): shared(
+        Tiles(
+            qkv=Tile(32, 128, stages=5),
+            o=Tile(32, 64, split_k=4, stages=6, early=True),
+            gate_up=Tile(32, 128, stages=5),
+            down=Tile(64, 128, split_k=8, early=True),
+            attention=AttentionTile(16, 32, 4, 2, 4, torch.bfloat16, early=True, combine_early=launch.EARLY),
+            norm_early=launch.FIRST,
+        )
     ),
-    (16, True): Tiles(
-        qkv=Tile(32, 512, stages=3),
-        o=Tile(64, 256, split_k=8, stages=2, early=True),
-        gate_up=Tile(32, 512, stages=3),
-        down=Tile(32, 128, split_k=8, early=True),
-        attention=AttentionTile(16, 32, 4, 1, 4, torch.bfloat16, early=True, combine_early=True),
+    (16, True): shared(
+        Tiles(
+            qkv=Tile(32, 512, stages=3),
+            o=Tile(32, 256, split_k=8, stages=1, early=True, ahead=True),
+            gate_up=Tile(32, 128, stages=6, ahead=True),
+            down=Tile(32, 128, split_k=8, early=True),
+            attention=AttentionTile(16, 32, 4, 1, 4, torch.bfloat16, early=True, combine_early=launch.EARLY),
+        )
     ),
     (MAX_ROWS, False): Tiles(
-        attention_mid=AttentionTile(64, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=True),
+        attention_short=AttentionTile(32, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=launch.EARLY),
+        attention_mid=AttentionTile(64, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=launch.EARLY),
         qkv=Tile(16, 128, stages=5, early=True),
         o=Tile(32, 256, split_k=4, stages=3, bulk=True, early=True),
         gate_up=Tile(32, 128, bulk=True),
         down=Tile(32, 256, split_k=4, bulk=True, early=True),
-        attention=AttentionTile(64, 64, 4, 4, 8, torch.bfloat16, early=True, combine_early=True),
+        attention=AttentionTile(32, 128, 8, 4, 8, torch.bfloat16, early=True, combine_early=launch.FIRST),
     ),
     (MAX_ROWS, True): Tiles(
-        attention_mid=AttentionTile(64, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=True),
+        attention_short=AttentionTile(
+            32, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=launch.EARLY, carveout=launch.MOST
+        ),
         qkv=Tile(16, 256, stages=5, early=True),
         o=Tile(32, 256, split_k=4, stages=3, bulk=True, early=True),
         gate_up=Tile(16, 256),
         down=Tile(32, 256, split_k=8, stages=3, bulk=True, early=True),
-        attention=AttentionTile(64, 64, 4, 4, 8, torch.bfloat16, early=True, combine_early=True),
+        attention=AttentionTile(64, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=launch.EARLY),
+        norm_carveout=launch.MOST,
     ),
 }
 
@@ -110,7 +136,15 @@ class Denoise:
             return self.base.rms_norm(x, norm, modulation, into)
         chosen = self._chosen(_rows(x), into, norm.name, "rms_norm")
         return denoise_norm.sum_norm(
-            None, _flat(x), None, norm, modulation, into, warps=chosen.norm_warps, early=chosen.norm_early
+            None,
+            _flat(x),
+            None,
+            norm,
+            modulation,
+            into,
+            warps=chosen.norm_warps,
+            early=chosen.norm_early,
+            carveout=chosen.norm_carveout,
         )[1].view(x.shape)
 
     def linear(self, x: Tensor, layer: AnyLinear) -> Tensor:
@@ -137,7 +171,15 @@ class Denoise:
         chosen = self._chosen(_rows(x), layer, layer.name, "linear_residual_norm")
         parts = denoise_gemm.parts(_flat(x), layer, chosen.down if layer.name.endswith("down") else chosen.o)
         total, normed = denoise_norm.sum_norm(
-            parts, _flat(residual), gate, norm, modulation, into, warps=chosen.norm_warps, early=chosen.norm_early
+            parts,
+            _flat(residual),
+            gate,
+            norm,
+            modulation,
+            into,
+            warps=chosen.norm_warps,
+            early=chosen.norm_early,
+            carveout=chosen.norm_carveout,
         )
         return total.view(residual.shape), normed.view(residual.shape)
 
@@ -179,9 +221,18 @@ class Denoise:
         out, inside = action_out.weight.shape
         if not _small(n) or out > 64 or inside > 2048 or not x.is_contiguous():
             return self.base.step_boundary(n, action_out, x, dt, action_in, norm, modulation, into)
-        warps = self._chosen(_rows(n), into, action_out.name, "step_boundary").boundary_warps
+        chosen = self._chosen(_rows(n), into, action_out.name, "step_boundary")
         made = denoise_boundary.step_boundary(
-            _flat(n), action_out, _flat(x), dt, action_in, norm, modulation, into, warps=warps
+            _flat(n),
+            action_out,
+            _flat(x),
+            dt,
+            action_in,
+            norm,
+            modulation,
+            into,
+            warps=chosen.boundary_warps,
+            carveout=chosen.norm_carveout,
         )
         velocity, moved, tokens, normed = (one.view(*n.shape[:-1], -1) for one in made)
         return velocity, moved, tokens, normed

@@ -35,6 +35,7 @@ class AttentionTile:
     parts: torch.dtype = torch.float32
     early: bool = False
     combine_early: int = launch.LATE
+    carveout: int = launch.BY_DRIVER
 
 
 @triton.jit(do_not_specialize=["S", "T"])
@@ -147,16 +148,18 @@ def attention(
     quantised = isinstance(into, Fp8Linear)
     out = torch.empty(B, T, N * head_dim, dtype=torch.float8_e4m3fn if quantised else into.dtype, device=q.device)
     log2_e = 1.4426950408889634
-    _split_kernel[(triton.cdiv(T * group, tile.rows), blocks, B * K)](
+    split = _split_kernel[(triton.cdiv(T * group, tile.rows), blocks, B * K)](
         q, k, v, *past, _stride(q), _stride(k), _stride(v), _stride(past[0]), _stride(past[1]), mask, parts, lse,
         S, T, head_dim**-0.5 * log2_e,
         GROUP=group, KV=K, HEAD=head_dim, ROWS=tile.rows, KEYS=tile.keys,
         **launch.options(q, warps=tile.warps, early=tile.early),
     )  # fmt: skip
-    _combine_kernel[(triton.cdiv(T * group, tile.combine_rows), B * K)](
+    combine = _combine_kernel[(triton.cdiv(T * group, tile.combine_rows), B * K)](
         parts, lse, out, into.input_scale if quantised else None, T, GROUP=group, KV=K, HEAD=head_dim,
         ROWS=tile.combine_rows, BLOCKS=blocks, **launch.options(q, warps=tile.combine_warps, early=tile.combine_early),
     )  # fmt: skip
+    launch.share(split, tile.carveout)
+    launch.share(combine, tile.carveout)
     return out
 
 

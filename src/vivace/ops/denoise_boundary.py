@@ -2,8 +2,8 @@
 # ruff: noqa: ANN001, ANN202
 """From one Euler step into the next as one kernel: velocity | Euler | action tokens | first norm, a program per token.
 
-Five launches otherwise, two of them torch's own, which break the chain of programmatic launches. A program reads both action
-projections (32 x 1024 each, float32, from the cache of the chip); the first comes before the wait, as weights are constants.
+Five launches otherwise, two of them torch's own, which break the chain of programmatic launches. A program reads both
+action projections (32 x 1024 each, float32, from the chip's cache), the first before the wait, as weights are constants.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ def _boundary_kernel(
     velocity, moved, tokens, out, out_scale, D, A, eps,
     BLOCK: tl.constexpr, ACTIONS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid (token rows). scale, shift: row (token % table_rows) of tables with the given stride; shift and biases may be None."""
+    """Grid (token rows). scale, shift: row (token % table_rows) of tables; shift and biases may be None."""
     row, d, a = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, ACTIONS)
     wide, narrow = d < D, a < A
-    w = tl.load(out_weight + a[:, None] * D + d[None, :], mask=narrow[:, None] & wide[None, :], other=0.0).to(tl.float32)
+    w = tl.load(out_weight + a[:, None] * D + d[None, :], mask=narrow[:, None] & wide[None, :], other=0.0).to(
+        tl.float32
+    )
     if PDL:
         if EARLY == 2:
             gdc_launch_dependents()
@@ -72,6 +74,7 @@ def step_boundary(
     *,
     warps: int = 16,
     early: int = launch.FIRST,
+    carveout: int = launch.BY_DRIVER,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Contract of `reference.step_boundary` on rows: n [M, D], x float32 [M, A] (contiguous); modulation rows divide M."""
     (M, D), A = n.shape, x.shape[1]
@@ -83,10 +86,11 @@ def step_boundary(
     shift, rows, stride = None, 1, 0
     if modulation is not None:
         scale, shift, rows, stride = modulation, modulation[:, D:], modulation.shape[0], modulation.stride(0)
-    _boundary_kernel[(M,)](
+    launched = _boundary_kernel[(M,)](
         n, action_out.weight, action_out.bias, x, dt, action_in.weight, action_in.bias, scale, shift, stride, rows,
         velocity, moved, tokens, out, into.input_scale if quantised else None, D, A, NORM_EPS,
         BLOCK=triton.next_power_of_2(D), ACTIONS=triton.next_power_of_2(A),
         **launch.options(n, warps=warps, early=early),
     )  # fmt: skip
+    launch.share(launched, carveout)
     return velocity, moved, tokens, out

@@ -35,6 +35,7 @@ class Tile:
     split_k  programs that share an output tile; part only
     early    the successor may launch before the main loop, see `ops.launch`
     bulk     operands arrive through tensor descriptors (the bulk copy engine) instead of per-thread copies
+    carveout per cent of a processor's memory that shall be shared memory, see `launch.share`
     ahead    the first block of weights is loaded into registers before the wait, while the predecessor still runs
     """
 
@@ -46,6 +47,7 @@ class Tile:
     bulk: bool = False
     early: bool = False
     ahead: bool = False
+    carveout: int = launch.BY_DRIVER
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def _operand(
 
 @triton.jit
 def _later(block, M):
-    """The block itself. M > 0 always holds, but the compiler does not know: it waits for the load here, not where it begins."""
+    """The block itself. M > 0 always holds, which the compiler does not know: the wait for the load is here."""
     if block.dtype.primitive_bitwidth == 8:
         bits = block.to(tl.int8, bitcast=True)
         block = tl.where(M > 0, bits, tl.zeros_like(bits)).to(block.dtype, bitcast=True)
@@ -101,8 +103,8 @@ def hand_over(y, out, out_scale):
 def _product_kernel(
     x, weight, out, channel_scale, input_scale, out_scale, cos, sin, table_rows, M, N, K,
     MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
-    HALF: tl.constexpr, ROTATED: tl.constexpr, BULK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
+    HALF: tl.constexpr, ROTATED: tl.constexpr, BULK: tl.constexpr, AHEAD: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_N: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (column tiles, split_k, row tiles). weight [N, K], geglu N = 2F; HALF = head_dim/2; ROTATED heads turn."""
     tile, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_M
@@ -188,14 +190,16 @@ def _product(
     bulk = tile.bulk and not launch.INTERPRET
     quantised = isinstance(layer, Fp8Linear)
     defaults = {"out_scale": None, "cos": None, "sin": None, "table_rows": 1, "HALF": 1, "ROTATED": 0}
-    _product_kernel[(tiles_n, tile.split_k, triton.cdiv(M, BM))](
+    launched = _product_kernel[(tiles_n, tile.split_k, triton.cdiv(M, BM))](
         _source(x, [BM, tile.block_k], bulk),
         _source(layer.weight.data, [tile.block_n, tile.block_k], bulk and not tile.ahead), out,
         layer.weight_scale if quantised else None, layer.input_scale if quantised else None,
-        M=M, N=N, K=K, MODE=mode, BLOCK_M=BM, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEPS=steps, BULK=bulk, AHEAD=int(tile.ahead),
+        M=M, N=N, K=K, MODE=mode, BLOCK_M=BM, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEPS=steps, BULK=bulk,
+        AHEAD=int(tile.ahead),
         EVEN=N % tile.block_n == 0 and K % (tile.block_k * tile.split_k) == 0, EVEN_N=N % (2 * tile.block_n) == 0,
         **{**defaults, **more}, **launch.options(x, warps=tile.warps, stages=tile.stages, early=tile.early),
     )  # fmt: skip
+    launch.share(launched, tile.carveout)
     return out
 
 

@@ -65,6 +65,7 @@ def sum_norm(
     *,
     warps: int = 4,
     early: int = launch.LATE,
+    carveout: int = launch.BY_DRIVER,
 ) -> tuple[Tensor, Tensor]:
     """s = residual + gate * (parts[0] + parts[1] + ...), and norm(s) as `into` takes it.
 
@@ -81,10 +82,11 @@ def sum_norm(
         scale, shift, rows, stride = modulation, modulation[:, D:], modulation.shape[0], modulation.stride(0)
     if gate is not None:
         rows = gate.shape[0]
-    _norm_kernel[(M,)](
+    launched = _norm_kernel[(M,)](
         parts, residual, gate, 0 if gate is None else gate.stride(0), total, scale, shift, stride, rows, out,
         into.input_scale if quantised else None, M, D, NORM_EPS,
         PARTS=0 if parts is None else parts.shape[0], BLOCK=triton.next_power_of_2(D),
         **launch.options(residual, warps=warps, early=early),
     )  # fmt: skip
+    launch.share(launched, carveout)
     return total, out

@@ -5,10 +5,14 @@ correct, which every kernel of a chain obeys:
 
 * before `gdc_wait` only constants are read, or data that was complete before the predecessor began;
 * every kernel waits, also one that reads nothing of its predecessor, else the chain behind it breaks;
-* `gdc_launch_dependents` comes after the own wait, as a rule. Where the successor is heavy it comes after the main loop too, because
-  an early successor takes shared memory and issue slots from its predecessor; where it is light, right away (EARLY);
+* `gdc_launch_dependents` comes after the own wait, as a rule. Where the successor is heavy it comes after the main loop
+  too (LATE), because an early successor takes shared memory and issue slots from its predecessor; where it is light,
+  right away (EARLY);
 * before the own wait (FIRST) only where the successor reads nothing but weights before its own wait: then it may begin
   while the predecessor's predecessor still runs. It waits for its predecessor, which waited for all before it.
+
+A processor divides one memory into L1 cache and shared memory, and can change the division only while it is idle. Kernels
+that want different divisions therefore cannot overlap on it. `share` asks for the same division for all of a chain.
 
 Triton's interpreter (CPU, tests) knows neither the wait nor the launch option, and multiplies the raw bits of 16-bit
 operands in a dot; kernels take PDL and INTERPRET as compile-time switches for that.
@@ -16,6 +20,7 @@ operands in a dot; kernels take PDL and INTERPRET as compile-time switches for t
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import Any
 
@@ -24,6 +29,8 @@ import triton
 from torch import Tensor
 
 LATE, EARLY, FIRST = 0, 1, 2  # when a kernel lets its successor launch; True is EARLY
+BY_DRIVER, MOST = -1, 100  # per cent of the memory of a processor for `share`
+_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 
 
@@ -44,3 +51,17 @@ def options(x: Tensor, *, warps: int, stages: int = 1, early: int = LATE) -> dic
     pdl = programmatic(x)
     more = {"launch_pdl": True} if pdl else {}
     return {"num_warps": warps, "num_stages": stages, "PDL": pdl, "EARLY": int(early), "INTERPRET": False, **more}
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def share(launched: Any, percent: int) -> None:
+    """Later launches of this kernel ask for `percent` of the memory as shared memory. A wish: it changes time, no result.
+
+    launched  what `kernel[grid](...)` returned; the interpreter returns None
+    """
+    if launched is not None:
+        _driver().cuFuncSetAttribute(ctypes.c_void_p(launched.function), _CARVEOUT, percent)

@@ -41,7 +41,8 @@ class OpTable:
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, Table | None, AnyLinear], Tensor]
     vision_attention: Callable[[Tensor, int, AnyLinear], Tensor]
     step_boundary: Callable[
-        [Tensor, Linear, Tensor, float, Linear, RmsNorm, Tensor | None, AnyLinear], tuple[Tensor, Tensor, Tensor, Tensor]
+        [Tensor, Linear, Tensor, float, Linear, RmsNorm, Tensor | None, AnyLinear],
+        tuple[Tensor, Tensor, Tensor, Tensor],
     ]
 
 
