@@ -1,6 +1,8 @@
 """The full-size benchmark's logic on a tiny network: every engine is then the eager one, so nothing here is about speed."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -321,3 +323,17 @@ def test_plan_files_bring_their_own_ranges_or_get_some(tmp_path):
     row = next(r for r in document["rows"] if r["precision"] == "mine")
     assert row["engine"] == "cuda_graph mine"
     assert row["calls"] == 4, "a plan that somebody names gets all calls"
+
+
+def test_processes_that_compile_ahead_are_ended_and_failures_are_lines(tmp_path):
+    said, helpers = [], []
+    for number, code in enumerate(("pass", "raise SystemExit('no compiler')", "import time; time.sleep(60)")):
+        log = tmp_path / f"{number}.log"
+        with log.open("w") as written:
+            process = subprocess.Popen([sys.executable, "-c", code], stdout=written, stderr=written, text=True)
+        helpers.append(hopper_warm.Helper(f"job {number}", process, log))
+    failed = hopper_warm.finish(helpers, tell=said.append, longest_s=5.0)
+    assert said == failed
+    assert [line.split(":")[0] for line in failed] == ["compiling ahead job 1", "compiling ahead job 2"]
+    assert "no compiler" in failed[0]
+    assert all(helper.process.poll() is not None for helper in helpers), "nothing is left running"

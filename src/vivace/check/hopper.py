@@ -12,9 +12,10 @@ The file (kind "hopper") is written after every row, so what was measured surviv
     accuracy[]  setting, engine, precision, observations, noise_draws, cosine_mean, cosine_worst, rel_l2, rel_l2_worst,
                 plain_bfloat16 {the same four of plain PyTorch in bfloat16}
     proof[]     setting, engine, fresh {change: the actions changed}, fresh_policy, poisoned {bytes, replays, same}, passed
-    memory[]    engine, weights_bytes, kv_bytes, peak_serving_bytes, peak_start_bytes, reserved_bytes, ratio
+    memory[]    engine, weights_bytes, kv_bytes, peak_serving_bytes, peak_start_bytes, ratio
     soak[]      setting, engine, calls, latency, p50_of_tenths_ms, allocated_growth_bytes, same_bits
-    start[]     caches cold|warm, imported_s, weights_s, first_action_s, every_bucket_s: seconds after the process began
+    start[]     caches cold|warm, imported_s, weights_s, first_action_s, every_bucket_s: seconds after the process began;
+                and the memory of that process, which did nothing else
     not_run[]   phase, what, why        phase_seconds   missed[]: every "must" that is not met        passed
 
 Rows carry targets[]: {what, got, rule, must, stretch, must_met, stretch_met}. `check.targets` says where they come from.
@@ -35,7 +36,7 @@ from ..checkpoints.sizes import network
 from ..errors import ConfigError
 from ..precision import calibrate
 from ..precision import plan as plans
-from . import environment, hopper_machine, hopper_proof, hopper_rows
+from . import environment, hopper_machine, hopper_proof, hopper_rows, hopper_warm
 from .gpus import match_gpu
 from .hopper_engines import CONFIG, model_inputs, plans_of, ranges_of
 from .hopper_phases import PHASES, Options, Run, noise
@@ -46,7 +47,8 @@ from .targets import SIZES, parse_size
 
 PLANS = ("bf16", "fp8-mlp", "fp8-full", "fp8-prefix+vision", "fp8-all")
 NUMBERS = (
-    "calls", "host_calls", "rival_calls", "soak_calls", "observations", "draws", "calibration", "seed", "outliers",
+    "calls", "host_calls", "rival_calls", "rival_settings", "soak_calls", "observations", "draws",
+    "calibration", "seed", "outliers",
 )  # fmt: skip
 NEEDS_GPU = ("rivals", "soak", "memory", "start")
 
@@ -64,7 +66,8 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("this preset needs an NVIDIA GPU", got="no CUDA device", do="run it on the GPU machine")
     with torch.no_grad():
-        made = _prepared(options, size=size, device=torch.device(device), tell=tell)
+        warm = size == "full" and ("rows" in phases or "rivals" in phases)
+        made = _prepared(options, size=size, device=torch.device(device), tell=tell, warm=warm)
         for name in (name for name in PHASES if name in phases):
             if name in NEEDS_GPU and device == "cpu":
                 made.skip(name, "all", "needs a GPU")
@@ -76,7 +79,7 @@ def run(
     return made.document
 
 
-def _prepared(options: Options, *, size: str, device: torch.device, tell: Callable[[str], None]) -> Run:
+def _prepared(options: Options, *, size: str, device: torch.device, tell: Callable[[str], None], warm: bool) -> Run:
     """Weights, plans with ranges, float32 truth and plain bfloat16 of every setting."""
     begin, config = time.perf_counter(), network(size, "pi05", horizon=options.sizes[0].horizon)  # type: ignore[arg-type]
     checkpoint = random_checkpoint(config, seed=options.seed, outliers=options.outliers)
@@ -90,7 +93,9 @@ def _prepared(options: Options, *, size: str, device: torch.device, tell: Callab
     tell(f"weights and scenes: {time.perf_counter() - begin:.0f} s")
     made.plans = _plans(made)
     tell(f"ranges: {time.perf_counter() - begin:.0f} s")
+    helpers = _compiling(made) if warm and device.type == "cuda" else []
     _truth(made)
+    made.document["remarks"] = hopper_warm.finish(helpers, tell=tell)
     tell(f"float32 and plain bfloat16 actions of {len(options.sizes)} settings: {time.perf_counter() - begin:.0f} s")
     made.document["phase_seconds"] = {"setup": round(time.perf_counter() - begin, 1)}
     made.write()
@@ -140,6 +145,14 @@ def _calibration(made: Run) -> list[Any]:
     return found
 
 
+def _compiling(made: Run) -> list[hopper_warm.Helper]:
+    """Processes that fill the kernel caches while float32 actions are computed here."""
+    o = made.options
+    headline = next((plan for plan in made.plans if plan is not None and plan.name == o.headline), None)
+    rivals = o.sizes[: min(1, o.rival_settings)]  # memory: each holds a network
+    return hopper_warm.begin(o.sizes, headline, rivals=rivals, seed=o.seed, outliers=o.outliers)
+
+
 def _truth(made: Run) -> None:
     """Float32 actions first, then the float32 network is let go; it must not count in any engine's memory."""
     wide = load(made.checkpoint, device=made.device, precision="float32")
@@ -183,9 +196,7 @@ def options_of(given: argparse.Namespace) -> Options:
         out=given.out, sizes=tuple(parse_size(text) for text in given.settings.split(";")),
         plans=tuple(name for name in named if name in plans.PRESETS),
         plan_files=tuple(Path(name) for name in named if name not in plans.PRESETS), headline=given.headline,
-        calls=given.calls, host_calls=given.host_calls, rival_calls=given.rival_calls, soak_calls=given.soak_calls,
-        observations=given.observations, draws=given.draws, calibration=given.calibration, seed=given.seed,
-        outliers=given.outliers, seconds=given.seconds,
+        seconds=given.seconds, **{name: getattr(given, name) for name in NUMBERS},
     )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ class Options:
     calls: int = 1000
     host_calls: int = 200
     rival_calls: int = 200
+    rival_settings: int = 1
     soak_calls: int = 10000
     observations: int = 64
     draws: int = 3
@@ -188,7 +189,9 @@ def proof(run: Run) -> None:
 def rivals(run: Run) -> None:
     """Engines without kernels of their own, in the same rounds as ours, one setting after the other while time is left."""
     took = 0.0
-    for size in run.options.sizes:
+    for size in run.options.sizes[run.options.rival_settings :]:
+        run.document.setdefault("remarks", []).append(f"no rivals in {size.name}: not asked for")
+    for size in run.options.sizes[: run.options.rival_settings]:
         if run.left_s < took + 10.0:
             run.skip("rivals", size.name, f"{run.left_s:.0f} s left, the last setting took {took:.0f} s")
             continue

@@ -1,11 +1,12 @@
 """The process whose start is measured: `python -m vivace.check.hopper_start SETTING SEED OUTLIERS [PLAN]`.
 
 Draws the network on the GPU, quantises it, captures the setting's graphs, answers one request, then captures every bucket
-that a prompt of up to 200 tokens can fall into. Prints when each was done, in seconds since 1970.
+that a prompt of up to 200 tokens can fall into. Prints when each was done, in seconds since 1970, and its memory.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from ..config import EngineConfig, ModelConfig
 from ..precision import plan as plans
 from .hopper_engines import OURS, make, policy_of
 from .hopper_robot import Scenes, pipeline, request, toy_tokenizer
+from .hopper_rows import kv_bytes
 from .hopper_weights import load, random_checkpoint
 from .targets import parse_size
 
@@ -36,11 +38,20 @@ def main(arguments: list[str]) -> None:
     engine = make(OURS, network, plan=plan, config=EngineConfig(num_denoise_steps=10), in_place=True)
     pipe = pipeline(size, config, toy_tokenizer(config.vocab_size))
     policy = policy_of(engine, size, pipe, checkpoint)
-    policy.infer(request(pipe, size, Scenes.make(1, views=3, image_size=config.vision.image_size, seed=seed), 0))
+    one = request(pipe, size, Scenes.make(1, views=3, image_size=config.vision.image_size, seed=seed), 0)
+    policy.infer(one)
     first = time.time()
+    memory: dict[str, float] = {"peak_start_bytes": torch.cuda.max_memory_allocated()}
     policy.warmup(engine.backend.prompt_lengths(LONGEST_PROMPT))
-    said = {"imported_s": imported, "weights_s": loaded, "first_action_s": first, "every_bucket_s": time.time()}
-    print(json.dumps(said))
+    times = {"imported_s": imported, "weights_s": loaded, "first_action_s": first, "every_bucket_s": time.time()}
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(20):
+        policy.infer(one)
+    needed, peak = engine.weights_bytes + kv_bytes(config, size), torch.cuda.max_memory_allocated()
+    memory |= {"peak_serving_bytes": peak, "reserved_bytes": torch.cuda.memory_reserved(), "ratio": peak / needed}
+    print(json.dumps({"times": times, "memory": memory}))
 
 
 if __name__ == "__main__":

@@ -49,8 +49,11 @@ def apply(model: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
             got=", ".join(missing[:4]),
             do="run `vivace calibrate` on observations of this robot",
         )
-    for owner, attribute, layer in chosen:
+    names = tuple(layer.name for _, _, layer in chosen)
+    while chosen:
+        owner, attribute, layer = chosen.pop()  # nothing here keeps a layer once its E4M3 holder is there
         rule = plan.rule(layer.name)
         assert rule is not None
         setattr(owner, attribute, quantise_layer(layer, amax=plan.amax[layer.name], granularity=rule.weight_scale))
-    return tuple(layer.name for _, _, layer in chosen)
+        del layer
+    return names

@@ -1,0 +1,106 @@
+"""Compiles kernels before anything is timed: one process per setting, all at once, into the caches that the run reads.
+
+A fresh machine would otherwise compile in turn, one setting after the other, for minutes of a GPU that waits. These
+processes share the GPU with the run while it computes its float32 truth, which is not timed, and are gone before the first
+row. They are a convenience: if one fails, the run compiles itself and says what happened.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import ModelConfig
+from ..precision import plan as plans
+from ..precision.plan import PrecisionPlan
+from .hopper_engines import COMPILED, OURS, Engine, make, model_inputs
+from .hopper_robot import Scenes, pipeline, request, toy_tokenizer
+from .hopper_weights import load, random_checkpoint
+from .targets import Size, parse_size
+
+LONGEST_S = 150.0
+
+
+@dataclass(frozen=True)
+class Helper:
+    """One process that compiles."""
+
+    what: str
+    process: subprocess.Popen[str]
+    log: Path
+
+
+def begin(
+    sizes: Sequence[Size], plan: PrecisionPlan | None, *, rivals: Sequence[Size], seed: int, outliers: int
+) -> list[Helper]:
+    """Start a process per setting for our engines in bfloat16 and under `plan`, and one per setting of a rival."""
+    folder = Path(tempfile.mkdtemp(prefix="vivace-warm-"))
+    file = folder / "plan.json"
+    file.write_text(plan.to_json() if plan is not None else "")
+    jobs = [(OURS, size) for size in sizes] + [(COMPILED, size) for size in rivals]
+    helpers = []
+    for number, (name, size) in enumerate(jobs):
+        log = folder / f"{number}.log"
+        command = [
+            sys.executable,
+            "-m",
+            "vivace.check.hopper_warm",
+            name,
+            size.name,
+            str(seed),
+            str(outliers),
+            str(file),
+        ]
+        with log.open("w") as written:
+            process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, text=True)
+        helpers.append(Helper(f"{name} {size.name}", process, log))
+    return helpers
+
+
+def finish(helpers: Sequence[Helper], *, tell: Callable[[str], None], longest_s: float = LONGEST_S) -> list[str]:
+    """Wait for all of them, at most `longest_s` in all; one line per helper that did not do its work."""
+    end, failed = time.monotonic() + longest_s, []
+    for helper in helpers:
+        try:
+            code = helper.process.wait(timeout=max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            helper.process.kill()
+            helper.process.wait(timeout=10.0)
+            code = -9
+        if code != 0:
+            failed.append(f"compiling ahead {helper.what}: exit code {code}, {helper.log.read_text()[-300:]!r}")
+            tell(failed[-1])
+    return failed
+
+
+def main(arguments: list[str]) -> None:
+    """One helper: run every graph of one engine and setting once."""
+    name, size = arguments[0], parse_size(arguments[1])
+    seed, outliers, file = int(arguments[2]), int(arguments[3]), Path(arguments[4])
+    config, device = ModelConfig(), torch.device("cuda")
+    network = load(random_checkpoint(config, seed=seed, outliers=outliers), device=device, precision="bfloat16")
+    pipe = pipeline(size, config, toy_tokenizer(config.vocab_size))
+    scenes = Scenes.make(1, views=3, image_size=config.vision.image_size, seed=seed)
+    inputs = model_inputs(pipe, request(pipe, size, scenes, 0, seed=seed), device=device)
+    noise = torch.randn(1, size.horizon, config.action_width, device=device)
+
+    def once(engine: Engine) -> None:
+        engine.backend.infer(inputs, noise)
+        engine.backend.denoise(engine.backend.prefill(inputs), noise)
+
+    with torch.no_grad():
+        once(make(name, network, in_place=True))
+        if name == OURS and file.stat().st_size:
+            once(make(name, network, plan=plans.read(file), in_place=True))
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
