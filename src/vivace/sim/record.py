@@ -4,8 +4,8 @@ Without noise a learner never sees what happens one centimetre off the expert's 
 noise is added to the executed action and left out of the label (DART, Laskey et al. 2017). The noise level of an episode is
 drawn from `Plan.sigma`, and each draw is held for 1 or 8 ticks: as single jolts, or as the lasting error of a whole chunk.
 
-Two labels for every tick: `action`, the expert's one action in this state, and `chunk`, its next `horizon` actions by its own
-prediction. A chunk label does not depend on the noise that comes later, which a policy cannot know, so it is the better
+Two labels for every tick: `action`, the expert's one action in this state, and `chunk`, its next `horizon` actions by its
+own prediction. A chunk label does not depend on the noise that comes later, which a policy cannot know, so it is the better
 target; a window of `action` is what datasets without chunks have.
 
 The seeds of an episode are (plan seed, number of the episode): any number of processes makes the same demonstrations.
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
-from .conveyor import ConveyorEnv
+from .conveyor import VIEWS, ConveyorEnv
 from .expert import act, chunk
 from .tasks import SPEEDS_M_S, task
 from .world import HISTORY_TICKS
@@ -57,6 +57,7 @@ class Plan:
     image_px  views are image_px x image_px
     horizon   length of the chunk labels
     sigma     noise levels, in action units (1 = 0.5 m/s); each episode draws one
+    stride    images at the first tick and then at every `stride`-th; 5 is cheapest, as the third view is the last first one
     """
 
     sources: tuple[Source, ...]
@@ -64,32 +65,40 @@ class Plan:
     image_px: int = 224
     horizon: int = 24
     sigma: tuple[float, ...] = (0.0, 0.25, 0.5)
+    stride: int = 1
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be recorded."""
         if not self.sources:
             raise ConfigError("nothing to record", got="no sources", wanted="at least one task with episodes")
-        if self.image_px < 8 or self.horizon < 1 or self.seed < 0:
+        if self.image_px < 8 or self.horizon < 1 or self.seed < 0 or self.stride < 1:
             raise ConfigError(
-                "recording plan", got=f"image_px {self.image_px}, horizon {self.horizon}, seed {self.seed}",
-                wanted="image_px >= 8, horizon >= 1, seed >= 0",
-            )  # fmt: skip
+                "recording plan",
+                got=f"image_px {self.image_px}, horizon {self.horizon}, seed {self.seed}, stride {self.stride}",
+                wanted="image_px >= 8, horizon >= 1, seed >= 0, stride >= 1",
+            )
         if not self.sigma or min(self.sigma) < 0 or max(self.sigma) > 2:
             raise ConfigError("noise levels", got=self.sigma, wanted="numbers from 0 to 2")
 
     def jobs(self) -> list[tuple[Source, int]]:
-        """(source, seed of the episode) of every episode, in order."""
-        every = [source for source in self.sources for _ in range(source.episodes)]
-        return [(source, 1_000_000 * (self.seed + 1) + index) for index, source in enumerate(every)]
+        """(source, seed of the episode) of every episode; sources are interleaved, so a part of the list is a mixture."""
+        every = [
+            ((index + 0.5) / source.episodes, order, source)
+            for order, source in enumerate(self.sources)
+            for index in range(source.episodes)
+        ]
+        ordered = sorted(every, key=lambda one: one[:2])
+        return [(source, 1_000_000 * (self.seed + 1) + index) for index, (_, _, source) in enumerate(ordered)]
 
 
 @dataclass(frozen=True)
 class Demo:
-    """One demonstration, T ticks.
+    """One demonstration of T ticks, seen at R of them.
 
-    front, wrist  uint8 [T, px, px, 3]         state     float32 [T, 7]
-    action        float32 [T, 4], clean        executed  float32 [T, 4], with noise
-    chunk         float32 [T, horizon, 4]      prompts   T strings (task `swap` changes them)
+    ticks   int64 [R], those that were seen          views     uint8 [R, 3, px, px, 3]: front, wrist, front 100 ms ago
+    state   float32 [T, 7]                           prompts   T strings (task `swap` changes them)
+    action  float32 [T, 4], clean                    executed  float32 [T, 4], with noise
+    chunk   float32 [T, horizon, 4]
     """
 
     task: str
@@ -98,8 +107,8 @@ class Demo:
     sigma: float
     belt_m_s: float
     prompts: tuple[str, ...]
-    front: NDArray[np.uint8]
-    wrist: NDArray[np.uint8]
+    ticks: NDArray[np.int64]
+    views: NDArray[np.uint8]
     state: NDArray[np.float32]
     action: NDArray[np.float32]
     executed: NDArray[np.float32]
@@ -107,10 +116,6 @@ class Demo:
 
     def __len__(self) -> int:
         return len(self.action)
-
-    def before(self) -> NDArray[np.int64]:
-        """Tick whose front view is the third view of each tick, int64 [T]: 100 ms ago, or the first."""
-        return np.maximum(np.arange(len(self)) - HISTORY_TICKS, 0)
 
 
 class _Noise:
@@ -132,24 +137,47 @@ class _Noise:
         return executed
 
 
-def record_episode(env: ConveyorEnv, *, seed: int, sigma: tuple[float, ...], horizon: int) -> Demo:
+class _Eyes:
+    """Which ticks are seen, and the front views of the last 100 ms, so that most looks need two images instead of three."""
+
+    def __init__(self, stride: int, phase: int) -> None:
+        self._stride, self._phase = stride, phase
+        self._fronts: dict[int, NDArray[np.uint8]] = {}
+        self.ticks: list[int] = []
+        self.views: list[NDArray[np.uint8]] = []
+
+    def look(self, env: ConveyorEnv, tick: int) -> None:
+        """See this tick if its turn has come: 0, then phase, phase + stride, ..."""
+        if tick and (tick < self._phase or (tick - self._phase) % self._stride):
+            return
+        old = max(0, tick - HISTORY_TICKS)
+        if tick == 0 or old in self._fronts:
+            front, wrist = env.cameras()
+            before = self._fronts.get(old, front)
+        else:
+            front, wrist, before = (env.look().views[name] for name in VIEWS)
+        self._fronts = {at: image for at, image in self._fronts.items() if at >= old} | {tick: front}
+        self.ticks.append(tick)
+        self.views.append(np.stack([front, wrist, before]))
+
+
+def record_episode(env: ConveyorEnv, *, seed: int, sigma: tuple[float, ...], horizon: int, stride: int = 1) -> Demo:
     """Run the disturbed expert once. A function of its arguments; the environment may have been used before."""
     rng = np.random.default_rng([seed, 7])
     level = float(rng.choice(sigma))
-    noise = _Noise(rng, level)
+    noise, eyes = _Noise(rng, level), _Eyes(stride, int(rng.integers(stride)))
     env.reset(seed=seed)
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("front", "wrist", "state", "action", "executed", "chunk", "prompt")
-    }
+    rows: dict[str, list[Any]] = {name: [] for name in ("state", "action", "executed", "chunk", "prompt")}
     ended = False
     info: dict[str, Any] = {}
     while not ended:
-        front, wrist = env.cameras()
+        eyes.look(env, len(rows["action"]))
         sight = env.sight()
         clean = act(sight)
         executed = noise.apply(clean)
-        seen = (front, wrist, env.feel().state, clean, executed, chunk(sight, horizon), env.prompt)
-        for name, value in zip(rows, seen, strict=True):
+        for name, value in zip(
+            rows, (env.feel().state, clean, executed, chunk(sight, horizon), env.prompt), strict=True
+        ):  # fmt: skip
             rows[name].append(value)
         _, _, terminated, truncated, info = env.step(executed)
         ended = terminated or truncated
@@ -157,7 +185,7 @@ def record_episode(env: ConveyorEnv, *, seed: int, sigma: tuple[float, ...], hor
     arrays = {name: np.stack(values) for name, values in rows.items()}
     return Demo(
         task=env.task.name, seed=seed, success=bool(info["success"]), sigma=level, belt_m_s=info["belt_m_s"],
-        prompts=prompts, **arrays,
+        prompts=prompts, ticks=np.array(eyes.ticks), views=np.stack(eyes.views), **arrays,
     )  # fmt: skip
 
 
@@ -175,7 +203,8 @@ def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = 
             progress(1)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    pool = ProcessPoolExecutor(processes, mp_context=context)
+    try:
         waiting: dict[Future[Demo], int] = {}
         done: dict[int, Demo] = {}
         sent = 0
@@ -188,6 +217,8 @@ def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = 
                     done[waiting.pop(future)] = future.result()
                     progress(1)
             yield done.pop(index)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _environments: dict[tuple[str, str, int], ConveyorEnv] = {}
@@ -197,9 +228,6 @@ def _run(plan: Plan, job: tuple[Source, int]) -> Demo:
     source, seed = job
     key = (source.task, source.belt, plan.image_px)
     if key not in _environments:
-        for old in _environments.values():  # a GL context each: one at a time
-            old.close()
-        _environments.clear()
         belt = SPEEDS_M_S[source.belt] if source.belt else None
         _environments[key] = ConveyorEnv(source.task, belt_m_s=belt, image_px=plan.image_px)
-    return record_episode(_environments[key], seed=seed, sigma=plan.sigma, horizon=plan.horizon)
+    return record_episode(_environments[key], seed=seed, sigma=plan.sigma, horizon=plan.horizon, stride=plan.stride)

@@ -1,8 +1,8 @@
 """Episodes with the policy in training: how often it succeeds, and examples from the states that it gets into.
 
 Each simulator is a process; whoever is at a look sends the observation and waits. The policy answers all that wait in one
-batch. Which observations share a batch depends on timing, and with it the last bits of the answers, so an episode may differ
-between runs where it hangs on a hair; rates do not.
+batch. Which observations share a batch depends on timing, and with it the last bits of the answers, so an episode may
+differ between runs where it hangs on a hair; rates do not.
 
 Corrections (DAgger, Ross et al. 2011): at every look the expert says what it would do there. These rows have no successor
 eight ticks long, so they are never used with committed actions.
@@ -12,49 +12,22 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..sim.conveyor import VIEWS, ConveyorEnv
-from ..sim.expert import ExpertChunk, chunk
 from ..sim.record import Source
-from ..sim.rollout import Execution, rollout
+from ..sim.rollout import Execution
 from ..sim.statistics import wilson
-from ..sim.tasks import SPEEDS_M_S
 from ..types import Observation
-from .frames import Piece
+from .simulator import Ended, Job, simulate
 
 Answer = Callable[[list[Observation]], list[NDArray[Any]]]
 """Observations -> chunks [H, 4] in robot units."""
 CORRECTION_SEED = 500_000
-"""Corrections run on seeds 500 000 to 999 999; success is measured on seeds from 0 on; recording uses 1 000 000 and more."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One episode."""
-
-    source: Source
-    seed: int
-    image_px: int
-    horizon: int
-    execution: Execution = field(default_factory=Execution)
-    correct: bool = False
-
-
-@dataclass(frozen=True)
-class Ended:
-    """What came of a job; `piece` holds its corrections."""
-
-    job: Job
-    success: bool
-    wrong_object: bool
-    ticks: int
-    piece: Piece | None
+"""Corrections run on seeds from here to 999 999; success is measured from 0 on; recording uses 1 000 000 and more."""
 
 
 def jobs(
@@ -82,7 +55,7 @@ def run(work: Sequence[Job], answer: Answer, *, processes: int) -> Iterator[Ende
     try:
         for _ in range(min(processes, len(work))):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_simulate, args=(theirs,), daemon=True)
+            process = context.Process(target=simulate, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             pipes[ours] = process
@@ -110,57 +83,6 @@ def run(work: Sequence[Job], answer: Answer, *, processes: int) -> Iterator[Ende
             process.join(timeout=10)
             if process.is_alive():
                 process.terminate()
-
-
-def _simulate(pipe: Connection[Any, Any]) -> None:
-    """A simulator's process: jobs in, looks out and chunks in, results out, until the pipe closes."""
-    env: ConveyorEnv | None = None
-    key: tuple[Any, ...] = ()
-    while True:
-        try:
-            job = pipe.recv()
-        except EOFError:
-            break
-        if env is None or key != (job.source.task, job.source.belt, job.image_px):
-            if env is not None:
-                env.close()
-            key = (job.source.task, job.source.belt, job.image_px)
-            belt = SPEEDS_M_S[job.source.belt] if job.source.belt else None
-            env = ConveyorEnv(job.source.task, belt_m_s=belt, image_px=job.image_px)
-        try:
-            pipe.send(_episode(env, job, pipe))
-        except (EOFError, BrokenPipeError):
-            break
-    if env is not None:
-        env.close()
-
-
-def _episode(env: ConveyorEnv, job: Job, pipe: Connection[Any, Any]) -> Ended:
-    seen: list[tuple[Observation, NDArray[np.float32]]] = []
-
-    def policy(observation: Observation) -> ExpertChunk:
-        if job.correct:
-            seen.append((observation, chunk(env.sight(), job.horizon)))
-        pipe.send(observation)
-        return ExpertChunk(pipe.recv())
-
-    episode = rollout(env, policy, seed=job.seed, execution=job.execution)
-    piece = _piece(seen) if job.correct else None
-    return Ended(job, episode.success, episode.wrong_object, len(episode.actions), piece)
-
-
-def _piece(seen: Sequence[tuple[Observation, NDArray[np.float32]]]) -> Piece:
-    pictures = np.concatenate([np.stack([observation.views[name] for name in VIEWS]) for observation, _ in seen])
-    chunks = np.stack([actions for _, actions in seen])
-    return Piece(
-        pictures=pictures,
-        views=np.arange(len(pictures)).reshape(len(seen), len(VIEWS)),
-        state=np.stack([np.asarray(observation.state, np.float32) for observation, _ in seen]),
-        executed=chunks[:, 0],
-        chunk=chunks,
-        prompts=tuple(observation.prompt for observation, _ in seen),
-        joined=False,
-    )
 
 
 def rates(ended: Sequence[Ended]) -> list[dict[str, Any]]:

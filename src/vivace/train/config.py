@@ -26,11 +26,9 @@ Record = TypeVar("Record")
 class Network:
     """Sizes. The vocabulary is the tokenizer's, heads of both Gemma stacks are equal (they share keys and values)."""
 
-    vision: VisionConfig = VisionConfig(
-        width=192, layers=4, mlp_width=512, num_heads=3, patch_size=8, image_size=96
-    )  # fmt: skip
-    prefix: GemmaConfig = GemmaConfig(width=256, layers=4, mlp_width=512, num_heads=4, head_dim=64)
-    expert: GemmaConfig = GemmaConfig(width=128, layers=4, mlp_width=512, num_heads=4, head_dim=64)
+    vision: VisionConfig
+    prefix: GemmaConfig
+    expert: GemmaConfig
     action_width: int = 8
     horizon: int = 24
 
@@ -47,6 +45,7 @@ class Network:
 class Data:
     """Demonstrations: recorded here from `sources`, or read from a LeRobot dataset folder.
 
+    stride     see `sim.record.Plan`
     processes  that record; does not change the data
     """
 
@@ -54,6 +53,7 @@ class Data:
     folder: str = ""
     seed: int = 0
     sigma: tuple[float, ...] = (0.0, 0.25, 0.5)
+    stride: int = 5
     processes: int = 2
 
 
@@ -116,10 +116,11 @@ class Export:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training run."""
+    """Everything that decides a training run. start: folder of a trained policy to begin from; "" = fresh weights."""
 
+    network: Network
     name: str = "policy"
-    network: Network = field(default_factory=Network)
+    start: str = ""
     data: Data = field(default_factory=Data)
     optimise: Optimise = field(default_factory=Optimise)
     closed_loop: ClosedLoop = field(default_factory=ClosedLoop)

@@ -1,9 +1,8 @@
 """Demonstrations as tensors, and what one training example is.
 
-Pictures are kept once, uint8, on the training device; a row holds three numbers of pictures (front, wrist, front 100 ms
-ago). Labels of a row: [0] the action that was executed there, [1:] the chunk that the expert wanted from there on. With d
-committed actions the target is what was executed for d ticks, then the expert's chunk of the row d ticks later: the plan of
-somebody who knew what the robot was going to do anyway.
+Images stay uint8 on the training device. Labels exist for every tick, also for those without images: [0] the action that
+was executed there, [1:] the chunk that the expert wanted from there on. With d committed actions the target is what was
+executed for d ticks, then the expert's chunk of d ticks later: the plan of somebody who knew what the robot would do anyway.
 """
 
 from __future__ import annotations
@@ -20,42 +19,11 @@ from ..errors import ConfigError
 from ..robots import prompt
 from ..robots.normalize import normalize_lerobot
 from ..robots.tokenizer import Tokenizer
-from ..sim.record import Demo
 from ..types import NormStats, PromptFlavour
+from .pieces import Piece
 
 EPS = 1e-8
 FLAVOUR: PromptFlavour = "lerobot_pi05"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive rows of one episode, T of them.
-
-    pictures  uint8 [P, px, px, 3]      views    int64 [T, V] into pictures      state    float32 [T, n]
-    executed  float32 [T, A]            chunk    float32 [T, H, A]               prompts  T strings
-    joined    True: row k + 1 is the tick after row k, so a row may be continued by a later one
-    """
-
-    pictures: NDArray[np.uint8]
-    views: NDArray[np.int64]
-    state: NDArray[np.float32]
-    executed: NDArray[np.float32]
-    chunk: NDArray[np.float32]
-    prompts: tuple[str, ...]
-    joined: bool = True
-
-
-def piece_of(demo: Demo) -> Piece:
-    """A demonstration of `sim.record`: pictures are its front views, then its wrist views."""
-    ticks = np.arange(len(demo))
-    return Piece(
-        pictures=np.concatenate([demo.front, demo.wrist]),
-        views=np.stack([ticks, ticks + len(demo), demo.before()], axis=1),
-        state=demo.state,
-        executed=demo.executed,
-        chunk=demo.chunk,
-        prompts=demo.prompts,
-    )
 
 
 def statistics(values: NDArray[np.floating]) -> NormStats:
@@ -74,12 +42,11 @@ def statistics(values: NDArray[np.floating]) -> NormStats:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some examples. images uint8 [B, V, px, px, 3], tokens int64 [B, L], length int64 [B], row int64 [B]."""
+    """Some examples. images uint8 [B, V, px, px, 3], tokens int64 [B, L], length int64 [B]."""
 
     images: Tensor
     tokens: Tensor
     length: Tensor
-    row: Tensor
 
 
 class Frames:
@@ -100,8 +67,7 @@ class Frames:
         self.action_stats = statistics(np.concatenate([piece.chunk[:, 0] for piece in pieces]))
         self.tokenizer, self.width, self.max_tokens, self.device = tokenizer, width, max_tokens, device
         self.horizon = pieces[0].chunk.shape[1]
-        self._pictures: list[Tensor] = []
-        self._count = 0
+        self._labelled = 0
         self._parts: dict[str, list[Tensor]] = {}
         self.add(pieces)
 
@@ -111,28 +77,23 @@ class Frames:
     def add(self, pieces: Iterable[Piece]) -> None:
         """Append examples. Rows keep their numbers."""
         for piece in pieces:
-            rows = len(piece.state)
-            left = np.arange(rows)[::-1].copy() if piece.joined else np.zeros(rows, np.int64)
+            left = len(piece.chunk) - 1 - piece.ticks
             tokens, lengths = self._encode(piece)
-            self._store("views", torch.from_numpy(piece.views + self._count))
-            self._store("tokens", tokens)
-            self._store("length", lengths)
-            self._store("left", torch.from_numpy(left))
-            self._store("labels", torch.from_numpy(self._labels(piece)))
-            self._pictures.append(torch.from_numpy(piece.pictures).to(self.device))
-            self._count += len(piece.pictures)
-        self._join()
-
-    def _store(self, name: str, value: Tensor) -> None:
-        self._parts.setdefault(name, []).append(value)
-
-    def _join(self) -> None:
-        self.pictures = torch.cat(self._pictures)
-        self._pictures = [self.pictures]
-        joined = {name: torch.cat(parts).to(self.device) for name, parts in self._parts.items()}
+            new = {
+                "views": torch.from_numpy(piece.views),
+                "tokens": tokens,
+                "length": lengths,
+                "left": torch.from_numpy(left if piece.joined else np.zeros_like(left)),
+                "label": torch.from_numpy(piece.ticks + self._labelled),
+                "labels": torch.from_numpy(self._scaled(piece)),
+            }
+            for name, value in new.items():
+                self._parts.setdefault(name, []).append(value.to(self.device))
+            self._labelled += len(piece.chunk)
+        joined = {name: torch.cat(parts) for name, parts in self._parts.items()}
         self._parts = {name: [value] for name, value in joined.items()}
         self.views, self.left, self.labels = joined["views"], joined["left"], joined["labels"]
-        self.length = joined["length"]
+        self.length, self.label = joined["length"], joined["label"]
         self.tokens = joined["tokens"][:, : int(self.length.max())]
         self.even = bool((self.length == self.length[0]).all())
 
@@ -147,7 +108,7 @@ class Frames:
             lengths[i] = len(row)
         return ids, lengths
 
-    def _labels(self, piece: Piece) -> NDArray[np.float32]:
+    def _scaled(self, piece: Piece) -> NDArray[np.float32]:
         """Normalised and padded: float32 [T, 1 + H, width]."""
         both = np.concatenate([piece.executed[:, None], piece.chunk], axis=1)
         scaled = normalize_lerobot(both, self.action_stats, mode="quantiles", eps=EPS)
@@ -156,12 +117,12 @@ class Frames:
 
     def rows(self, row: Tensor) -> Rows:
         """Examples number `row`, int64 [B]."""
-        return Rows(self.pictures[self.views[row]], self.tokens[row], self.length[row], row)
+        return Rows(self.views[row], self.tokens[row], self.length[row])
 
     def targets(self, row: Tensor, committed: Tensor) -> Tensor:
-        """Normalised chunks.  row int64 [B], committed int64 [B, R], cut to `left` by the caller -> [B, R, H, width]."""
+        """Normalised chunks.  row int64 [B], committed int64 [B, R], at most `left` of the row -> [B, R, H, width]."""
         k = torch.arange(self.horizon, device=self.device)
-        begin, d = row[:, None, None], committed[..., None]
+        begin, d = self.label[row][:, None, None], committed[..., None]
         done = k < d
         source = begin + torch.where(done, k, d)
         column = torch.where(done, 0, 1 + k - d)

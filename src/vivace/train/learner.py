@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoints.safetensors_io import read_header, read_tensor, write_safetensors
+from ..checkpoints.source import Checkpoint
 from ..config import ModelConfig
 from ..errors import CheckpointError, NumericsError
+from ..model import weights
 from ..model.pi import Pi
 from . import objective
 from .config import Optimise
@@ -27,6 +30,8 @@ from .frames import Frames
 from .initialise import fresh
 
 FINAL_RATE = 0.01
+NUMERICS: dict[str, Any] = {"time_grid": "direct", "flavour": "lerobot", "declared_dtype": "float32"}
+"""Fields of a ModelConfig that do not change what weights mean."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,28 @@ class Learner:
         )  # fmt: skip
         committed = torch.zeros(shape[:2], dtype=torch.int64, device=device)
         draws = objective.Draws(torch.zeros(shape, device=device), torch.ones(shape[:2], device=device), committed)
+        self.rehearse(batch, draws)
+
+    def rehearse(self, batch: objective.Batch, draws: objective.Draws) -> None:
+        """The work of a step without the step."""
         self._forward(batch, draws).backward()
         self.adam.zero_grad(set_to_none=True)
+
+    def begin_from(self, checkpoint: Checkpoint) -> None:
+        """Take a trained policy's weights. Raises CheckpointError if it is another network."""
+        if replace(checkpoint.model, **NUMERICS) != replace(self.model.config, **NUMERICS):
+            raise CheckpointError(
+                f"{checkpoint.path} is another network than the recipe's",
+                got=checkpoint.model,
+                wanted=self.model.config,
+            )
+        loaded = weights.load(
+            checkpoint.model, checkpoint.tensors, device=self.device, dtype_of=lambda _: torch.float32
+        )
+        with torch.no_grad():
+            for mine in (self.model, self.average):
+                for parameter, value in zip(mine.parameters(), loaded.parameters(), strict=True):
+                    parameter.copy_(value)
 
     def _forward(self, batch: objective.Batch, draws: objective.Draws) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):

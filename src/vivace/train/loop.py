@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..checkpoints.open import open_checkpoint
 from ..config import EngineConfig
 from ..errors import ConfigError
 from ..robots import prompt
@@ -28,8 +30,10 @@ from ..sim.rollout import Execution
 from ..types import Observation
 from . import closed_loop, export
 from .config import Correction, Recipe
-from .frames import FLAVOUR, Frames, Piece, piece_of
+from .frames import FLAVOUR, Frames
 from .learner import Learner, check_loss
+from .pieces import Piece, piece_of
+from .simulator import Ended
 from .tokenizer import conveyor_tokenizer, pieces
 
 Report = Callable[[dict[str, Any]], None]
@@ -44,26 +48,34 @@ def train(
     device: torch.device,
     report: Report,
     resume: Path | None = None,
+    seconds: float | None = None,
     compiled: bool = False,
 ) -> Path:
     """Run a recipe and return the folder of the trained policy, `out/policy` (LeRobot's format).
 
     resume    a state that an earlier run of the same recipe saved
+    seconds   from now on, half of it for recording: fewer episodes and steps than the recipe says where they do not fit;
+              the report says how many, for the recipe
     compiled  torch.compile the loss
     Raises: ConfigError for data that cannot be used; NumericsError where the loss diverges.
     """
     if (out / "policy").exists():
         raise ConfigError(f"{out / 'policy'} exists already", do="choose another folder")
     out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
     blob = conveyor_tokenizer()
     (out / "tokenizer.model").write_bytes(blob)
     tokenizer = SentencePieceModel(out / "tokenizer.model")
     vocabulary = -(-pieces(blob) // 16) * 16  # whole blocks for products
     learner = Learner(recipe.network.model(vocabulary), recipe.optimise, device=device, compiled=compiled)
-    frames = _frames(recipe, learner, tokenizer, report)
+    frames = _frames(recipe, learner, tokenizer, report, seconds=None if seconds is None else seconds / 2)
+    if recipe.start:
+        learner.begin_from(open_checkpoint(recipe.start))
     if resume is not None:
         learner.resume(resume)
     run = Run(recipe, learner, frames, blob, out, report)
+    if seconds is not None:
+        run.cut(seconds - (time.perf_counter() - began))
     run.steps()
     folder = out / "policy"
     export.export(folder, run.trained(), format="lerobot")
@@ -81,6 +93,25 @@ class Run:
     ) -> None:  # fmt: skip
         self.recipe, self.learner, self.frames, self.out, self.report = recipe, learner, frames, out, report
         self._tokenizer = tokenizer
+
+    def cut(self, seconds: float) -> None:
+        """Measure what a step costs and set as many steps as fit, if the recipe asks for more. Takes no step."""
+        began, count = 0.0, 30
+        for index in range(count):
+            if index == count // 3:
+                self._settle()
+                began = time.perf_counter()
+            self.learner.rehearse(*self.learner.draw(self.frames))
+        self._settle()
+        each = (time.perf_counter() - began) / (count - count // 3)
+        fit = max(1, min(self.recipe.optimise.steps, int(seconds / each)))
+        self.recipe = replace(self.recipe, optimise=replace(self.recipe.optimise, steps=fit))
+        self.learner.optimise = self.recipe.optimise
+        self.report({"event": "cut", "steps": fit, "step_ms": 1000 * each})
+
+    def _settle(self) -> None:
+        if self.learner.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def steps(self) -> None:
         """All steps from where the learner stands, with the corrections in between."""
@@ -114,7 +145,8 @@ class Run:
         recipe = self.recipe
         return export.Trained(
             model=self.learner.average, state=self.frames.state_stats, action=self.frames.action_stats,
-            cameras=CAMERAS, tokenizer=self._tokenizer, max_tokens=MAX_TOKENS, num_denoise_steps=recipe.export.num_denoise_steps,
+            cameras=CAMERAS, tokenizer=self._tokenizer, max_tokens=MAX_TOKENS,
+            num_denoise_steps=recipe.export.num_denoise_steps,
             max_committed=recipe.optimise.max_committed, dtype=recipe.export.dtype,
         )  # fmt: skip
 
@@ -145,7 +177,7 @@ class Run:
             {"event": "corrected", "step": step, "rates": rows, "examples": len(self.frames) - before}
         )  # fmt: skip
 
-    def _episodes(self, folder: Path, sources: Any, *, first_seed: int, correct: bool) -> list[closed_loop.Ended]:
+    def _episodes(self, folder: Path, sources: Any, *, first_seed: int, correct: bool) -> list[Ended]:
         network, loop = self.recipe.network, self.recipe.closed_loop
         policy = load_policy(folder, config=EngineConfig(device=str(self.learner.device), backend="eager"))
         work = closed_loop.jobs(
@@ -164,10 +196,10 @@ def answering(policy: Policy) -> closed_loop.Answer:
     return answer
 
 
-def _frames(recipe: Recipe, learner: Learner, tokenizer: Tokenizer, report: Report) -> Frames:
+def _frames(recipe: Recipe, learner: Learner, tokenizer: Tokenizer, report: Report, *, seconds: float | None) -> Frames:
     """Demonstrations on the device. While simulators record, the loss is compiled."""
     with ThreadPoolExecutor(1) as thread:
-        recording = thread.submit(_pieces, recipe, report)
+        recording = thread.submit(_pieces, recipe, report, seconds)
         if learner.compiled:
             began = time.perf_counter()
             text = prompt.segments(FLAVOUR, "pick up the red cube", np.zeros(STATE_DIM))
@@ -177,23 +209,26 @@ def _frames(recipe: Recipe, learner: Learner, tokenizer: Tokenizer, report: Repo
     frames = Frames(
         pieces, tokenizer=tokenizer, width=recipe.network.action_width, max_tokens=MAX_TOKENS, device=learner.device
     )  # fmt: skip
-    report({"event": "data", "episodes": len(pieces), "examples": len(frames), "pictures": len(frames.pictures)})
+    report({"event": "data", "episodes": len(pieces), "examples": len(frames)})
     return frames
 
 
-def _pieces(recipe: Recipe, report: Report) -> list[Piece]:
+def _pieces(recipe: Recipe, report: Report, seconds: float | None) -> list[Piece]:
     data = recipe.data
     if data.folder:
         raise ConfigError("reading datasets")
     plan = Plan(
         data.sources, seed=data.seed, image_px=recipe.network.vision.image_size, horizon=recipe.network.horizon,
-        sigma=data.sigma,
+        sigma=data.sigma, stride=data.stride,
     )  # fmt: skip
     pieces, total, began = [], len(plan.jobs()), time.perf_counter()
     for count, demo in enumerate(record(plan, processes=data.processes), start=1):
         if demo.success:  # a lost cube has nothing to teach
             pieces.append(piece_of(demo))
-        if count % max(1, total // 20) == 0 or count == total:
-            seconds = time.perf_counter() - began
-            report({"event": "recorded", "episodes": count, "of": total, "kept": len(pieces), "seconds": seconds})
+        spent = time.perf_counter() - began
+        late = seconds is not None and spent > seconds
+        if count % max(1, total // 20) == 0 or count == total or late:
+            report({"event": "recorded", "episodes": count, "of": total, "kept": len(pieces), "seconds": spent})
+        if late:
+            break
     return pieces

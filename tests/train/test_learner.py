@@ -1,0 +1,203 @@
+"""Examples, the step, resume; export and the served policy against the trained network."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import vivace
+from vivace.config import EngineConfig
+from vivace.errors import CheckpointError, ConfigError, NumericsError
+from vivace.robots.tokenizer import SentencePieceModel
+from vivace.train import export, learner, objective
+from vivace.train.config import Optimise, Recipe, build, read_recipe
+from vivace.train.frames import Frames, statistics
+from vivace.train.pieces import Piece
+from vivace.train.tokenizer import conveyor_tokenizer, pieces
+from vivace.types import Observation
+
+CPU = torch.device("cpu")
+NETWORK = {
+    "vision": {"width": 16, "layers": 1, "mlp_width": 32, "num_heads": 2, "patch_size": 8, "image_size": 16},
+    "prefix": {"width": 32, "layers": 2, "mlp_width": 32, "num_heads": 2, "head_dim": 16},
+    "expert": {"width": 16, "layers": 2, "mlp_width": 32, "num_heads": 2, "head_dim": 16},
+    "horizon": 4,
+}
+RECIPE = build(Recipe, {"network": NETWORK, "data": {"folder": "somewhere"}, "optimise": {
+    "steps": 6, "batch": 4, "flows": 2, "warmup_steps": 2, "max_committed": 2}}, where="test")  # fmt: skip
+
+
+def piece(rows: int = 6, *, seed: int = 0, joined: bool = True) -> Piece:
+    """Labels at `rows` ticks, images at every second."""
+    rng = np.random.default_rng(seed)
+    ticks = np.arange(0, rows, 2)
+    return Piece(
+        ticks=ticks,
+        views=rng.integers(0, 256, (len(ticks), 3, 16, 16, 3), dtype=np.uint8),
+        state=rng.normal(size=(len(ticks), 7)).astype(np.float32),
+        prompts=("pick up the red cube",) * len(ticks),
+        executed=rng.uniform(-1, 1, (rows, 4)).astype(np.float32),
+        chunk=rng.uniform(-1, 1, (rows, 4, 4)).astype(np.float32),
+        joined=joined,
+    )
+
+
+@pytest.fixture(scope="module")
+def blob():
+    return conveyor_tokenizer()
+
+
+@pytest.fixture
+def tokenizer(blob, tmp_path):
+    (tmp_path / "t.model").write_bytes(blob)
+    return SentencePieceModel(tmp_path / "t.model")
+
+
+@pytest.fixture
+def frames(tokenizer):
+    return Frames([piece(seed=0), piece(seed=1)], tokenizer=tokenizer, width=8, max_tokens=48, device=CPU)
+
+
+def test_targets_are_executed_actions_then_the_later_plan(frames):
+    source = [piece(seed=0), piece(seed=1)]
+    scale = lambda x: 2 * (x - frames.action_stats.q01) / (frames.action_stats.q99 - frames.action_stats.q01) - 1  # noqa: E731
+    row = torch.tensor([4])  # second piece, tick 2
+    got = frames.targets(row, torch.tensor([[0, 2]]))[0].numpy()
+    assert np.allclose(got[0, :, :4], scale(source[1].chunk[2]), atol=1e-5)
+    assert np.allclose(got[1, :2, :4], scale(source[1].executed[2:4]), atol=1e-5)
+    assert np.allclose(got[1, 2:, :4], scale(source[1].chunk[4][:2]), atol=1e-5)
+    assert (got[..., 4:] == 0).all()
+    assert frames.left.tolist() == [5, 3, 1] * 2
+
+
+def test_corrections_have_no_successor_and_join_later(frames):
+    before = len(frames)
+    frames.add([piece(seed=2, joined=False)])
+    assert len(frames) == before + 3
+    assert frames.left[before:].tolist() == [0] * 3
+    images = frames.rows(torch.tensor([before + 1])).images[0, 2].numpy()
+    assert (images == piece(seed=2).views[1, 2]).all()
+
+
+def test_statistics_refuse_a_constant_dimension():
+    rows = np.random.default_rng(0).normal(size=(50, 3))
+    assert statistics(rows).q99.shape == (3,)
+    rows[:, 1] = 1.0
+    with pytest.raises(ConfigError, match="normalised"):
+        statistics(rows)
+
+
+def test_a_run_cut_off_and_resumed_is_the_run_that_was_not(frames, tmp_path):
+    config = RECIPE.network.model(544)
+    whole = learner.Learner(config, RECIPE.optimise, device=CPU)
+    for _ in range(4):
+        whole.learn(*whole.draw(frames))
+        if whole.step == 2:
+            whole.save(tmp_path / "state.safetensors")
+    again = learner.Learner(config, RECIPE.optimise, device=CPU)
+    again.resume(tmp_path / "state.safetensors")
+    assert again.step == 2
+    for _ in range(2):
+        again.learn(*again.draw(frames))
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(whole.average.parameters(), again.average.parameters(), strict=True):
+        assert torch.equal(one, other)
+    wrong = learner.Learner(RECIPE.network.model(560), RECIPE.optimise, device=CPU)
+    with pytest.raises(CheckpointError, match="another network"):
+        wrong.resume(tmp_path / "state.safetensors")
+
+
+def test_it_learns_and_a_broken_target_does_not(frames):
+    config = RECIPE.network.model(544)
+    optimise = Optimise(steps=150, batch=8, flows=4, warmup_steps=5, learning_rate=3e-3, max_committed=2, ema=0.9)
+    one = learner.Learner(config, optimise, device=CPU)
+    losses = [float(one.learn(*one.draw(frames)).loss) for _ in range(optimise.steps)]
+    broken = learner.Learner(config, optimise, device=CPU)
+    shuffled = []
+    for step in range(optimise.steps):
+        batch, draws = broken.draw(frames)
+        noise = torch.randn(batch.actions.shape, generator=torch.Generator().manual_seed(step))
+        shuffled.append(float(broken.learn(objective.Batch(batch.images, batch.tokens, None, noise), draws).loss))
+    assert np.mean(losses[-20:]) < 0.6 * np.mean(shuffled[-20:])
+
+
+def test_rate_warms_up_and_falls():
+    one = learner.Learner(RECIPE.network.model(544), Optimise(steps=100, warmup_steps=10), device=CPU)
+    rates = [one.rate(step) for step in range(101)]
+    assert rates[0] < rates[9] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-5)
+    with pytest.raises(NumericsError):
+        learner.check_loss(3, float("nan"))
+
+
+def test_the_exported_policy_is_the_trained_network(frames, blob, tmp_path):
+    """float32 folders of all three formats answer with what the network in training would sample."""
+    one = learner.Learner(RECIPE.network.model(544), RECIPE.optimise, device=CPU)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in one.average.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    trained = export.Trained(
+        one.average, frames.state_stats, frames.action_stats, cameras, blob, 48, 3, max_committed=2, dtype="float32"
+    )
+    source, noise = piece(seed=0), np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    views = {name: source.views[2, i] for i, name in enumerate(cameras)}
+    observation = Observation(views, source.state[2], source.prompts[2])
+    answers = {}
+    for form in ("lerobot", "openpi", "jax"):
+        export.export(tmp_path / form, trained, format=form)
+        arguments = {} if form == "lerobot" else {"embodiment": "conveyor", "horizon": 4, "vision_heads": 2}
+        config = EngineConfig(num_denoise_steps=3, precision="float32")
+        policy = vivace.load_policy(tmp_path / form, config=config, **arguments)
+        answers[form] = policy.infer(observation, noise=noise).actions
+        if form == "lerobot":
+            prepared = policy.prepare(observation)
+            assert prepared.tokens.tolist() == frames.tokens[2].tolist(), "training built another prompt"
+            assert policy.checkpoint.rtc.training_max_delay == 2
+            assert policy.checkpoint.num_denoise_steps == 3
+    batch, _ = one.draw(frames)
+    images = torch.from_numpy(np.stack(list(views.values()))).permute(0, 3, 1, 2)[None].float() / 255 * 2 - 1
+    inputs = objective.ModelInputs(images=images, tokens=frames.tokens[2:3])
+    model = one.average
+    cache = model.prefill(*model.embed_prefix(inputs, model.embed_views(images)))
+    x = torch.from_numpy(noise)[None]
+    for step in range(3):
+        t = torch.tensor([1.0 - step / 3])
+        condition = objective.conditions(model, t, torch.zeros(1, 4, dtype=torch.bool))
+        x = x - model.denoise_step(x, condition, cache, model.suffix_context(cache, 4)) / 3
+    low, high = frames.action_stats.q01, frames.action_stats.q99
+    wanted = (x[0, :, :4].detach().numpy() + 1) / 2 * (high - low) + low
+    for form, actions in answers.items():
+        assert np.allclose(actions, wanted, atol=2e-4), form
+    with pytest.raises(ConfigError, match="exists already"):
+        export.export(tmp_path / "lerobot", trained)
+
+
+def test_prompts_of_a_task_have_one_length(tokenizer, blob):
+    texts = [f"Task: pick up the {c} cube, State: {n};\nAction: " for c in ("red", "green") for n in ("-1 7", "255 30")]
+    assert len({len(tokenizer.encode(text, add_bos=True)) for text in texts}) == 1
+    assert pieces(blob) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optimise]\nstep = 3\n[data]\nfolder='x'", "steps"),
+        ("[optimise]\nsteps = 'many'\n[data]\nfolder='x'", "steps"),
+        ("[optimise]\nsteps = 0\n[data]\nfolder='x'", "at least 1"),
+        ("name = 'x'", "either sources or folder"),
+        ("[data]\nsources=[{task='nonsense', episodes=1}]", "nonsense"),
+        ("[data]\nsources=[{task='static'}]", "episodes"),
+        ("[data]\nfolder='x'\n[network.prefix]\nlayers=7", "share keys"),
+        ("[data\n", "cannot read"),
+    ],
+)
+def test_bad_recipes_are_explained(tmp_path, text, message):
+    sizes = "".join(f"\n[network.{name}]" for name in ("vision", "prefix", "expert") if f"network.{name}" not in text)
+    (tmp_path / "r.toml").write_text(text + ("" if "[data\n" in text else sizes))
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(tmp_path / "r.toml")
+    assert message in str(caught.value)
