@@ -16,6 +16,7 @@ from vivace.check import (
     hopper_proof,
     hopper_robot,
     hopper_rows,
+    hopper_warm,
     hopper_weights,
     results,
 )

@@ -47,8 +47,8 @@ from .targets import SIZES, parse_size
 
 PLANS = ("bf16", "fp8-mlp", "fp8-full", "fp8-prefix+vision", "fp8-all")
 NUMBERS = (
-    "calls", "host_calls", "rival_calls", "rival_settings", "soak_calls", "observations", "draws",
-    "calibration", "seed", "outliers",
+    "calls", "host_calls", "rival_calls", "rival_settings", "soak_calls", "observations", "draws", "calibration",
+    "seed", "outliers",
 )  # fmt: skip
 NEEDS_GPU = ("rivals", "soak", "memory", "start")
 
@@ -174,17 +174,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, default=Options.seconds, help="what would begin later is not run")
     made.add_argument("--network", default="full", help="a size of make-checkpoint")
     made.add_argument("--device", default="cuda")
-    for name in (
-        "calls",
-        "host_calls",
-        "rival_calls",
-        "soak_calls",
-        "observations",
-        "draws",
-        "calibration",
-        "seed",
-        "outliers",
-    ):
+    for name in NUMBERS:
         made.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Options, name))
     return made
 
