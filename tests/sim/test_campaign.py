@@ -1,50 +1,270 @@
-"""Intervals, pairing, processes, and the verb."""
+"""Blocks, processes, crashes, pairs, reaction, controls, and the verb."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
 from vivace.cli.main import main
-from vivace.errors import ConfigError
-from vivace.sim.campaign import Cell, run_cells, wilson
+from vivace.sim import campaign, controls
+from vivace.sim.arms import Arm, Axes, Delay, product
+from vivace.sim.campaign import Block, Job, Settings, collect, comparisons, jobs, run_job, run_jobs
+from vivace.sim.conveyor import ConveyorEnv
+from vivace.sim.expert import ExpertChunk
+from vivace.sim.faults import FAULTS, Altered
+from vivace.sim.outcomes import outcome, reaction
+
+
+def run(arms, episodes=6, *, processes=1, **settings):
+    settings = Settings(episodes=episodes, **settings)
+    work = jobs(arms, settings, processes=processes)
+    return collect(arms, list(run_jobs(work, processes=processes)), keep=True)
+
+
+def delayed(ticks, **kwargs):
+    return Arm(**{"task": "conveyor", "belt": "fast", **kwargs}, delay=Delay(f"{ticks * 20} ms", (ticks,)))
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def test_processes_and_blocks_do_not_change_the_outcome():
+    arms = [Arm("perturb"), replace(delayed(0, mode="naive"), delay=Delay("drawn", (2, 6)))]
+    alone, split = run(arms, 3, twins=2), run(arms, 3, twins=2, processes=2)
+    assert [asdict(one) for one in alone] == [asdict(one) for one in split]
+    assert [row["seed"] for row in alone[1].episodes] == [0, 1, 2]
+    assert [row["reaction"] is not None for row in alone[0].episodes] == [True, True, False]
+
+
+def test_blocks_cover_every_seed_once_and_twins_are_the_first():
+    work = jobs([Arm("perturb"), Arm("static")], Settings(episodes=50, first_seed=7, twins=30), processes=2)
+    assert [seed for job in work if job.index == 0 for seed in job.seeds] == list(range(7, 57))
+    assert [job.twins for job in work] == [20, 10, 0, 0, 0, 0]
+
+
+def failing(monkeypatch, name, answer):
+    """A fault that answers normally at the first look and then calls `answer(chunk)`."""
+
+    def broken(whole, env):
+        looks = []
+
+        def answered(chunk):
+            looks.append(1)
+            return chunk if len(looks) < 3 else answer(chunk)
+
+        return Altered(whole, answered=answered)
+
+    monkeypatch.setitem(FAULTS, name, broken)
+    return Arm("static", fault=name)
+
+
+def raises(_):
+    raise ZeroDivisionError("a bug of the policy")
 
 
 @pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    ("answer", "message"),
+    [
+        (raises, "ZeroDivisionError: a bug of the policy"),
+        (lambda chunk: ExpertChunk(np.full((16, 4), np.nan)), "not finite"),
+        (lambda chunk: ExpertChunk(np.zeros((16, 3))), "got 3 wide"),
+        (lambda chunk: ExpertChunk(np.zeros((0, 4))), "actions of a chunk"),
+    ],
+    ids=["raises", "nan", "width", "empty"],
 )
-def test_wilson_gives_the_published_intervals(successes, n, low, high):
-    """Newcombe 1998, table I, method 3."""
-    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+def test_a_crash_is_no_failure_and_the_campaign_goes_on(monkeypatch, answer, message):
+    arm = failing(monkeypatch, "crash", answer)
+    crashed, fine = run([arm, Arm("static")], 2)
+    assert (crashed.outcomes, crashed.crashes, crashed.finished, crashed.rate) == ("CC", 2, 0, None)
+    assert message in crashed.crash_messages[0]
+    assert fine.outcomes == "SS"
 
 
-def test_wilson_refuses_what_is_no_rate():
-    for successes, n in ((1, 0), (3, 2), (-1, 2)):
-        with pytest.raises(ConfigError, match="a rate"):
-            wilson(successes, n)
+def test_a_bug_of_the_simulator_is_no_crash_of_the_policy(monkeypatch):
+    def step(self, action):
+        raise RuntimeError("physics")
+
+    monkeypatch.setattr(ConveyorEnv, "step", step)
+    with pytest.raises(RuntimeError, match="physics"):
+        run_job(Job(0, Arm("static"), (0,)))
 
 
-def test_processes_do_not_change_the_outcome():
-    cells = [Cell("static"), Cell("conveyor", belt="fast", mode="naive", delay_ticks=(2, 6))]
-    alone = [asdict(one) for one in run_cells(cells, range(3))]
-    assert alone == [asdict(one) for one in run_cells(cells, range(3), processes=2)]
-    assert [row["seed"] for row in alone[1]["episodes"]] == [0, 1, 2]
+# --- counting -------------------------------------------------------------------------------------------------------
 
 
-def test_verb_writes_one_row_for_each_condition(capsys, tmp_path):
+def row(seed, success=True, wrong=False, crash=None):
+    ages = {0: 1, 5: 98, 50: 1}
+    numbers = dict.fromkeys(("seam_step", "step_inside_chunks", "seam_apart", "seam_ahead"), 0.5)
+    numbers |= dict.fromkeys(("hand_jump_at_seams_m_s", "hand_jump_inside_m_s", "rms_jerk_m_s3"), 1.0)
+    time = {"ticks": 100, "held_ticks": 5, "starved_ticks": 1, "seams": 3, "time_to_success_s": 1.0 + seed}
+    flags = {"seed": seed, "success": success, "wrong_object": wrong, "crash": crash}
+    return {**flags, **time, **numbers, "ages": ages, "inference_ms": (), "reaction": None}
+
+
+def test_figures_of_an_arm():
+    rows = [row(0), row(1), row(2, success=False, wrong=True), row(3, success=False), row(4, crash="x: y")]
+    one = outcome(Arm("static"), rows)
+    assert (one.outcomes, one.n, one.finished, one.successes, one.wrong_object) == ("SSWFC", 5, 4, 2, 1)
+    assert one.rate == 0.5
+    assert one.time_to_success_s["median"] == 1.5
+    assert one.age_ms["mean"] == pytest.approx((0 + 98 * 100 + 1000) / 100)
+    assert one.age_ms["p99"] == pytest.approx(100.0, abs=20)
+    assert one.seams["plans_apart_m_s"] == 0.25  # action 0.5 = 0.25 m/s
+    assert one.seams["plans_apart_m"] == 0.005
+    assert one.episodes == ()
+
+
+def counted(arm, letters):
+    rows = [row(i, c == "S", c == "W", "x" if c == "C" else None) for i, c in enumerate(letters)]
+    return outcome(arm, rows)
+
+
+def test_pairs_leave_out_crashes_and_join_what_differs_in_one_thing():
+    arms = [delayed(5, mode="naive"), delayed(5), delayed(5, committed=True), delayed(5, task="static")]
+    found = [counted(arm, letters) for arm, letters in zip(arms, ("SFFFC", "SSSCS", "SSSSS", "FFFFF"), strict=True)]
+    pairs = {(one.arm, one.reference, one.what): one.result for one in comparisons(found, margin=0.05)}
+    assert set(pairs) == {
+        (1, 0, "reference"), (2, 0, "reference"), (1, 0, "mode"), (2, 0, "mode"), (2, 1, "committed"),
+    }  # fmt: skip
+    assert (pairs[1, 0, "mode"].n, pairs[1, 0, "mode"].gained, pairs[1, 0, "mode"].lost) == (3, 2, 0)
+    assert pairs[2, 1, "committed"].n == 4
+
+
+def test_aligned_beats_naive_at_160_ms_on_a_fast_belt():
+    arms = [delayed(8, mode="naive"), delayed(8)]
+    found = comparisons(run(arms, 10), margin=0.05)
+    assert found[-1].what == "mode"
+    assert found[-1].result.mcnemar_p < 0.01
+    assert found[-1].result.interval[0] > 0.3
+
+
+# --- reaction -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "ticks"), [("aligned", 0), ("naive", 3), ("pause", 3)])
+def test_reaction_is_what_theory_says(mode, ticks):
+    (one,) = run([Arm("perturb", mode=mode, delay=Delay("", (ticks,)))], 16)
+    assert one.reaction["reacted"] == 16
+    assert one.reaction["as_the_looks_imply"] >= 14  # a plan may begin as the old one went on
+    assert one.reaction["sooner_than_possible"] == 0
+    assert one.reaction["agrees"]
+    assert one.reaction["theory_ticks"] == [ticks, ticks + (8 + ticks if mode == "pause" else 8) - 1]
+
+
+def test_reaction_that_is_late_or_comes_from_nowhere_is_noticed():
+    rows = [{"reaction": {"ticks": phase + 4, "expected": phase, "event_tick": 9}} for phase in range(8)] * 5
+    late = reaction(Arm("perturb"), rows)
+    assert not late["agrees"]
+    assert late["as_the_looks_imply"] == late["sooner_than_possible"] == 0
+    leak = reaction(Arm("perturb"), [{"reaction": {"ticks": 2, "expected": 5, "event_tick": 9}}])
+    assert leak["sooner_than_possible"] == 1
+
+
+# --- controls -------------------------------------------------------------------------------------------------------
+
+
+def judged(arms, **kwargs):
+    settings = Settings(episodes=8, **kwargs)
+    work = controls.control_jobs(arms, settings, episodes=6)
+    outcomes = collect(arms, list(run_jobs(jobs(arms, settings, processes=1))))
+    found = controls.judge(outcomes, work, list(run_jobs(work)), settings)
+    return {one.name: one for one in found}
+
+
+def test_controls_of_the_expert_pass():
+    found = judged([Arm("static"), Arm("conveyor")])
+    wanted = {"stored rate": "passed", "blanked": "passed", "mask": "void", "delay": "passed"}
+    assert {name: one.status for name, one in found.items()} == wanted
+    assert found["delay"].numbers["injected_ticks"] == 3
+
+
+def test_a_policy_that_does_not_need_its_images_fails_the_control(monkeypatch):
+    monkeypatch.setitem(FAULTS, "blanked", lambda whole, env: whole)
+    assert judged([Arm("static")])["blanked"].status == "failed"
+
+
+def test_a_policy_that_never_succeeds_makes_controls_void():
+    whole, block = counted(Arm("static"), "FFFFFF"), Block(0, tuple(row(i, False) for i in range(6)), None)
+    assert controls.must_fail("blanked", whole, block).status == "void"
+
+
+def test_a_broken_policy_that_crashes_shows_nothing():
+    whole, block = counted(Arm("static"), "SSSSSS"), Block(0, tuple(row(i, crash="x: y") for i in range(6)), None)
+    found = controls.must_fail("mask", whole, block)
+    assert found.status == "failed"
+    assert "x: y" in found.found
+
+
+def test_a_rate_that_is_not_reproduced_fails():
+    assert controls.stored_rate(counted(Arm("static"), "SSSSSSSSFF")).status == "failed"
+    assert controls.stored_rate(counted(Arm("static"), "S" * 40)).status == "passed"
+    assert controls.stored_rate(counted(Arm("static", delay=Delay("", (3,))), "S" * 40)).status == "void"
+    assert controls.stored_rate(counted(Arm("static"), "CCC")).status == "failed"
+
+
+def test_a_delay_that_does_not_move_the_reaction_fails():
+    def block(*reactions):
+        return Block(0, tuple({"reaction": None if r is None else {"ticks": r}} for r in reactions), None)
+
+    assert controls.delay_moves("x", (0, block(1, 4)), (3, block(4, 7))).status == "passed"
+    assert controls.delay_moves("x", (0, block(1, 4)), (3, block(4, 6))).status == "failed"
+    assert controls.delay_moves("x", (0, block(1, 4)), (3, block(4, None))).status == "passed"
+    assert controls.delay_moves("x", (0, block(None)), (3, block(3))).status == "failed"
+
+
+# --- the verb -------------------------------------------------------------------------------------------------------
+
+
+def test_verb_writes_one_row_for_each_arm(capsys, tmp_path):
     path = tmp_path / "simulate.json"
-    asked = ["--task", "conveyor", "--belt", "fast", "--mode", "pause", "aligned", "--delay-ms", "0", "150"]
-    assert main(["simulate", *asked, "--episodes", "4", "-o", str(path)]) == 0
+    asked = ["--task", "conveyor", "--belt-speed", "fast", "--mode", "pause", "aligned", "--delay-ms", "0", "150"]
+    assert main(["simulate", *asked, "--episodes", "5", "--control-episodes", "5", "-o", str(path)]) == 0
     document = json.loads(capsys.readouterr().out)
     assert json.loads(path.read_text()) == document
-    rates = {(row["cell"]["mode"], row["cell"]["delay_ticks"][0]): row["successes"] for row in document["cells"]}
-    assert rates == {("pause", 0): 4, ("pause", 8): 0, ("aligned", 0): 4, ("aligned", 8): 4}
+    rows = {(row["arm"]["mode"], row["arm"]["delay"]["name"]): row["outcomes"] for row in document["arms"]}
+    assert rows == {
+        ("pause", "0 ms"): "SSSSS", ("pause", "150 ms"): "FFFFF",
+        ("aligned", "0 ms"): "SSSSS", ("aligned", "150 ms"): "SSSSS",
+    }  # fmt: skip
     assert set(document["simulator"]) == {"scene_sha256", "mujoco"}
+    assert document["environment"]["python"]
+    assert [one["name"] for one in document["controls"]] == ["stored rate", "blanked", "mask", "delay"]
+    assert document["passed"]
 
 
-def test_verb_names_a_bad_task(capsys):
-    assert main(["simulate", "--task", "juggle"]) == 2
-    assert "unknown task 'juggle'" in capsys.readouterr().err
+def test_a_crash_makes_the_exit_code_1(capsys, monkeypatch):
+    monkeypatch.setattr(campaign, "actor", lambda *args, **kwargs: Altered(None))
+    assert main(["simulate", "--task", "static", "--episodes", "2", "--no-controls"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["arms"][0]["crashes"] == 2
+    assert not document["passed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "juggle"], "unknown task 'juggle'"),
+        (["--episodes", "0"], "must be at least 1"),
+        (["--delay-ms", "-5"], "--delay-ms"),
+        (["--margin", "0"], "non-inferiority margin"),
+        (["--policy", "no-such-folder"], "wanted expert, or a checkpoint folder"),
+        (["--latency", "no-such-file.json"], "cannot read latencies from no-such-file.json"),
+        (["--real-clock", "--processes", "2"], "--real-clock with --processes"),
+        (["--steps", "0"], "--steps"),
+        (["--execute-ticks", "0"], "execute_ticks"),
+        (["--video", "clip.avi"], "wanted a name that ends in .mp4"),
+        (["--store"], "nothing to store"),
+    ],
+)
+def test_verb_names_what_is_wrong(capsys, options, message):
+    assert main(["simulate", *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_axes_make_a_product_and_the_expert_has_no_engine():
+    axes = Axes(tasks=("static",), policies=("expert", "p"), engines=("eager", "compiled"), steps=(5, 10))
+    assert len(product(axes)) == 1 + 4
+    assert len(product(Axes(tasks=("all",)))) == 13

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 
+import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -141,6 +143,42 @@ def test_the_event_comes_at_its_tick_and_the_twin_has_none(name):
         assert (env.prompt == twin.prompt) == (tick < event or name == "perturb")
         env.step(np.zeros(4))
         twin.step(np.zeros(4))
+
+
+@pytest.mark.parametrize("name", ["perturb-cube", "perturb-cube-moving"])
+def test_a_second_cube_comes_near_the_target_which_stays(name):
+    env = ConveyorEnv(name)
+    for seed in range(8):
+        _, info = env.reset(seed=seed)
+        other = next(cube for cube in env.world.drawn.cubes if cube != env.world.target)
+        for tick in range(info["event_tick"] + 5):
+            there = abs(env.world.cube_m(other)[1] - scene.BELT_Y_M) < 0.07
+            assert there == (tick >= info["event_tick"]), (seed, tick)
+            env.step(np.zeros(4))
+        apart = abs(env.world.cube_m(other)[0] - env.sight().target_m[0])
+        assert 0.06 < apart < 0.14
+        assert env.world.target == env.world.drawn.target
+
+
+@pytest.mark.parametrize("name", [name for name in tasks.TASKS if name.endswith("-moving")])
+def test_moving_variants_are_their_task_on_the_slow_belt(name):
+    still = tasks.task(name.removesuffix("-moving"))
+    assert tasks.task(name) == replace(still, name=name, belt_m_s=tasks.SPEEDS_M_S["slow"])
+
+
+def test_gymnasium_makes_the_named_tasks():
+    with gymnasium.make("vivace/Conveyor-v0", task="swap", image_px=32) as env:
+        observation, info = env.reset(seed=3)
+        assert info["task"] == "swap"
+        assert observation[VIEWS[0]].shape == (32, 32, 3)
+        assert env.observation_space.contains(observation)
+        assert env.unwrapped.control_hz == 50.0
+    for name in tasks.TASKS:
+        with gymnasium.make(f"vivace/Conveyor-{name}-v0", images=False) as env:
+            assert env.unwrapped.task == tasks.task(name)
+            assert set(env.reset(seed=0)[0]) == {"state", "prompt"}
+    with pytest.raises(ConfigError, match="unknown task"):
+        gymnasium.make("vivace/Conveyor-v0", task="juggle")
 
 
 def test_success_before_the_swap_does_not_count():

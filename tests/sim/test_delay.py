@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from toy import HZ, Chunk, Line, clock, follow
 
-from vivace.errors import ConfigError, ShapeError
-from vivace.sim.faults import blanked
+from vivace.errors import ConfigError, NumericsError, ShapeError
 from vivace.sim.episode import HELD, expected_reaction_ticks, reaction_ticks, rms_jerk
-from vivace.sim.rollout import Committed, Execution, rollout, ticks
+from vivace.sim.faults import blanked
+from vivace.sim.rollout import Execution, rollout, ticks
 
 WAIT = -1000.0
 DELAYS = (0, 1, 3, 8, 11)
@@ -131,6 +131,85 @@ def test_jerk_of_a_cubic_is_its_third_derivative():
     time = np.arange(50) / HZ
     assert rms_jerk(np.stack([2 * time**3, 0 * time, time**2], axis=1), HZ) == pytest.approx(12.0)
     assert rms_jerk(np.zeros((3, 3)), HZ) is None
+
+
+# --- committed actions, the real clock, watching ---------------------------------------------------------------------
+
+
+def told(mode, delay, *, horizon=40, **kwargs):
+    """Every look as (tick of the committed actions' first value or None, how many); the policy is `clock`."""
+    seen = []
+
+    def policy(observation):
+        seen.append((None, 0))
+        return clock(horizon)(observation)
+
+    def continuing(observation, committed):
+        seen.append((committed.actions[0, 0], committed.ticks))
+        assert len(committed.actions) == committed.ticks
+        return clock(horizon)(observation)
+
+    execution = Execution(mode, execute_ticks=8, delay_ticks=delay)
+    episode = rollout(Line(), policy, seed=0, execution=execution, continuing=continuing, **kwargs)
+    return episode, seen
+
+
+def test_committed_actions_begin_at_the_look_and_last_for_the_delay():
+    episode, seen = told("aligned", 3)
+    assert seen == [(None, 0), *[(tick, 3) for tick in episode.looks[1:]]]
+
+
+def test_committed_actions_end_where_the_chunk_does():
+    """Chunks of 10: at the look at tick 8 two actions are left, for a delay of 3."""
+    episode, seen = told("aligned", 3, horizon=10)
+    assert seen[1] == (8.0, 2)
+    assert episode.starved > 0
+
+
+@pytest.mark.parametrize(("mode", "delay"), [("naive", 3), ("pause", 3), ("aligned", 0)])
+def test_nothing_is_committed_without_a_delay_or_alignment(mode, delay):
+    assert {count for _, count in told(mode, delay)[1]} == {0}
+
+
+def test_the_real_clock_adds_what_the_inference_took(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("vivace.sim.rollout.time.perf_counter", lambda: now[0])
+    waits = [0.005, 0.030, 0.075]
+
+    def slow(observation):
+        now[0] += waits[min(len(taken), 2)]
+        taken.append(1)
+        return clock(60)(observation)
+
+    taken = []
+    execution = Execution("aligned", 8, delay_ticks=1, measured=True)
+    episode = rollout(Line(), slow, seed=0, execution=execution)
+    assert episode.delays[:4] == (1 + 1, 1 + 2, 1 + 4, 1 + 4)
+    assert episode.inference_ms[:3] == pytest.approx([5.0, 30.0, 75.0])
+
+
+def test_a_watcher_sees_every_tick_and_changes_nothing():
+    seen = []
+    watched = run("aligned", 3, watch=seen.append)
+    assert np.array_equal(watched.actions, run("aligned", 3).actions)
+    assert [one.tick for one in seen] == list(range(60))
+    assert [one.age_ticks for one in seen] == watched.age_ticks.tolist()
+    assert [(one.chunk, one.index) for one in seen[2:5]] == [(0, None), (1, 3), (1, 4)]
+    assert (seen[11].chunk, seen[11].index) == (2, 3)
+
+
+def test_plans_that_lie_apart_are_as_far_apart_as_they_lead():
+    """Naive, delay changed from 1 to 2 or 5: the plans differ by a constant, which adds up over the execution horizon."""
+    seams = run("naive", (1, 2, 5)).seams
+    assert all(seam.ahead == pytest.approx(8 * seam.apart) for seam in seams)
+    assert any(seam.ahead for seam in seams)
+
+
+def test_an_action_that_is_no_number_is_named():
+    with pytest.raises(NumericsError, match="action 2, dim 1"):
+        chunk = np.zeros((4, 2))
+        chunk[2, 1] = np.inf
+        rollout(Line(), lambda _: Chunk(chunk), seed=0)
 
 
 def test_bad_settings_and_chunks_are_named():

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from vivace.sim.conveyor import VIEWS, ConveyorEnv
+from vivace.sim.episode import expected_reaction_ticks, reaction_ticks
 from vivace.sim.expert import ExpertChunk, ExpertPolicy, act, chunk, lead, predict
 from vivace.sim.faults import blanked
-from vivace.sim.episode import expected_reaction_ticks, reaction_ticks
 from vivace.sim.rollout import Execution, rollout
 from vivace.sim.tasks import SPEEDS_M_S, TASKS, Task
 
@@ -160,6 +160,19 @@ def test_an_injected_delay_moves_the_reaction_by_exactly_that_much(name):
         found[delay] = reaction_ticks(changed, twin, event_tick=15)
         assert found[delay] == expected_reaction_ticks(changed, event_tick=15)
     assert found == {0: 1, 3: 4, 7: 8}
+
+
+def test_a_second_cube_comes_and_the_expert_has_nothing_to_do_about_it():
+    env, execution = ConveyorEnv("perturb-cube"), Execution()
+    for seed in SEEDS[:3]:
+        pair = [
+            rollout(
+                env, ExpertPolicy(env.sight), seed=seed, execution=execution, images=False, options={"event": event}
+            )
+            for event in (True, False)
+        ]
+        n = min(len(one.actions) for one in pair)
+        assert np.abs(pair[0].actions[:n] - pair[1].actions[:n]).max() < 0.05
 
 
 def test_blanked_images_fail_where_the_policy_uses_them():

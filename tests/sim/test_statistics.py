@@ -31,7 +31,9 @@ def brute_score(gained, lost, n, d):
     """The same hypothesis by maximising the multinomial likelihood on a grid: no closed root, no shared formula."""
     q = np.linspace(max(0.0, -d) + 1e-9, (1 - d) / 2 - 1e-9, 400_001)  # P(lost); P(gained) = q + d
     with np.errstate(divide="ignore"):
-        log = gained * np.log(q + d) + lost * np.log(q) + (n - gained - lost) * np.log(np.maximum(1 - 2 * q - d, 1e-300))
+        log = (
+            gained * np.log(q + d) + lost * np.log(q) + (n - gained - lost) * np.log(np.maximum(1 - 2 * q - d, 1e-300))
+        )
     best = q[np.argmax(log)]
     return (gained - lost - n * d) / math.sqrt(n * (2 * best + d - d * d))
 

@@ -124,6 +124,10 @@ def _check(args: Args) -> None:
         )
     if any(steps < 1 for steps in args.steps):
         raise ConfigError("--steps", got=list(args.steps), wanted="at least 1")
+    if args.execute_ticks < 1:
+        raise ConfigError("execute_ticks", got=args.execute_ticks, wanted="at least 1")
+    if args.store and set(args.policy) == {"expert"}:
+        raise ConfigError("nothing to store", got="--policy expert", wanted="--store with a checkpoint folder")
     for policy in args.policy:
         if policy != "expert" and not Path(policy).is_dir():
             raise ConfigError("--policy", got=repr(policy), wanted="expert, or a checkpoint folder")

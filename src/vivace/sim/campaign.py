@@ -32,8 +32,9 @@ from .tasks import SPEEDS_M_S, Task, task
 
 BLOCK = 20
 """Episodes of a block at most: a bar that moves, and a policy that is loaded once for many."""
-REACTION_ACTION = 1e-3
-"""Actions that differ by more than this from the twin's are a reaction (0.5 mm/s)."""
+REACTION_ACTION, REACTION_NOISE = 1e-6, 10.0
+"""A reaction is an action that differs from the twin's by more than the first, and by the second times the largest
+difference before the event (0 where arithmetic repeats itself): the moment at which what was seen reaches the robot."""
 POLICY_RAISES = (
     VivaceError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, OSError,
 )  # fmt: skip
@@ -169,9 +170,11 @@ def _row(env: ConveyorEnv, job: Job, seed: int, *, twin: bool) -> dict[str, Any]
         react = None
         if twin and event is not None and event < len(episode.actions):
             other = play(env, job.arm, seed=seed, options=job.options, event=False)
+            noise = np.abs(episode.actions[:event] - other.actions[:event]).max(initial=0.0)
+            threshold = max(REACTION_ACTION, REACTION_NOISE * float(noise))
             react = {
                 "event_tick": event,
-                "ticks": reaction_ticks(episode, other, event_tick=event, threshold=REACTION_ACTION),
+                "ticks": reaction_ticks(episode, other, event_tick=event, threshold=threshold),
                 "expected": expected_reaction_ticks(episode, event_tick=event),
             }
     except PolicyCrash as crash:
@@ -249,7 +252,7 @@ def as_json(outcomes: Sequence[Outcome], settings: Settings, found: Sequence[Com
             "pairs": "equal seeds and noise; McNemar exact, Tango score interval 95 %, non-inferiority one-sided 5 %",
             "margin": settings.margin,
             "several_arms": "Holm",
-            "reaction_threshold": REACTION_ACTION,
+            "reaction_threshold": {"action": REACTION_ACTION, "times_before_the_event": REACTION_NOISE},
         },
         "arms": rows,
         "comparisons": [asdict(one) for one in found],

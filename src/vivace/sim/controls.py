@@ -107,10 +107,13 @@ def stored_rate(one: Outcome) -> Control:
 
 
 def must_fail(fault: str, whole: Outcome, block: Block) -> Control:
-    """The broken policy's success must be lower, one-sided Fisher at 5 %; a broken one that crashes is noticed too."""
+    """The broken policy's success must be lower, one-sided Fisher at 5 %. It has to act for that: a crash shows nothing."""
     policy, letters = whole.arm.policy, "".join(letter(row) for row in block.rows)
     n, successes = len(letters), letters.count("S")
     numbers: dict[str, Any] = {"broken": [successes, n], "whole": [whole.successes, whole.finished]}
+    if crashes := [str(row["crash"]) for row in block.rows if row["crash"] is not None]:
+        found = f"{len(crashes)} of {n} episodes of the broken policy crashed: {crashes[0]}"
+        return Control(fault, policy, "failed", found, {"crashes": len(crashes)})
     said = f"{successes}/{n} broken, {whole.successes}/{whole.finished} whole"
     if not whole.finished or fisher_less((0, n), (whole.successes, whole.finished)) >= 0.05:
         why = "the whole policy succeeds too rarely, or there are too few episodes, to tell"

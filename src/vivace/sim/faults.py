@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..backends.base import Backend, build
+from ..backends.eager import EagerBackend
+from ..backends.spans import Spans
 from ..config import EngineConfig
 from ..errors import ConfigError
 from ..runtime.policy import Policy as ServedPolicy
-from ..types import NormStats, Observation, PrefixCache
+from ..types import ModelInputs, NormStats, Observation, PrefixCache, Trace
 from .actors import Actor, ExpertActor, ServedActor, changed
 from .conveyor import ConveyorEnv
 from .expert import ExpertChunk
@@ -121,42 +122,24 @@ def _served(whole: Actor) -> ServedActor:
 # --- inside a served policy -----------------------------------------------------------------------------------------
 
 
-class MaskedBackend:
+class MaskedBackend(EagerBackend):
     """The eager backend, but its cache hides every image token from the action expert."""
 
-    def __init__(self, inner: Backend, image_tokens: int) -> None:
-        self._inner, self._image_tokens, self.name = inner, image_tokens, inner.name
-
-    def prefill(self, inputs: Any, **kwargs: Any) -> PrefixCache:
+    def prefill(self, inputs: ModelInputs, *, trace: Trace | None = None, spans: Spans | None = None) -> PrefixCache:
         """See Backend.prefill."""
-        cache = self._inner.prefill(inputs, **kwargs)
+        cache = super().prefill(inputs, trace=trace, spans=spans)
         B, S = cache.k[0].shape[:2]
         mask = (
             torch.ones(B, S, dtype=torch.bool, device=cache.k[0].device) if cache.mask is None else cache.mask.clone()
         )
-        mask[:, : inputs.images.shape[1] * self._image_tokens] = False
+        mask[:, : inputs.images.shape[1] * self.model.config.vision.tokens] = False
         return replace(cache, mask=mask)
-
-    def denoise(self, *args: Any, **kwargs: Any) -> Any:
-        """See Backend.denoise."""
-        return self._inner.denoise(*args, **kwargs)
-
-    def prompt_lengths(self, longest: int) -> tuple[int, ...]:
-        """See Backend.prompt_lengths."""
-        return self._inner.prompt_lengths(longest)
-
-    def describe(self) -> dict[str, Any]:
-        """See Backend.describe."""
-        return {**self._inner.describe(), "broken": "image tokens are masked"}
 
 
 def masked(served: ServedPolicy) -> ServedPolicy:
     """The same network, run eagerly (every mask is allowed there) with the image tokens masked."""
-    config = EngineConfig(
-        backend="eager", device=served.engine.device, num_denoise_steps=served.engine.num_denoise_steps
-    )
-    inner = build("eager", served.model, config)
-    return changed(served, backend=MaskedBackend(inner, served.model.config.vision.tokens))
+    config = EngineConfig(device=served.engine.device, num_denoise_steps=served.engine.num_denoise_steps)
+    return changed(served, backend=MaskedBackend(served.model, config))
 
 
 def mistaken(served: ServedPolicy) -> ServedPolicy:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..check.results import number
 from ..errors import ConfigError
 
 FORMATS = 'a list of milliseconds, {"samples_ms": [...]}, or a result of vivace bench'
@@ -40,11 +39,11 @@ def read_latencies(given: str) -> Latencies:
     samples = _samples(document, file, engine)
     if not isinstance(samples, list) or not samples:
         raise ConfigError(f"no latencies in {file}", got=type(document).__name__, wanted=FORMATS)
-    values = tuple(number(value) for value in samples)
-    if not all(0.0 <= value < 60_000.0 for value in values):
-        bad = next(value for value, kept in zip(samples, values, strict=True) if not 0.0 <= kept < 60_000.0)
-        raise ConfigError(f"a latency in {file}", got=repr(bad), wanted="milliseconds, at least 0 and below a minute")
-    return Latencies(given, values)
+    for value in samples:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 60_000.0:
+            wanted = "milliseconds, at least 0 and below a minute"
+            raise ConfigError(f"a latency in {file}", got=repr(value), wanted=wanted)
+    return Latencies(given, tuple(float(value) for value in samples))
 
 
 def _samples(document: Any, file: str, engine: str) -> Any:

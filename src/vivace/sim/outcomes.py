@@ -130,7 +130,9 @@ def seams(rows: Sequence[Row]) -> dict[str, float | None]:
 
 
 def reaction(arm: Arm, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Reaction to the event in ticks, from twins: counts, share that is what the looks of that episode imply, and theory.
+    """Reaction to the event in ticks, from twins: counts, how many are what the looks of their episode imply, and theory.
+
+    A reaction may be later than implied, where the new plan begins as the old one went on; sooner is a leak.
 
     Theory for a fixed delay d: the event falls at any phase of the period P between looks alike, so reaction is uniform on
     d .. d + P - 1. `distance` is that of the two distribution functions, `limit` the 1 % value of Kolmogorov and Smirnov.
@@ -138,14 +140,16 @@ def reaction(arm: Arm, rows: Sequence[Row]) -> dict[str, Any] | None:
     seen = [row["reaction"] for row in rows if row.get("reaction") is not None]
     if not seen:
         return None
-    measured = [one["ticks"] for one in seen if one["ticks"] is not None]
+    reacted = [one for one in seen if one["ticks"] is not None]
+    measured = [one["ticks"] for one in reacted]
     body: dict[str, Any] = {
         "episodes": len(seen),
         "reacted": len(measured),
         "ticks": {str(value): count for value, count in sorted(Counter(measured).items())},
         "mean_ms": None if not measured else float(np.mean(measured)) * TICK_MS,
         "p99_ms": None if not measured else float(np.percentile(measured, 99)) * TICK_MS,
-        "as_the_looks_imply": sum(one["ticks"] == one["expected"] for one in seen if one["ticks"] is not None),
+        "as_the_looks_imply": sum(one["ticks"] == one["expected"] for one in reacted),
+        "sooner_than_possible": sum(one["expected"] is None or one["ticks"] < one["expected"] for one in reacted),
     }
     if measured and len(set(arm.delay.ticks)) == 1 and not arm.delay.measured:
         delay, execute = arm.delay.ticks[0], arm.execute_ticks

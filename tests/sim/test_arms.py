@@ -1,0 +1,126 @@
+"""Delays and latency files, what a policy stores about itself, and who is told the committed actions."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vivace.errors import ConfigError
+from vivace.sim import stored
+from vivace.sim.arms import Arm, Delay, delays, references
+from vivace.sim.latency import read_latencies
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(content):
+        path = tmp_path / "latency.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
+
+
+BENCH = {
+    "kind": "bench",
+    "engines": {name: {"samples": {"total_ms": [ms, ms + 1]}} for name, ms in (("a", 5), ("b:x", 90))},
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "engine", "wanted"),
+    [
+        ([71, 95.5], "", (71.0, 95.5)),
+        ({"samples_ms": [40.0]}, "", (40.0,)),
+        (BENCH, "#b:x", (90.0, 91.0)),
+        ({"engines": {"only": {"samples": {"total_ms": [3.0]}}}}, "", (3.0,)),
+    ],
+)
+def test_latency_files_of_every_kind(file, content, engine, wanted):
+    given = file(content) + engine
+    read = read_latencies(given)
+    assert (read.name, read.milliseconds) == (given, wanted)
+
+
+@pytest.mark.parametrize(
+    ("content", "engine", "message"),
+    [
+        ([], "", "no latencies"),
+        ({"ms": [1]}, "", "no latencies"),
+        ("{", "", "cannot read latencies"),
+        ([10, -1], "", "got -1"),
+        ([10, "nan"], "", "got 'nan'"),
+        ([10, float("nan")], "", "got nan"),
+        ([1e9], "", "below a minute"),
+        (BENCH, "", "none named"),
+        (BENCH, "#c", r"#one of \['a', 'b:x'\]"),
+        ([10], "#a", "has no engines"),
+    ],
+)
+def test_bad_latency_files_are_named(file, content, engine, message):
+    with pytest.raises(ConfigError, match=message):
+        read_latencies(file(content) + engine)
+
+
+def test_delays_are_rounded_up_to_ticks_and_stored_as_counts(file):
+    fixed, drawn = delays([50.0], [read_latencies(file([20.0, 20.1, 39.0]))])
+    assert (fixed.name, fixed.ticks) == ("50 ms", (3,))
+    assert drawn.ticks == (1, 2, 2)
+    assert Arm("static", delay=drawn).named()["delay"]["ticks"] == {"1": 1, "2": 2}
+    assert delays([0.0, 40.0], measured=True)[1] == Delay("real clock + 40 ms", (2,), measured=True)
+
+
+def test_references_are_the_first_of_their_scene():
+    arms = [
+        Arm("static"),
+        Arm("conveyor", "slow"),
+        Arm("static", mode="naive"),
+        Arm("conveyor", "fast"),
+        Arm("conveyor", "slow"),
+    ]
+    assert references(arms) == [0, 1, 0, 3, 1]
+
+
+# --- simulation.json ------------------------------------------------------------------------------------------------
+
+
+def test_rates_are_stored_beside_the_policy_and_other_keys_stay(tmp_path):
+    policy, file = str(tmp_path), tmp_path / "simulation.json"
+    file.write_text(json.dumps({"schema": 1, "image_px": 64, "made_by": "recipe 3"}))
+    stored.write_rates(policy, (stored.Rate("static", 80, 100), stored.Rate("conveyor", 70, 100)))
+    stored.write_rates(policy, (stored.Rate("static", 90, 100),))
+    read = stored.read(policy)
+    assert read.image_px == 64
+    assert sorted((rate.task, rate.successes) for rate in read.rates) == [("conveyor", 70), ("static", 90)]
+    assert json.loads(file.read_text())["made_by"] == "recipe 3"
+
+
+def test_a_rate_fits_its_own_conditions_only():
+    rate = stored.Rate("static", 80, 100)
+    assert rate.fits(Arm("static", engine="compiled", precision="bfloat16"))
+    for other in (Arm("conveyor"), Arm("static", "slow"), Arm("static", mode="naive"), Arm("static", fault="mask"),
+                  Arm("static", delay=Delay("", (1,))), Arm("static", delay=Delay("", (0,), measured=True))):  # fmt: skip
+        assert not rate.fits(other)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"schema": 2}', '{"rates": [{"tusk": 1}]}'])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "simulation.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"simulation\.json"):
+        stored.read(str(tmp_path))
+
+
+def test_committed_actions_are_told_where_they_were_trained(tmp_path):
+    (tmp_path / "simulation.json").write_text(json.dumps({"committed_max_ticks": 5}))
+    policy = str(tmp_path)
+    arms = [Arm("static", policy=policy, delay=Delay("", (ticks,))) for ticks in (0, 5, 6)]
+    arms += [Arm("static", policy=policy, mode="naive", delay=Delay("", (5,))), Arm("static", delay=Delay("", (5,)))]
+
+    def told(*wishes):
+        return [arm.committed for arm in stored.with_committed(arms, wishes)]
+
+    assert told("auto") == [False, True, False, False, False]
+    assert told("always") == [False, True, True, False, True]
+    assert told("never") == [False] * 5
+    assert told("never", "always") == [False, False, True, False, True, False, False, True]
