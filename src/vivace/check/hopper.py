@@ -93,6 +93,7 @@ def _prepared(options: Options, *, size: str, device: torch.device, tell: Callab
     tell(f"weights and scenes: {time.perf_counter() - begin:.0f} s")
     made.plans = _plans(made)
     tell(f"ranges: {time.perf_counter() - begin:.0f} s")
+    _tidy(device)
     helpers = _compiling(made) if warm and device.type == "cuda" else []
     _truth(made)
     made.document["remarks"] = hopper_warm.finish(helpers, tell=tell)
@@ -156,11 +157,19 @@ def _compiling(made: Run) -> list[hopper_warm.Helper]:
 def _truth(made: Run) -> None:
     """Float32 actions first, then the float32 network is let go; it must not count in any engine's memory."""
     wide = load(made.checkpoint, device=made.device, precision="float32")
+    _tidy(made.device)
     for size in made.options.sizes:
         made.truth[size.name] = hopper_proof.reference(wide, made.held_out(size))
     del wide
+    _tidy(made.device)
     for size in made.options.sizes:
         made.plain[size.name] = hopper_proof.reference(made.base(), made.held_out(size))
+
+
+def _tidy(device: torch.device) -> None:
+    """Blocks that nobody uses go back to the device, where other processes want them."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def parser() -> argparse.ArgumentParser:

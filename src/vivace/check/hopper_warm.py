@@ -1,4 +1,4 @@
-"""Compiles kernels before anything is timed: one process per setting, all at once, into the caches that the run reads.
+"""Compiles kernels before anything is timed: a few processes at once, into the caches that the run reads.
 
 A fresh machine would otherwise compile in turn, one setting after the other, for minutes of a GPU that waits. These
 processes share the GPU with the run while it computes its float32 truth, which is not timed, and are gone before the first
@@ -26,6 +26,8 @@ from .hopper_weights import load, random_checkpoint
 from .targets import Size, parse_size
 
 LONGEST_S = 150.0
+AT_ONCE = 3
+"""Processes for our engines: each holds a network of 7 GB beside the run's own two, of 7 and 13 GB, on a GPU of 80."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Helper:
 def begin(
     sizes: Sequence[Size], plan: PrecisionPlan | None, *, rivals: Sequence[Size], seed: int, outliers: int
 ) -> list[Helper]:
-    """Start a process per setting for our engines in bfloat16 and under `plan`, and one per setting of a rival."""
+    """Start processes for our engines in bfloat16 and under `plan` in all settings, and one per setting of a rival."""
     folder = Path(tempfile.mkdtemp(prefix="vivace-warm-"))
     file = folder / "plan.json"
     file.write_text(plan.to_json() if plan is not None else "")
@@ -60,7 +62,7 @@ def begin(
         ]
         with log.open("w") as written:
             process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, text=True)
-        helpers.append(Helper(f"{name} {size.name}", process, log))
+        helpers.append(Helper(f"{name} {named}", process, log))
     return helpers
 
 
@@ -81,19 +83,22 @@ def finish(helpers: Sequence[Helper], *, tell: Callable[[str], None], longest_s:
 
 
 def main(arguments: list[str]) -> None:
-    """One helper: run every graph of one engine and setting once."""
-    name, size = arguments[0], parse_size(arguments[1])
+    """One helper: run every graph of one engine in some settings once."""
+    name, sizes = arguments[0], [parse_size(text) for text in arguments[1].split(";")]
     seed, outliers, file = int(arguments[2]), int(arguments[3]), Path(arguments[4])
     config, device = ModelConfig(), torch.device("cuda")
     network = load(random_checkpoint(config, seed=seed, outliers=outliers), device=device, precision="bfloat16")
-    pipe = pipeline(size, config, toy_tokenizer(config.vocab_size))
+    torch.cuda.empty_cache()  # what drawing the weights took is the other processes' to have
+    tokenizer = toy_tokenizer(config.vocab_size)
     scenes = Scenes.make(1, views=3, image_size=config.vision.image_size, seed=seed)
-    inputs = model_inputs(pipe, request(pipe, size, scenes, 0, seed=seed), device=device)
-    noise = torch.randn(1, size.horizon, config.action_width, device=device)
 
     def once(engine: Engine) -> None:
-        engine.backend.infer(inputs, noise)
-        engine.backend.denoise(engine.backend.prefill(inputs), noise)
+        for size in sizes:
+            pipe = pipeline(size, config, tokenizer)
+            inputs = model_inputs(pipe, request(pipe, size, scenes, 0, seed=seed), device=device)
+            noise = torch.randn(1, size.horizon, config.action_width, device=device)
+            engine.backend.infer(inputs, noise)
+            engine.backend.denoise(engine.backend.prefill(inputs), noise)
 
     with torch.no_grad():
         once(make(name, network, in_place=True))
