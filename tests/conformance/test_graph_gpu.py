@@ -1,7 +1,7 @@
 """The graph backend passes the suite on a GPU, in bfloat16, with a network whose sizes its kernels take.
 
-The bound says "this is the same network", no more: bfloat16 keeps 8 bits, and an action passes some fifty roundings. That it
-loses no more than plain bfloat16 is held by tests/backends/test_cuda_graph.py, and bits by the suite itself.
+The bound says "this is the same network", no more: bfloat16 keeps 8 bits, and an action passes some fifty roundings. That
+it loses no more than plain bfloat16 is held by tests/backends/test_cuda_graph.py, and bits by the suite itself.
 """
 
 from __future__ import annotations
