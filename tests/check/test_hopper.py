@@ -338,3 +338,18 @@ def test_processes_that_compile_ahead_are_ended_and_failures_are_lines(tmp_path)
     assert [line.split(":")[0] for line in failed] == ["compiling ahead job 1", "compiling ahead job 2"]
     assert "no compiler" in failed[0]
     assert all(helper.process.poll() is not None for helper in helpers), "nothing is left running"
+
+
+def test_settings_are_dealt_among_a_few_processes(monkeypatch):
+    commands = []
+    monkeypatch.setattr(hopper_warm.subprocess, "Popen", lambda command, **_: commands.append(command))
+    sizes = tuple(SETTINGS.values())
+    helpers = hopper_warm.begin(sizes, None, rivals=sizes[:1], seed=3, outliers=16)
+    assert [command[2:5] for command in commands] == [["vivace.check.hopper_warm", *one] for one in (
+        ["cuda_graph", "3,200,50;2,48,10"], ["cuda_graph", "3,16,50;1,48,50"], ["cuda_graph", "2,0,63"],
+        ["compiled graph", "3,200,50"],
+    )]  # fmt: skip
+    assert all(command[5:7] == ["3", "16"] for command in commands)
+    assert len(helpers) == 4
+    hopper_warm.begin(sizes[:1], None, rivals=(), seed=3, outliers=16)
+    assert len(commands) == 5, "no more processes than settings"

@@ -46,20 +46,12 @@ def begin(
     folder = Path(tempfile.mkdtemp(prefix="vivace-warm-"))
     file = folder / "plan.json"
     file.write_text(plan.to_json() if plan is not None else "")
-    jobs = [(OURS, size) for size in sizes] + [(COMPILED, size) for size in rivals]
+    jobs = [(OURS, sizes[first::AT_ONCE]) for first in range(min(AT_ONCE, len(sizes)))]
+    jobs += [(COMPILED, (size,)) for size in rivals]
     helpers = []
-    for number, (name, size) in enumerate(jobs):
-        log = folder / f"{number}.log"
-        command = [
-            sys.executable,
-            "-m",
-            "vivace.check.hopper_warm",
-            name,
-            size.name,
-            str(seed),
-            str(outliers),
-            str(file),
-        ]
+    for number, (name, some) in enumerate(jobs):
+        log, named = folder / f"{number}.log", ";".join(size.name for size in some)
+        command = [sys.executable, "-m", "vivace.check.hopper_warm", name, named, str(seed), str(outliers), str(file)]
         with log.open("w") as written:
             process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, text=True)
         helpers.append(Helper(f"{name} {named}", process, log))
