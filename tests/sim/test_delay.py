@@ -206,9 +206,9 @@ def test_plans_that_lie_apart_are_as_far_apart_as_they_lead():
 
 
 def test_an_action_that_is_no_number_is_named():
+    chunk = np.zeros((4, 2))
+    chunk[2, 1] = np.inf
     with pytest.raises(NumericsError, match="action 2, dim 1"):
-        chunk = np.zeros((4, 2))
-        chunk[2, 1] = np.inf
         rollout(Line(), lambda _: Chunk(chunk), seed=0)
 
 

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from vivace.errors import ConfigError, Unsupported
-from vivace.sim import film
+from vivace.sim import film, tasks
 from vivace.sim.actors import Options
 from vivace.sim.arms import Arm, Delay
 from vivace.sim.campaign import play
 from vivace.sim.conveyor import ConveyorEnv
 from vivace.sim.rollout import Moment
+from vivace.sim.tasks import Task
 from vivace.types import Observation
 
 ARM = Arm("conveyor", "fast", delay=Delay("60 ms", (3,)))
@@ -61,13 +62,14 @@ def test_animations_need_no_library(tmp_path, ending):
         assert (image.n_frames, image.size) == (4, (96, 64))
 
 
-def test_an_episode_becomes_a_clip_and_watching_changes_nothing(tmp_path):
+def test_an_episode_becomes_a_clip_and_watching_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "conveyor", Task("conveyor", max_ticks=16))
     path = tmp_path / "new" / "clip.gif"
     filmed = film.record(ARM, seed=1, options=Options(), video=path, rerun=None)
-    env = ConveyorEnv("conveyor", belt_m_s=(0.25, 0.35))
+    env = ConveyorEnv(tasks.task("conveyor"), belt_m_s=tasks.SPEEDS_M_S["fast"])
     assert np.array_equal(filmed.actions, play(env, ARM, seed=1, options=Options()).actions)
     with Image.open(path) as image:
-        assert image.n_frames > 10
+        assert image.n_frames == 16 // film.EVERY  # equal frames at the end are joined in a .gif
 
 
 def test_missing_libraries_and_bad_names_are_told_before_anything_runs(monkeypatch, tmp_path):
