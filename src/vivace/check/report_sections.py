@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import report_plots as plots
-from .report_hopper import hopper
+from .report_full_size import hopper
 from .report_html import esc, figures, fold, num, pairs, pill, raw, table, tiles, verdict
 from .results import number
 

@@ -231,11 +231,7 @@ def load_policy(
     device, precision = _device(config), precisions.resolve(config.precision, checkpoint)
     _refuse_early(config, device)
     seen = Fingerprint()
-    with gpu_memory.explained("loading the weights", device=device):
-        model = load_model(checkpoint, device=device, precision=precision.dtype, seen=seen)
-        plan = precisions.quantise(model, precision, checkpoint_hash=seen.digest())
-        name = _backend(config, device, model, quantised=bool(plan and plan["layers"]))
-        backend = base.build(name, model, config)
+    model, plan, name, backend = _built(checkpoint, config, precision, device=device, seen=seen)
     engine = ResolvedEngine(
         backend=name, device=str(device), precision=precision.label, num_denoise_steps=config.steps,
         seed=config.seed, checkpoint=str(checkpoint.path), policy_kind=checkpoint.model.kind,
@@ -247,6 +243,18 @@ def load_policy(
         checkpoint=checkpoint, io=io, pipeline=pipeline, backend=backend, model=model, engine=engine,
         plan=precision.plan,
     )  # fmt: skip
+
+
+def _built(
+    checkpoint: Checkpoint, config: EngineConfig, precision: precisions.Precision, *, device: torch.device,
+    seen: Fingerprint,
+) -> tuple[Pi, dict[str, Any] | None, str, base.Backend]:  # fmt: skip
+    """The network on the device under its plan, that plan's facts, and the backend that will run it, by name."""
+    with gpu_memory.explained("loading the weights", device=device):
+        model = load_model(checkpoint, device=device, precision=precision.dtype, seen=seen)
+        plan = precisions.quantise(model, precision, checkpoint_hash=seen.digest())
+        name = _backend(config, device, model, quantised=bool(plan and plan["layers"]))
+        return model, plan, name, base.build(name, model, config)
 
 
 def _robot(
