@@ -244,6 +244,8 @@ def test_rows_of_every_engine_and_boundary(document):
         assert row["calls"] == t["samples"] > 0
         if row["boundary"] != "B2":
             assert row["bit_identical"]["same"] == row["bit_identical"]["of"] >= row["calls"]
+        if row["boundary"] == "B2":
+            assert {"total", "preprocess", "postprocess"} <= set(row["parts_ms"])
         if row["boundary"] == "B0":
             assert set(row["stages_ms"]) == set(row["rates"]) == {"vision", "prefix", "denoise"}
             assert all(rate["tflop_s"] > 0 and rate["floor_ms"] > 0 for rate in row["rates"].values())

@@ -337,7 +337,8 @@ def _boundary_rows(run: Run, size: Size, engines: list[Engine], samples: hopper_
     before = {
         row["engine"]: row for row in run.document["rows"] if row["boundary"] == "B0" and row["setting"] == size.name
     }
-    for row in hopper_rows.time_rows(size, "B2", b2):
+    for row, engine in zip(hopper_rows.time_rows(size, "B2", b2), kept, strict=True):
+        row["parts_ms"] = hopper_rows.parts_ms(policy_of(engine, size, run.pipe(size), run.checkpoint), one)
         added = row["latency"].p50_ms - before[row["engine"]]["latency"]["p50_ms"]
         row["targets"] = [targets.at_most("B2 - B0, ms", added, targets.HOST_MS)]
         _said(run, row)

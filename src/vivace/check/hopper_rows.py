@@ -94,6 +94,12 @@ def stage_ms(engine: Engine, inputs: Any, noise: Tensor, *, calls: int) -> dict[
     return {stage: bench.summary(values).p50_ms for stage, values in found.items()}
 
 
+def parts_ms(policy: Any, request: Any, *, calls: int = 10) -> dict[str, float]:
+    """Median milliseconds of every part of `policy.infer` that the policy itself names, "total" among them."""
+    seen = [policy.infer(request).milliseconds for _ in range(calls)]
+    return {name: bench.summary([one[name] for one in seen]).p50_ms for name in seen[0]}
+
+
 def rates(engine: Engine, size: Size, stages: Mapping[str, float], ceilings: Mapping[str, Any]) -> dict[str, Any]:
     """Per stage: work, achieved rates beside the ceilings, and the time below which this plan cannot go there."""
     found = {}
