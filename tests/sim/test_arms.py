@@ -123,4 +123,8 @@ def test_committed_actions_are_told_where_they_were_trained(tmp_path):
     assert told("auto") == [False, True, False, False, False]
     assert told("always") == [False, True, True, False, True]
     assert told("never") == [False] * 5
-    assert told("never", "always") == [False, False, True, False, True, False, False, True]
+    arms = [Arm("static", policy=one, delay=Delay("", (0,), measured=True)) for one in (policy, "expert")]
+    assert told("auto") == [True, False]
+    arms = arms[:0] + [Arm("static", policy=policy, delay=Delay("", (5,))), Arm("static", delay=Delay("", (5,)))]
+    arms += [Arm("static", policy=policy, delay=Delay("", (6,)))]
+    assert told("never", "always") == [False, True] * 3

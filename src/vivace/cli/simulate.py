@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ..sim.outcomes import Comparison, Outcome
 
 
+SHOWN = 40
+"""Comparisons in the printed table; the JSON has all."""
+
+
 @dataclass(frozen=True)
 class Args:
     """Run every combination of tasks, belts, policies, engines, precisions, steps, modes and delays on the same seeds.
@@ -246,12 +250,14 @@ def _comparisons(outcomes: Sequence[Outcome], compared: Sequence[Comparison], ma
         ("arm", "against", "difference", "95 % interval", "+", "-", "p", f"not worse by {margin:.0%}")
     ):
         table.add_column(head, justify="left" if i < 2 else "right")
-    for one in compared:
+    for one in compared[:SHOWN]:
         r = one.result
         low, high = r.interval
         sides = [escape(f"{_title(outcomes[i].arm)}, {outcomes[i].arm.delay.name}") for i in (one.arm, one.reference)]
         size = [f"{r.difference:+.1%}", f"{low:+.1%} to {high:+.1%}", str(r.gained), str(r.lost), f"{one.holm_p:.2g}"]
         table.add_row(*sides, *size, "yes" if r.noninferior else "not shown")
+    if len(compared) > SHOWN:
+        table.caption = f"{len(compared) - SHOWN} more in the JSON"
     return table
 
 

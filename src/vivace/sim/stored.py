@@ -112,7 +112,8 @@ def with_committed(arms: Sequence[Arm], wishes: Sequence[str]) -> list[Arm]:
         limit, longest = limits[arm.policy], max(arm.delay.ticks)
         if wish == "never" or arm.mode != "aligned" or not (longest or arm.delay.measured):
             return False
-        return wish == "always" or (arm.policy != EXPERT and 0 < longest <= limit) or (arm.delay.measured and limit > 0)
+        trained = arm.policy != EXPERT and (0 < longest <= limit or (arm.delay.measured and limit > 0))
+        return wish == "always" or trained
 
     return list(dict.fromkeys(replace(arm, committed=told(arm, wish)) for arm in arms for wish in wishes))
 
