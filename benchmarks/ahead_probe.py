@@ -214,6 +214,10 @@ def variants(
         "gate_up late": (replace(start, **{**best, "gate_up": late["gate_up"]}), every),
         **{f"only {field}": (replace(start, **{field: tile}), every) for field, tile in best.items()},
         **{f"all but {field}": (replace(start, **{**best, field: getattr(start, field)}), every) for field in best},
+        "all, equal divisions": (
+            replace(denoise.shared(start), **{f: replace(t, carveout=100) for f, t in best.items()}),
+            every,
+        ),
         "all, norm as today": (replace(start, **best), {k: v for k, v in every.items() if k != "denoise_norm"}),
         "all, attention as today": (
             replace(start, **best),
@@ -259,6 +263,54 @@ def phase(text: str, early: dict[str, Any], report: dict[str, Any], args: argpar
         print(text, f"{time.perf_counter() - BEGIN:.0f} s", json.dumps(row["best"]), flush=True)
 
 
+def final(text: str, early: dict[str, Any], report: dict[str, Any], args: argparse.Namespace) -> None:
+    """Today and the chosen tiles, in turns, then replays of the chosen bit by bit."""
+    T, S, kind = text.split(":")
+    fp8, row = kind == "fp8", report.setdefault(text, {})
+    loop = make_loop(int(T), int(S), fp8, seed=1)
+    start = denoise.TILES[(16 if int(T) <= 16 else denoise.MAX_ROWS, fp8)]
+    cuts = denoise_ahead.tiles_for(int(T), loop.model.expert.block(0).o)
+    best = {field: getattr(cuts, field) for field in PRODUCTS}
+    table = variants(start, best, early)
+    names = (
+        "today",
+        "all",
+        "all, equal divisions",
+        "all, norm as today",
+        "all, attention as today",
+        "all, neighbours as today",
+        "all but down",
+    )
+    graphs: dict[str, Any] = {}
+    row["checks"], row["tiles"] = loop.rows, {field: short(tile) for field, tile in best.items()}
+    for name in names:
+        tiles, modules = table[name]
+        ops = denoise.denoise_ops(reference_ops(), tiles)
+        with surroundings(modules):
+            if name == "all":
+                with poisoned():
+                    row["error_poisoned"] = error(loop.run(ops), loop.truth)
+            graphs[name] = captured(lambda ops=ops: loop.run(ops))
+        graphs[name][0].replay()
+        torch.cuda.synchronize()
+        row[name] = {"error": error(graphs[name][1], loop.truth), "ms": []}
+    for _ in range(3):
+        for name in names:
+            row[name]["ms"].append(round(replay_ms(graphs[name][0].replay, 25)["p50"], 4))
+    graph, out = graphs["all"]
+    graph.replay()
+    torch.cuda.synchronize()
+    first, same, count = out.clone(), torch.zeros((), dtype=torch.int64, device="cuda"), 0
+    while count < args.replays and left() > 3:
+        out.fill_(float("nan"))
+        graph.replay()
+        same += (out == first).all()
+        count += 1
+    row["bit_identical_replays"] = f"{int(same)}/{count}"
+    row["long_ms"] = replay_ms(graph.replay, 100)
+    print(text, f"{time.perf_counter() - BEGIN:.0f} s", json.dumps(row), flush=True)
+
+
 def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return work()
@@ -273,6 +325,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--loops", default="10:560:bf16,10:560:fp8,50:968:bf16,50:968:fp8")
     parser.add_argument("--replays", type=int, default=200)
+    parser.add_argument("--final", action="store_true", help="only the chosen tiles, in turns with today's")
     parser.add_argument("--limit", type=float, default=66.0)
     args = parser.parse_args()
     LIMIT_S = args.limit
@@ -281,7 +334,8 @@ def main() -> None:
         early = {name: triggered(name, folder) for name in ("denoise_norm", "denoise_attention")}
         for text in args.loops.split(","):
             if left() > 12:
-                guarded(lambda text=text: phase(text, early, report["loops"], args) or {})
+                run = final if args.final else phase
+                guarded(lambda text=text, run=run: run(text, early, report["loops"], args) or {})
             Path(args.out).write_text(json.dumps(report, indent=1, default=str))
             torch.cuda.empty_cache()
     print(f"-- {time.perf_counter() - BEGIN:.0f} s in all")

@@ -10,8 +10,8 @@ instructions short. Their sums meet in shared memory and are added in warp order
 Weight [N, K] is described to the copy engine as [K / chunk, N, chunk], so one copy brings one chunk for every warp.
 
 x goes from the second-level cache straight to registers in the order in which the matrix instruction wants it. A chunk is
-64 bytes: a thread holds 16 consecutive bytes of x and of the weights (the sum over K may be taken in any order as long as both
-agree), and two rows of a chunk cover all banks of shared memory once.
+64 bytes: a thread holds 16 consecutive bytes of x and of the weights (the sum over K may be taken in any order as long as
+both agree), and two rows of a chunk cover all banks of shared memory once.
 """
 
 from __future__ import annotations
@@ -45,16 +45,23 @@ def _bring(
 
 
 @gluon.jit
-def _rows(x, chunk, M, K, BK: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+def _rows(x, chunk, M, K, BK: gl.constexpr, WARPS: gl.constexpr, MMA: gl.constexpr):
     """[WARPS, 16, BK] of x from chunk number `chunk` on, zero below row M."""
-    over_k: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    over_m: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    left: gl.constexpr = gl.DotOperandLayout(0, MMA, BK // 4)
+    over_k: gl.constexpr = gl.SliceLayout(1, left)
+    over_m: gl.constexpr = gl.SliceLayout(0, left)
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, over_k))
     k = gl.arange(0, BK, gl.SliceLayout(0, over_k))
     m = gl.arange(0, 16, gl.SliceLayout(1, over_m))
     at = ((chunk + warp) * BK)[:, None] + k[None, :]
     row = gl.expand_dims(gl.expand_dims(m, 1), 0)
     return gl.load(x + row * K + gl.expand_dims(at, 1), mask=row < M, other=0.0)
+
+
+@gluon.jit
+def _added(acc, SPREAD: gl.constexpr):
+    """[WARPS, 16, BN] over warps -> [16, BN]: every thread gets its elements from all warps and adds them in warp order."""
+    return gl.sum(gl.convert_layout(acc, SPREAD), axis=0)
 
 
 @gluon.jit(do_not_specialize=["M", "table_rows"])
@@ -69,15 +76,14 @@ def few_kernel(
     WARPS: gl.constexpr = gl.num_warps()
     PAIRS: gl.constexpr = 1 if MODE == "part" else 2
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, BK // 4)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, BK // 4)
     tiles = gl.allocate_shared_memory(weight.dtype, [STEPS * PAIRS, WARPS, BN, BK], weight.layout)
     bars = gl.allocate_shared_memory(gl.int64, [BARS, 1], mbarrier.MBarrierLayout())
     chunk = gl.program_id(1) * STEPS * WARPS
     first, second = first_columns(gl.program_id(0), N, MODE, BN, HALF)
     _bring(weight, tiles, bars, chunk, first, second, PAIRS, STEPS, BARS, WARPS)
-    lanes: gl.constexpr = min(BN, 32)
-    spread: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 32 // lanes, lanes], [1, WARPS, 1], [2, 1, 0])
+    lanes: gl.constexpr = [1, 32 // min(BN, 32), min(BN, 32)]
+    spread: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], lanes, [1, WARPS, 1], [2, 1, 0])
     flat: gl.constexpr = gl.SliceLayout(0, spread)
     factors = constants(
         channel_scale, input_scale, out_scale, cos, sin, table_rows, first, second, M, MODE, 16, BN, HALF, ROTATED, flat
@@ -86,7 +92,7 @@ def few_kernel(
         gdc_wait()
     rows = ()
     for step in gl.static_range(STEPS):
-        rows = rows + (_rows(x, chunk + step * WARPS, M, K, BK, WARPS, left),)  # type: ignore[assignment]  # noqa: RUF005
+        rows = rows + (_rows(x, chunk + step * WARPS, M, K, BK, WARPS, mma),)  # type: ignore[assignment]  # noqa: RUF005
     acc = gl.zeros([WARPS, 16, BN], gl.float32, mma)
     acc2 = gl.zeros([WARPS, 16, BN], gl.float32, mma)
     for step in gl.static_range(STEPS):
@@ -97,10 +103,6 @@ def few_kernel(
             acc2 = mma_v2(rows[step], tiles.index(step * PAIRS + 1).permute([0, 2, 1]).load(right), acc2)
     if PDL and not EARLY:
         gdc_launch_dependents()
-    y = gl.sum(
-        gl.convert_layout(acc, spread), axis=0
-    )  # every thread gets its elements of all warps, adding in warp order
-    y2 = y
-    if PAIRS == 2:
-        y2 = gl.sum(gl.convert_layout(acc2, spread), axis=0)
+    y = _added(acc, spread)
+    y2 = _added(acc2, spread) if PAIRS == 2 else y
     store(y, y2, out, factors, first, M, N, MODE, 16, BN, HALF, STORED, flat)

@@ -39,6 +39,27 @@ def _bring_rows(x, ring, bars, k, group, EACH: gl.constexpr, SLOTS: gl.constexpr
 
 
 @gluon.jit
+def _multiply(
+    x, tiles, ring, bars, k, acc, STEPS: gl.constexpr, EACH: gl.constexpr, SLOTS: gl.constexpr, BK: gl.constexpr
+):  # fmt: skip
+    """acc + x W^T over the K range of this program; a group of x is replaced when those of the next have begun."""
+    GROUPS: gl.constexpr = STEPS // EACH
+    for group in gl.static_range(min(SLOTS, GROUPS)):
+        _bring_rows(x, ring, bars, k, group, EACH, SLOTS, BK)
+    stacked = tiles._reinterpret(tiles.dtype, [STEPS, acc.shape[1], BK], tiles.layout)
+    mbarrier.wait(bars.index(0), 0)
+    for group in gl.static_range(GROUPS):
+        mbarrier.wait(bars.index(1 + group), 0)
+        for i in gl.static_range(EACH):
+            w = stacked.index(group * EACH + i).permute([1, 0])
+            acc = warpgroup_mma(ring.index((group % SLOTS) * EACH + i), w, acc, is_async=True)
+        if group > 0 and group - 1 + SLOTS < GROUPS:
+            acc = warpgroup_mma_wait(EACH, deps=[acc])
+            _bring_rows(x, ring, bars, k, group - 1 + SLOTS, EACH, SLOTS, BK)
+    return warpgroup_mma_wait(0, deps=[acc])
+
+
+@gluon.jit
 def _halves(acc, BN: gl.constexpr):
     """[64, 2 BN] -> two [64, BN]."""
     return acc.reshape([64, 2, BN]).permute([0, 2, 1]).split()
@@ -74,19 +95,7 @@ def many_kernel(
     )
     if PDL:
         gdc_wait()
-    for group in gl.static_range(min(SLOTS, GROUPS)):
-        _bring_rows(x, ring, bars, k, group, EACH, SLOTS, BK)
-    stacked = tiles._reinterpret(weight.dtype, [STEPS, PAIRS * BN, BK], weight.layout)
-    mbarrier.wait(bars.index(0), 0)
-    for group in gl.static_range(GROUPS):
-        mbarrier.wait(bars.index(1 + group), 0)
-        for i in gl.static_range(EACH):
-            w = stacked.index(group * EACH + i).permute([1, 0])
-            acc = warpgroup_mma(ring.index((group % SLOTS) * EACH + i), w, acc, is_async=True)
-        if group > 0 and group - 1 + SLOTS < GROUPS:
-            acc = warpgroup_mma_wait(EACH, deps=[acc])
-            _bring_rows(x, ring, bars, k, group - 1 + SLOTS, EACH, SLOTS, BK)
-    acc = warpgroup_mma_wait(0, deps=[acc])
+    acc = _multiply(x, tiles, ring, bars, k, acc, STEPS, EACH, SLOTS, BK)
     if PDL and not EARLY:
         gdc_launch_dependents()
     y = acc
