@@ -5,12 +5,11 @@ Needs no checkpoint and none of the command line's own packages: `python -m viva
 The file (kind "hopper") is written after every row, so what was measured survives an interrupt:
 
     setup       how weights, requests and ranges were made; seed; calls
-    ceilings    {"reached": rates that torch reaches here on large work, "published": the datasheet's}
+    ceilings    bf16_tflops, fp8_tflops, copy_gb_s that torch reaches here on large work; published: the datasheet's
     rows[]      setting, engine, precision, boundary B0|B1|B2, batch, steps, calls, latency {p50_ms, p95_ms, p99_ms, max_ms,
                 min_ms, mean_ms, samples}, clock, bit_identical {same, of}; at B0 also stages_ms and rates per stage {tflop,
                 gb, fp8_share, tflop_s, gb_s, floor_ms, of_floor}; rivals: ours_in_the_same_rounds {engine: {p50_ms,
-                ratio}},
-                and at B2 parts_ms, what the policy says of its own parts
+                ratio}}; at B2 parts_ms, what the policy says of its own parts
     accuracy[]  setting, engine, precision, observations, noise_draws, cosine_mean, cosine_worst, rel_l2, rel_l2_worst,
                 plain_bfloat16 {the same four of plain PyTorch in bfloat16}
     proof[]     setting, engine, fresh {change: the actions changed}, fresh_policy, poisoned {bytes, replays, same}, passed
