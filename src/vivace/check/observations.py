@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
+from ..robots.dataset import is_dataset, read_frames
 from ..types import NormStats, RobotIO
 
 PROMPTS = (
@@ -27,6 +28,7 @@ PROMPTS = (
     "hand me the screwdriver next to the blue box",
 )
 IMAGE_SIZE = (240, 320)
+DATASET_FRAMES = 256
 NOISE_CORRELATION = 0.2  # of neighbouring pixels: photographs of anything are above 0.8, white noise is at 0
 
 
@@ -45,11 +47,20 @@ def synthetic(io: RobotIO, count: int, *, seed: int = 0) -> list[dict[str, Any]]
 def recorded(folder: Path) -> list[dict[str, Any]]:
     """Requests from `folder/*.npz` in name order; array names are the request's keys, text as a 0-d string array.
 
+    From a LeRobot dataset: 256 frames spread over all episodes, keys as LeRobot policies name them.
     Raises ConfigError when the folder has none, or a file is not a plain npz archive (pickles are refused).
     """
+    if is_dataset(folder):
+        return [
+            {**frame.images, "observation.state": frame.vectors["observation.state"], "task": frame.task}
+            for frame in read_frames(folder, wanted=DATASET_FRAMES)
+        ]
     files = sorted(folder.glob("*.npz")) if folder.is_dir() else []
     if not files:
-        raise ConfigError(f"no recorded observations in {folder}", wanted="a folder of .npz files, one request each")
+        raise ConfigError(
+            f"no recorded observations in {folder}",
+            wanted="a folder of .npz files, one request each, or a LeRobot dataset",
+        )
     return [_load(path) for path in files]
 
 

@@ -2,7 +2,7 @@
 
 Images stay uint8 on the training device. Labels exist for every tick, also for those without images: [0] the action that
 was executed there, [1:] the chunk that the expert wanted from there on. With d committed actions the target is what was
-executed for d ticks, then the expert's chunk of d ticks later: the plan of somebody who knew what the robot would do anyway.
+executed for d ticks, then the expert's chunk of d ticks later: a plan by somebody who knew what the robot would do.
 """
 
 from __future__ import annotations

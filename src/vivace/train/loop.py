@@ -34,6 +34,7 @@ from .frames import FLAVOUR, Frames
 from .learner import Learner, check_loss
 from .pieces import Piece, piece_of
 from .simulator import Ended
+from .stored import read_pieces
 from .tokenizer import conveyor_tokenizer, pieces
 
 Report = Callable[[dict[str, Any]], None]
@@ -216,7 +217,8 @@ def _frames(recipe: Recipe, learner: Learner, tokenizer: Tokenizer, report: Repo
 def _pieces(recipe: Recipe, report: Report, seconds: float | None) -> list[Piece]:
     data = recipe.data
     if data.folder:
-        raise ConfigError("reading datasets")
+        network = recipe.network
+        return read_pieces(Path(data.folder), horizon=network.horizon, image_px=network.vision.image_size)
     plan = Plan(
         data.sources, seed=data.seed, image_px=recipe.network.vision.image_size, horizon=recipe.network.horizon,
         sigma=data.sigma, stride=data.stride,

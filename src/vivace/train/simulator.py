@@ -1,4 +1,4 @@
-"""What runs in a simulator's process: episodes whose policy sits at the other end of a pipe. Without torch, see `pieces`."""
+"""What runs in a simulator's process: episodes whose policy is at the other end of a pipe. No torch, see `pieces`."""
 
 from __future__ import annotations
 

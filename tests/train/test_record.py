@@ -1,0 +1,131 @@
+"""Demonstrations: labels, noise, looks, processes; and episodes with a policy at the other end of a pipe."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vivace.errors import ConfigError
+from vivace.sim import expert
+from vivace.sim.conveyor import VIEWS, ConveyorEnv
+from vivace.sim.record import Plan, Source, record, record_episode
+from vivace.sim.rollout import Execution
+from vivace.train import closed_loop
+
+PX = 16
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = ConveyorEnv("conveyor", image_px=PX)
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def noisy(env):
+    return record_episode(env, seed=1_000_003, sigma=(0.5,), horizon=6, stride=5)
+
+
+def test_labels_are_the_experts_in_the_states_that_the_noise_led_to(env, noisy):
+    """Replayed: the executed actions lead to the recorded states, and there the expert says what was recorded."""
+    env.reset(seed=noisy.seed)
+    for tick in range(len(noisy)):
+        assert np.array_equal(env.feel().state, noisy.state[tick])
+        assert np.array_equal(expert.act(env.sight()), noisy.action[tick])
+        assert np.array_equal(expert.chunk(env.sight(), 6), noisy.chunk[tick])
+        assert env.prompt == noisy.prompts[tick]
+        env.step(noisy.executed[tick])
+    assert np.abs(noisy.executed - noisy.action).max() > 0.2
+    assert np.abs(noisy.executed).max() <= 1.0
+
+
+def test_every_look_is_what_a_policy_would_see(env, noisy):
+    assert noisy.ticks[0] == 0
+    assert (np.diff(noisy.ticks[2:]) == 5).all()
+    env.reset(seed=noisy.seed)
+    seen = dict(zip(noisy.ticks.tolist(), noisy.views, strict=True))
+    for tick in range(30):
+        if tick in seen:
+            views = env.look().views
+            assert all(np.array_equal(views[name], seen[tick][i]) for i, name in enumerate(VIEWS)), tick
+        env.step(noisy.executed[tick])
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_other_strides_see_the_same(env, stride):
+    demo = record_episode(env, seed=1_000_004, sigma=(0.25,), horizon=2, stride=stride)
+    env.reset(seed=demo.seed)
+    seen = dict(zip(demo.ticks.tolist(), demo.views, strict=True))
+    assert stride > 1 or list(seen) == list(range(len(demo)))
+    for tick in range(12):
+        if tick in seen:
+            assert np.array_equal(env.look().views[VIEWS[2]], seen[tick][2]), tick
+        env.step(demo.executed[tick])
+
+
+def test_without_noise_what_is_labelled_is_executed(env):
+    demo = record_episode(env, seed=1_000_005, sigma=(0.0,), horizon=2, stride=50)
+    assert np.array_equal(demo.action, demo.executed)
+    assert demo.success
+
+
+def test_processes_do_not_change_the_data():
+    plan = Plan((Source("static", 1), Source("conveyor", 2)), image_px=PX, horizon=2, stride=25, seed=3)
+    counted = []
+    one = list(record(plan))
+    two = list(record(plan, processes=2, progress=counted.append))
+    assert len(one) == len(two) == 3
+    assert counted == [1, 1, 1]
+    assert sorted(demo.task for demo in one) == ["conveyor", "conveyor", "static"]
+    for a, b in zip(one, two, strict=True):
+        assert (a.seed, a.task, a.success) == (b.seed, b.task, b.success)
+        assert np.array_equal(a.views, b.views)
+        assert np.array_equal(a.executed, b.executed)
+    other = next(iter(record(Plan(plan.sources, image_px=PX, horizon=2, stride=25, seed=4))))
+    assert other.seed != one[0].seed
+
+
+def test_bad_plans_are_explained():
+    with pytest.raises(ConfigError, match="unknown task"):
+        Source("nothing", 3)
+    with pytest.raises(ConfigError, match="belt"):
+        Source("static", 3, "ludicrous")
+    with pytest.raises(ConfigError, match="at least 1"):
+        Source("static", 0)
+    with pytest.raises(ConfigError, match="no sources"):
+        Plan(())
+    with pytest.raises(ConfigError, match="stride 0"):
+        Plan((Source("static", 1),), stride=0)
+    with pytest.raises(ConfigError, match="noise"):
+        Plan((Source("static", 1),), sigma=(-1.0,))
+    with pytest.raises(ConfigError, match="processes"):
+        list(record(Plan((Source("static", 1),)), processes=0))
+
+
+def test_closed_loop_counts_and_collects_what_the_expert_would_do():
+    """A policy that stands still fails everywhere; its corrections are the expert's chunks at its looks."""
+    sources = (Source("static", 2), Source("conveyor", 1))
+    work = closed_loop.jobs(
+        sources, first_seed=0, image_px=PX, horizon=6, execution=Execution("aligned", 50, 0), correct=True
+    )  # fmt: skip
+    sizes = []
+
+    def still(observations):
+        sizes.append(len(observations))
+        return [np.tile(np.array([0.0, 0, 0, -1], np.float32), (60, 1)) for _ in observations]
+
+    ended = list(closed_loop.run(work, still, processes=2))
+    rows = {row["task"]: row for row in closed_loop.rates(ended)}
+    assert (rows["static"]["n"], rows["static"]["successes"]) == (2, 0)
+    assert rows["static"]["interval"][0] == 0.0
+    assert sorted(rows["static"]["failed_seeds"]) == [0, 1]
+    assert max(sizes) <= 2
+    one = next(item for item in ended if item.job.source.task == "static" and item.job.seed == 0)
+    env = ConveyorEnv("static", image_px=PX)
+    env.reset(seed=0)
+    assert np.array_equal(one.piece.chunk[0], expert.chunk(env.sight(), 6))
+    assert np.array_equal(one.piece.views[0, 1], env.look().views[VIEWS[1]])
+    assert len(one.piece.ticks) == 5  # looks at 0, 50, ..., 200
+    assert not one.piece.joined
+    env.close()
