@@ -66,7 +66,7 @@ def delay_figures(document: Document) -> list[tuple[str, str]]:
 
 def success_against_delay(arms: Sequence[Row], *, title: str) -> str:
     """Success in % against inference delay in ms, one line for each execution mode, with its Wilson interval."""
-    canvas = Canvas(title)
+    canvas = Canvas(title, height=3.3)
     for i, mode in enumerate(MODES):
         mine = sorted((arm for arm in arms if mode_of(arm) == mode and arm["rate"] is not None), key=delay_ms)
         if not mine:
@@ -78,7 +78,7 @@ def success_against_delay(arms: Sequence[Row], *, title: str) -> str:
             x, [100 * number(arm["rate"]) for arm in mine], "o-", color=SERIES[i], markersize=4, label=mode
         )
     canvas.axes.set(xlabel="inference delay, ms", ylabel="% success", ylim=(-2, 102))
-    canvas.axes.legend(frameon=False, fontsize=9.5, handlelength=1.2)
+    _legend_below(canvas)
     return canvas.svg()
 
 
@@ -96,7 +96,7 @@ def reaction_figures(document: Document) -> list[tuple[str, str]]:
 
 def reaction_cdf(arms: Sequence[Row], *, title: str) -> str:
     """Share of episodes that had reacted by a time after the event."""
-    canvas = Canvas(title)
+    canvas = Canvas(title, height=3.3)
     for i, arm in enumerate(arms):
         counts = {int(ticks): int(count) for ticks, count in arm["reaction"]["ticks"].items()}
         x = np.repeat(list(counts), list(counts.values())) * TICK_MS
@@ -108,7 +108,7 @@ def reaction_cdf(arms: Sequence[Row], *, title: str) -> str:
             shares = [0, *(100 * np.arange(1, ticks.size + 1) / ticks.size)]
             canvas.axes.step([0, *(ticks * TICK_MS)], shares, where="post", color=SERIES[i], linestyle=":")
     canvas.axes.set(xlabel="ms after the event", ylabel="% reacted", ylim=(0, 101))
-    canvas.axes.legend(frameon=False, fontsize=9.5, handlelength=1.2, loc="lower right")
+    _legend_below(canvas)
     return canvas.svg()
 
 
@@ -122,6 +122,10 @@ def delay_ms(arm: Row) -> float:
     """Mean delay of an arm in ms, in control ticks as it was simulated."""
     ticks = {int(value): int(count) for value, count in arm["arm"]["delay"]["ticks"].items()}
     return TICK_MS * sum(value * count for value, count in ticks.items()) / sum(ticks.values())
+
+
+def _legend_below(canvas: Canvas) -> None:
+    canvas.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5, handlelength=1.2)
 
 
 def _title(arm: Row) -> str:
