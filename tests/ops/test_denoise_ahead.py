@@ -69,7 +69,7 @@ def test_every_cut_of_the_table_fits(hopper):
             assert refusal(getattr(tiles, name), name, rows=rows, pairs=pairs, fp8=fp8) is None
 
 
-def test_tiles_for():
+def test_tiles_for(hopper):
     assert denoise_ahead.tiles_for(16, layer("o")) is AHEAD_TILES[16, False]
     assert denoise_ahead.tiles_for(17, layer("o", fp8=True)) is AHEAD_TILES[64, True]
     assert denoise_ahead.tiles_for(65, layer("o")) is None
@@ -95,6 +95,8 @@ def test_only_on_hopper(monkeypatch, capability):
     assert "Hopper" in refusal(AheadTile(32, 4))
     cpu = Linear(4096, 1024, name="down")
     assert "Hopper" in denoise_ahead.why_not(cpu, AheadTile(32, 4), rows=10, pairs=1)
+    assert denoise_ahead.tiles_for(10, cpu) is None
+    assert denoise_ahead.tiles_for(10, layer("down")) is None
 
 
 def test_without_gluon(monkeypatch, hopper):

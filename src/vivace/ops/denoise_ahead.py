@@ -166,19 +166,27 @@ def _product(x: Tensor, layer: Linear | Fp8Linear, out: Tensor, tile: AheadTile,
 
 
 def tiles_for(rows: int, layer: Linear | Fp8Linear) -> AheadTiles | None:
-    """The row of `AHEAD_TILES` that fits, None above MAX_ROWS."""
+    """The row of `AHEAD_TILES` that fits; None above MAX_ROWS and where these kernels cannot run at all."""
+    if _unavailable(layer.weight.device) is not None:
+        return None
     quantised = isinstance(layer, Fp8Linear)
     return next((cut for (most, fp8), cut in AHEAD_TILES.items() if rows <= most and fp8 == quantised), None)
 
 
-def why_not(layer: Linear | Fp8Linear, tile: AheadTile, *, rows: int, pairs: int) -> str | None:
-    """None if this product can take this tile.  rows = tokens, pairs = accumulators (2 in geglu and qkv, 1 in parts)."""
-    (N, K), size, device = layer.weight.shape, layer.weight.element_size(), layer.weight.device
-    few = rows <= FEW_ROWS
+def _unavailable(device: torch.device) -> str | None:
     if gl is None:
         return "this Triton has no Gluon, or another one"
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return "the GPU is not a Hopper"
+    return None
+
+
+def why_not(layer: Linear | Fp8Linear, tile: AheadTile, *, rows: int, pairs: int) -> str | None:
+    """None if this product can take this tile.  rows = tokens, pairs = accumulators (2 in geglu and qkv, 1 in parts)."""
+    (N, K), size, few = layer.weight.shape, layer.weight.element_size(), rows <= FEW_ROWS
+    unavailable = _unavailable(layer.weight.device)
+    if unavailable is not None:
+        return unavailable
     if layer.weight.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
         return "weights are neither bfloat16 nor E4M3"
     if rows > MAX_ROWS:
