@@ -125,6 +125,6 @@ def test_committed_actions_are_told_where_they_were_trained(tmp_path):
     assert told("never") == [False] * 5
     arms = [Arm("static", policy=one, delay=Delay("", (0,), measured=True)) for one in (policy, "expert")]
     assert told("auto") == [True, False]
-    arms = arms[:0] + [Arm("static", policy=policy, delay=Delay("", (5,))), Arm("static", delay=Delay("", (5,)))]
-    arms += [Arm("static", policy=policy, delay=Delay("", (6,)))]
+    pairs = ((policy, 5), ("expert", 5), (policy, 6))
+    arms = [Arm("static", policy=one, delay=Delay("", (ticks,))) for one, ticks in pairs]
     assert told("never", "always") == [False, True] * 3

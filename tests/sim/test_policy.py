@@ -112,7 +112,9 @@ def test_the_real_clock_turns_inference_time_into_ticks(folder):
     )
     (row,) = run_job(Job(0, arm, (0,), options=Options(device="cpu"), task=SHORT)).rows
     assert len(row["inference_ms"]) == row["inferences"]
-    assert min(row["ages"]) >= 3  # two injected, and at least one for the inference itself
+    # two injected, and at least one for the inference itself; a machine so busy that nothing came in time has no ages
+    assert all(age >= 3 for age in row["ages"])
+    assert row["ages"] or min(row["inference_ms"]) > 300
 
 
 def test_the_expert_told_what_is_committed_plans_from_where_that_leads():
