@@ -104,7 +104,7 @@ def test_a_rate_fits_its_own_conditions_only():
         assert not rate.fits(other)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", '{"schema": 2}', '{"rates": [{"tusk": 1}]}'])
+@pytest.mark.parametrize("content", ["[1]", "{", '{"schema": 2}', '{"rates": [{"tusk": 1}]}', '{"image_px": "64"}'])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "simulation.json").write_text(content)
     with pytest.raises(ConfigError, match=r"simulation\.json"):

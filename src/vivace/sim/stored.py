@@ -79,6 +79,8 @@ def read(policy: str) -> Stored:
             raise ConfigError(f"{file}", got="another schema", wanted="a JSON object with schema 1")
         rates = tuple(Rate(**row) for row in document.pop("rates", []))
         known = {key: document[key] for key in ("image_px", "execute_ticks", "committed_max_ticks") if key in document}
+        if not all(isinstance(value, int) and value >= 0 for value in known.values()):
+            raise ConfigError(f"{file}", got=known, wanted="whole numbers, at least 0")
         return Stored(rates=rates, **known)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ConfigError(f"cannot read {file}", got=error, do="see docs/guides/simulation.md for its keys") from error
