@@ -22,6 +22,8 @@ VERBS: dict[str, str] = {
     "bench": "time named engines side by side: percentiles, stages, environment",
     "budget": "what must shrink, and by how much, to reach a control rate",
     "simulate": "success against inference delay in a simulated pick-up task (scripted expert)",
+    "record": "demonstrations of the scripted expert as a LeRobot dataset",
+    "train": "flow-matching training of a policy from a recipe: data, steps, checkpoint folder, success rates",
     "report": "one self-contained HTML page from result files",
     "golden": "replay fixtures written by openpi and LeRobot, stage by stage",
     "doctor": "what this machine is and what can run on it",

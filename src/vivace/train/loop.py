@@ -6,7 +6,7 @@ Everything that happens is told to `report`, a row at a time (the verb writes th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..checkpoints.make import Format
 from ..checkpoints.open import open_checkpoint
 from ..config import EngineConfig
 from ..errors import ConfigError
@@ -51,6 +52,7 @@ def train(
     resume: Path | None = None,
     seconds: float | None = None,
     compiled: bool = False,
+    also: Sequence[Format] = (),
 ) -> Path:
     """Run a recipe and return the folder of the trained policy, `out/policy` (LeRobot's format).
 
@@ -58,6 +60,7 @@ def train(
     seconds   from now on, half of it for recording: fewer episodes and steps than the recipe says where they do not fit;
               the report says how many, for the recipe
     compiled  torch.compile the loss
+    also      formats to write beside LeRobot's, into out/policy_<format>
     Raises: ConfigError for data that cannot be used; NumericsError where the loss diverges.
     """
     if (out / "policy").exists():
@@ -80,6 +83,8 @@ def train(
     run.steps()
     folder = out / "policy"
     export.export(folder, run.trained(), format="lerobot")
+    for form in also:
+        export.export(out / f"policy_{form}", run.trained(), format=form)
     report({"event": "exported", "folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.rglob("*.*"))})
     if recipe.closed_loop.sources:
         run.evaluate(folder)
