@@ -131,6 +131,20 @@ def test_belt_speed_is_the_difficulty():
     assert min(speeds) < 0 < max(speeds)
 
 
+@pytest.mark.parametrize("name", ["perturb", "perturb-moving"])
+def test_the_target_jumps_in_every_episode_to_a_free_place(name):
+    env = ConveyorEnv(name)
+    for seed in range(30):
+        _, info = env.reset(seed=seed)
+        x = []
+        for _ in range(info["event_tick"] + 1):
+            x.append(env.sight().target_m[0])
+            env.step(np.zeros(4))
+        (other,) = (env.world.cube_m(cube) for cube in env.world.drawn.cubes if cube != env.world.target)
+        assert 0.06 < abs(x[-1] - x[-2]) < 0.28, seed
+        assert abs(other[0] - env.sight().target_m[0]) > 0.06, seed
+
+
 @pytest.mark.parametrize("name", ["perturb", "swap"])
 def test_the_event_comes_at_its_tick_and_the_twin_has_none(name):
     env, twin = ConveyorEnv(name), ConveyorEnv(name)

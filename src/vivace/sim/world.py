@@ -187,7 +187,9 @@ class World:
             self.target = others[0]
             return
         moved = [self.target] if self.task.event == "jump" else others
-        places = np.add(self.drawn.jumps_m, [self.cube_m(self.target)[0], 0.0])
+        # the second half lies twice as far: past a neighbour, where a cube still upstream has no other way
+        jumps = np.concatenate([self.drawn.jumps_m, self.drawn.jumps_m * [2.0, 1.0]])
+        places = np.add(jumps, [self.cube_m(self.target)[0], 0.0])
         for cube in moved:
             there = [self.cube_m(other)[0] for other in self.drawn.cubes if other != cube]
             for x, y in places:  # the first that lies around the belt's middle and clear of the others
