@@ -15,6 +15,8 @@ from .errors import ConfigError
 from .types import PolicyKind
 
 TimeGrid = Literal["accumulated", "direct"]
+TensorRTModule = Literal["auto", "tensorrt", "tensorrt_rtx"]
+TensorRTBase = Literal["fp16", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class TensorRTConfig:
+    """How the TensorRT backend builds its engines; other backends do not look at it."""
+
+    module: TensorRTModule = "auto"
+    """auto = full TensorRT if it is installed, else TensorRT-RTX."""
+    base: Literal["auto", "fp16", "bf16"] = "auto"
+    """Type of everything that a bfloat16 model computes in bfloat16; auto = bf16, or fp16 where the GPU has no bf16."""
+    weights: Literal["auto", "baked", "inputs"] = "auto"
+    """In the engine, or bound when it runs (engines of a few MB); auto = inputs with TensorRT-RTX, else baked."""
+    fused: bool = False
+    """Attention and rotary embedding as TensorRT's own layers, where the module has them."""
+    loop: bool = False
+    """All denoise steps as one engine; otherwise one engine for a step, run once per step."""
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How to run a policy."""
 
@@ -90,6 +108,8 @@ class EngineConfig:
     """Noise is a function of seed and request, whatever came before; None draws fresh noise for every request."""
     prompt_bucket: int = 16
     """Static-shape backends pad prompts to steps of this size; masked keys get zero probability."""
+    tensorrt: TensorRTConfig = TensorRTConfig()
+    """Options of the backend "tensorrt"."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that no engine can run with."""

@@ -1,0 +1,139 @@
+"""From a network definition to an engine file's bytes: targets, progress, what went wrong in one sentence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...errors import Unsupported
+from .module import Module
+from .networks import Network
+from .skeleton import quantised
+from .targets import Target, check_types
+
+Progress = Callable[[str, float], None]
+"""Called with a phase of the builder and the fraction of it that is done."""
+MEMORY_WORDS = ("out of memory", "bad_alloc", "memory allocation", "outofmemory", "cannot allocate")
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine and how it came about.  seconds: of the builder alone, without writing the definition."""
+
+    engine: bytes
+    seconds: float
+
+
+class Log:
+    """TensorRT's messages: errors and warnings are kept, so that a failed build can say why."""
+
+    messages: list[str]
+
+    @staticmethod
+    def of(module: Module) -> Any:
+        """A logger of this module's own base class."""
+        base = module.api.ILogger
+
+        class Kept(base):  # type: ignore[misc, valid-type]  # the class exists at run time only
+            def __init__(self) -> None:
+                base.__init__(self)
+                self.messages: list[str] = []
+
+            def log(self, severity: Any, message: str) -> None:
+                if int(severity) <= int(base.Severity.ERROR):
+                    self.messages.append(message)
+
+        return Kept()
+
+
+def build(network: Network, targets: Sequence[Target], *, progress: Progress | None = None) -> Built:
+    """Build one engine for all of `targets`; [] = for the GPU of this machine.
+
+    Raises Unsupported: a type that a target lacks, a target that the module lacks, no memory, whatever the builder says.
+    """
+    module = network.module
+    check_types(targets, types=types_of(network), module=module)
+    config = network.owner.builder.create_builder_config()
+    config.clear_flag(module.api.BuilderFlag.TF32)  # float32 parts of a checkpoint's flavour stay float32
+    _aim(config, targets, module)
+    if progress is not None:
+        config.progress_monitor = _monitor(module, progress)
+    begin = time.perf_counter()
+    try:
+        memory = network.owner.builder.build_serialized_network(network.definition, config)
+    except MemoryError as error:
+        raise _no_memory(network, str(error)) from error
+    seconds = time.perf_counter() - begin
+    if memory is None:
+        raise _explained(network, targets)
+    return Built(bytes(memory), seconds)
+
+
+def types_of(network: Network) -> set[torch.dtype]:
+    """Types that a network holds values in, as far as targets differ in them."""
+    found = {parameter.dtype for parameter in network.outlined.parameters()}
+    if not quantised(network.outlined):
+        found.discard(torch.float8_e4m3fn)
+    return found
+
+
+def _aim(config: Any, targets: Sequence[Target], module: Module) -> None:
+    if not module.is_rtx:
+        if targets:
+            raise Unsupported(
+                f"{module.name} builds for the GPU it runs on only", got=f"--target {','.join(map(str, targets))}",
+                do="use --target current on the device itself, or --module tensorrt_rtx",
+            )  # fmt: skip
+        return
+    known = module.api.ComputeCapability
+    wanted = [target.member(known) for target in targets] or [known.CURRENT]
+    config.num_compute_capabilities = len(wanted)
+    for index, member in enumerate(wanted):
+        if not config.set_compute_capability(member, index):
+            raise Unsupported(f"{module.label} refuses the target {member}", do="see docs/guides/tensorrt.md")
+
+
+def _monitor(module: Module, progress: Progress) -> Any:
+    base = module.api.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc, valid-type]  # the class exists at run time only
+        def __init__(self) -> None:
+            base.__init__(self)
+            self._sizes: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._sizes[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress(phase_name, (step + 1) / self._sizes.get(phase_name, step + 1))
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            progress(phase_name, 1.0)
+
+    return Monitor()
+
+
+def _explained(network: Network, targets: Sequence[Target]) -> Unsupported:
+    said = [message.strip() for message in network.owner.log.messages]
+    text = "; ".join(said[-2:]) or "no reason given"
+    if any(word in text.lower() for word in MEMORY_WORDS):
+        return _no_memory(network, text)
+    if "driver" in text.lower():
+        return Unsupported(
+            f"{network.module.label} cannot build for the GPU of this machine", got=text,
+            do="name a target (--target sm89), or run this on a machine with a GPU and its driver",
+        )  # fmt: skip
+    names = ", ".join(map(str, targets)) or "this machine's GPU"
+    return Unsupported(f"{network.module.label} could not build {network.label} for {names}", got=text)
+
+
+def _no_memory(network: Network, text: str) -> Unsupported:
+    return Unsupported(
+        f"no memory left while building {network.label}", got=text or "MemoryError",
+        do="use --weights inputs (engines without weights build in about 1 GB), or a machine with more memory",
+    )  # fmt: skip

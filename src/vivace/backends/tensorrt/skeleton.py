@@ -1,0 +1,77 @@
+"""The network's outline: a `Pi` whose parameters have names, shapes and types but no numbers.
+
+Networks are written from it, so a full-size one needs no gigabytes; numbers come later, by name, from the loaded model: as
+constants of an engine (`baked`) or as tensors bound at run time (`inputs`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoints.fingerprint import part
+from ...config import ModelConfig, TensorRTBase
+from ...errors import ConfigError
+from ...model import weights
+from ...model.pi import Pi
+from ...ops.layers import Fp8Linear
+from ...precision import quantize
+from ...precision.flavours import parameter_dtype
+
+DTYPES: dict[TensorRTBase, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def outline(config: ModelConfig, *, base: TensorRTBase, e4m3: Collection[str] = ()) -> Pi:
+    """A `Pi` on the meta device.
+
+    base   type of everything that the checkpoint's flavour serves in bfloat16; what it keeps in float32 stays float32
+    e4m3   names of the layers that a precision plan quantises
+    Raises ConfigError for a name that no layer has.
+    """
+    compute = DTYPES[base]
+    with torch.device("meta"):
+        model = Pi(config)
+    for name, slot in weights.slots(config).items():
+        wide = parameter_dtype(name, precision="bfloat16", flavour=config.flavour) == torch.float32
+        _retype(model, slot.parameter, torch.float32 if wide else compute)
+    unknown = set(e4m3)
+    for owner, attribute, layer in list(quantize.linears(model)):
+        if layer.name in e4m3:
+            setattr(owner, attribute, quantize.quantise_layer(layer, amax=1.0))
+            unknown.discard(layer.name)
+    if unknown:
+        raise ConfigError("the plan names layers that this network lacks", got=", ".join(sorted(unknown)[:4]))
+    return model.requires_grad_(False).eval()
+
+
+def _retype(model: nn.Module, path: str, dtype: torch.dtype) -> None:
+    owner = model.get_submodule(path.rpartition(".")[0])
+    name = path.rpartition(".")[2]
+    shape = getattr(owner, name).shape
+    setattr(owner, name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
+
+
+def quantised(model: nn.Module) -> frozenset[str]:
+    """Names of the E4M3 layers of a model."""
+    return frozenset(layer.name for layer in model.modules() if isinstance(layer, Fp8Linear))
+
+
+def values(model: Pi, outlined: Pi) -> dict[str, Tensor]:
+    """{parameter: the model's numbers in the outline's type}; a parameter of that type already is not copied."""
+    wanted = dict(outlined.named_parameters())
+    found = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if lost := sorted(set(wanted) ^ set(found)):
+        raise ConfigError("the model is not quantised as its outline is", got=", ".join(lost[:4]))
+    return {name: found[name].to(wanted[name].dtype) for name in wanted}
+
+
+def digest(numbers: dict[str, Tensor], names: Collection[str]) -> str:
+    """16 hex digits of the weights and scales called `names`, sampled as `checkpoints.fingerprint` does."""
+    whole = hashlib.sha256()
+    for name in sorted(names):
+        value = numbers[name]
+        whole.update(f"{name} {part(value.view(torch.uint8) if value.dtype.itemsize == 1 else value)}\n".encode())
+    return whole.hexdigest()[:16]

@@ -1,0 +1,52 @@
+"""Each network, computed by the evaluator from its definition, is the model; broken definitions are not."""
+
+from __future__ import annotations
+
+import pytest
+from wanted import Subject
+
+from vivace.backends.tensorrt.networks import PARTS
+
+FP16, FP8 = 0.9999, 0.999
+
+
+@pytest.mark.parametrize("kind", ["pi05", "pi0"])
+@pytest.mark.parametrize("options", [{}, {"baked": True}, {"fused": True}], ids=["inputs", "baked", "fused"])
+def test_in_float32_it_is_the_model_to_rounding(rtx, kind, options):
+    subject = Subject(rtx, kind=kind, **options)
+    for part in PARTS:
+        assert subject.worst(subject.write(part)) > 1.0 - 1e-9, part
+
+
+@pytest.mark.parametrize("kind", ["pi05", "pi0"])
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+def test_half_precision(rtx, kind, base):
+    subject = Subject(rtx, kind=kind, base=base)
+    for part in PARTS:
+        assert subject.worst(subject.write(part)) >= FP16, part
+
+
+@pytest.mark.parametrize("plan", ["fp8-mlp", "fp8-all"])
+@pytest.mark.parametrize("kind", ["pi05", "pi0"])
+def test_a_plan_quantises_exactly_what_the_model_quantises(rtx, plan, kind):
+    """In float32 only the E4M3 roundings are left, and every one of them is in the model's place."""
+    subject = Subject(rtx, kind=kind, plan=plan)
+    for part in PARTS:
+        wanted = subject.wanted(part, simulated=True)
+        assert subject.worst(subject.write(part), wanted=wanted) > 1.0 - 1e-6, part
+
+
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+@pytest.mark.parametrize("plan", ["fp8-mlp", "fp8-full", "fp8-all"])
+def test_fp8_plans(rtx, plan, base):
+    """Against the plan's own numbers; against float32 a network may lose what E4M3 loses there and 10 % more."""
+    subject = Subject(rtx, base=base, plan=plan)
+    for part in PARTS:
+        got, simulated, truth = (
+            subject.evaluate(subject.write(part)), subject.wanted(part, simulated=True), subject.wanted(part),
+        )  # fmt: skip
+        assert subject.alike(got, simulated) >= FP8, part
+        lost, own = 1.0 - subject.alike(got, truth), 1.0 - subject.alike(simulated, truth)
+        assert lost <= max(1.1 * own, 1.0 - FP8), part
+        if plan == "fp8-mlp":
+            assert lost <= 1.0 - FP8, part
