@@ -1,8 +1,10 @@
-"""What it brings to run the first denoise step behind the prefix: the whole policy with and without, in one process.
+"""What it brings to run the first denoise step behind the prefix, and to bring weights before the wait: the whole policy as
+one graph in each way, in one process.
 
     PYTHONPATH=src python benchmarks/wavefront_probe.py --out results.json
 
-Both graphs run the same kernels on the same data, so their actions must be equal in every bit; nothing is timed before that.
+The serial and the wavefront graph run the same kernels on the same data, so their actions must be equal in every bit; early
+weights sum in another order, and are compared with float32 on the same weights. Nothing is timed before that.
 """
 
 from __future__ import annotations
@@ -13,34 +15,44 @@ from typing import Any
 
 import gpu_probe
 import torch
+from torch import Tensor
 
 from vivace.backends import cuda_graph
 from vivace.config import EngineConfig, ModelConfig
 from vivace.model.pi import Pi
 from vivace.ops import denoise, prefill
+from vivace.ops.table import reference_ops
 from vivace.precision import calibrate, plan, quantize
 
 ENGINE = EngineConfig(num_denoise_steps=10, prompt_bucket=8)
 
 
-def backend(model: Pi, *, wavefront: bool) -> cuda_graph.CudaGraphBackend:
-    ops = denoise.denoise_ops(prefill.prefill_ops(model))
+WAYS = {"serial": (False, False), "wavefront": (True, False), "early": (True, True)}
+
+
+def backend(model: Pi, *, wavefront: bool, early: bool) -> cuda_graph.CudaGraphBackend:
+    ops = denoise.denoise_ops(prefill.prefill_ops(model), early_weights=early)
     return cuda_graph.CudaGraphBackend(model, ENGINE, ops=ops, wavefront=wavefront)
 
 
 @torch.no_grad()
-def compare(model: Pi, name: str, report: dict[str, Any]) -> None:
+def compare(model: Pi, name: str, truth: dict[str, Tensor], report: dict[str, Any]) -> None:
     for setting, shape in gpu_probe.SETTINGS.items():
         inputs, noise = gpu_probe.request(shape, model.config, 7)
         other = gpu_probe.request(shape, model.config, 8)
-        made = {kind: backend(model, wavefront=kind == "wavefront") for kind in ("serial", "wavefront")}
+        made = {kind: backend(model, wavefront=ahead, early=early) for kind, (ahead, early) in WAYS.items()}
         replays = {kind: b.graph_of(inputs, noise) for kind, b in made.items()}
         answers = {kind: b.infer(inputs, noise) for kind, b in made.items()}
         others = {kind: b.infer(*other) for kind, b in made.items()}
-        same = sum(torch.equal(made["wavefront"].infer(inputs, noise), answers["serial"]) for _ in range(200))
+        same = {
+            kind: sum(torch.equal(b.infer(inputs, noise), answers[kind]) for _ in range(300))
+            for kind, b in made.items()
+        }
         row: dict[str, Any] = {
-            "equal": bool(torch.equal(*answers.values())), "equal_other": bool(torch.equal(*others.values())),
-            "bit_identical": f"{same}/200", "changes_with_input": not torch.equal(answers["serial"], others["serial"]),
+            "equal": torch.equal(answers["serial"], answers["wavefront"]),
+            "equal_other": torch.equal(others["serial"], others["wavefront"]), "bit_identical_of_300": same,
+            "error": {kind: gpu_probe.error(x, truth[setting]) for kind, x in answers.items()},
+            "changes_with_input": not torch.equal(answers["early"], others["early"]),
         }  # fmt: skip
         for _ in range(2):
             for kind, replay in replays.items():
@@ -51,19 +63,28 @@ def compare(model: Pi, name: str, report: dict[str, Any]) -> None:
         torch.cuda.empty_cache()
 
 
+@torch.no_grad()
+def reference(wide: Pi) -> dict[str, Tensor]:
+    """Float32 actions of every setting."""
+    b = gpu_probe.eager.create(wide, ENGINE)
+    return {s: b.infer(*gpu_probe.request(shape, wide.config, 7)) for s, shape in gpu_probe.SETTINGS.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     report: dict[str, Any] = {"environment": gpu_probe.environment()}
     model = gpu_probe.random_model(ModelConfig())
-    compare(model, "bf16", report)
+    truth = reference(gpu_probe.float32_copy(model))
+    compare(model, "bf16", truth, report)
+    model.ops = reference_ops()
     with torch.no_grad(), calibrate.watch(model) as ranges:
         inputs, noise = gpu_probe.request((3, 200, 50), model.config, 99)
         b = gpu_probe.eager.create(model, ENGINE)
         b.denoise(b.prefill(inputs), noise)
     quantize.apply(model, calibrate.with_ranges(plan.preset("fp8-all"), ranges, data="synthetic: probe"))
-    compare(model, "fp8-all", report)
+    compare(model, "fp8-all", truth, report)
     with open(args.out, "w") as file:
         json.dump(report, file, indent=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from vivace.backends.loop import run_flow
 from vivace.backends.spans import Spans
 from vivace.config import EngineConfig, GemmaConfig, VisionConfig
 from vivace.ops import denoise, prefill
+from vivace.ops.table import reference_ops
 from vivace.precision.flavours import parameter_dtype
 from vivace.types import ModelInputs, PreviousChunk
 
@@ -107,7 +109,8 @@ def network():
         tiny_config("pi05"),
         vision=VisionConfig(width=144, layers=2, mlp_width=304, num_heads=2, patch_size=14, image_size=224),
         prefix=GemmaConfig(width=512, layers=4, mlp_width=1024, num_heads=8, num_kv_heads=1, head_dim=256),
-        expert=GemmaConfig(width=256, layers=4, mlp_width=512, num_heads=8, num_kv_heads=1, head_dim=256),
+        # full width: what kernels with early weights are cut for
+        expert=GemmaConfig(width=1024, layers=4, mlp_width=4096, num_heads=8, num_kv_heads=1, head_dim=256),
     )
 
     def bf16(name):
@@ -116,8 +119,8 @@ def network():
     return build(config, random_tensors(config), dtype_of=bf16, device="cuda")
 
 
-def backend_of(model, *, wavefront):
-    ops = denoise.denoise_ops(prefill.prefill_ops(model))
+def backend_of(model, *, wavefront, early_weights=False):
+    ops = denoise.denoise_ops(prefill.prefill_ops(model), early_weights=early_weights)
     return cuda_graph.CudaGraphBackend(model, EngineConfig(num_denoise_steps=4), ops=ops, wavefront=wavefront)
 
 
@@ -129,13 +132,16 @@ def gpu_request(seed, tokens=9):
 
 @gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("horizon", [10, 20])
 @pytest.mark.parametrize("mode", [None, "trained", "guided"])
-def test_it_gives_the_bits_of_the_serial_order_for_every_kind_of_chunking(network, mode):
-    serial, behind = backend_of(network, wavefront=False), backend_of(network, wavefront=True)
-    noise, previous = torch.randn(1, 20, 32, device="cuda"), None
+def test_it_gives_the_bits_of_the_serial_order_for_every_kind_of_chunking(network, mode, horizon, early):
+    serial = backend_of(network, wavefront=False, early_weights=early)
+    behind = backend_of(network, wavefront=True, early_weights=early)
+    noise, previous = torch.randn(1, horizon, 32, device="cuda"), None
     if mode is not None:
-        weights = torch.linspace(1, 0, 20, device="cuda") if mode == "guided" else None
-        previous = PreviousChunk(torch.randn(1, 20, 32, device="cuda"), 3, mode, weights)
+        weights = torch.linspace(1, 0, horizon, device="cuda") if mode == "guided" else None
+        previous = PreviousChunk(torch.randn(1, horizon, 32, device="cuda"), 3, mode, weights)
     for seed in range(100):
         inputs = gpu_request(seed)
         wanted = serial.denoise(serial.prefill(inputs), noise, previous=previous)
@@ -144,9 +150,27 @@ def test_it_gives_the_bits_of_the_serial_order_for_every_kind_of_chunking(networ
 
 @gpu
 @pytest.mark.gpu
-def test_no_key_is_read_before_this_replay_has_written_it(network, monkeypatch):
+@pytest.mark.parametrize("horizon", [10, 20])
+def test_early_weights_lose_no_more_than_plain_bfloat16(network, horizon):
+    engine = EngineConfig(num_denoise_steps=4)
+    inputs, noise = gpu_request(3), torch.randn(1, horizon, 32, device="cuda")
+    wide = copy.deepcopy(network).float()
+    wide.ops = reference_ops()
+    truth = eager.create(wide, engine).infer(inputs, noise)
+    network.ops = reference_ops()
+    plain = eager.create(network, engine).infer(inputs, noise)
+    got = backend_of(network, wavefront=True, early_weights=True).infer(inputs, noise)
+    assert (got - truth).norm() <= 1.25 * (plain - truth).norm()
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("wavefront", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+def test_no_key_is_read_before_this_replay_has_written_it(network, monkeypatch, wavefront, early):
     """Keys and values are poisoned before every replay: whoever reads one too early gets NaN."""
-    behind, caches, original = backend_of(network, wavefront=True), [], network.prefill
+    behind, caches = backend_of(network, wavefront=wavefront, early_weights=early), []
+    original = network.prefill
 
     def kept(*args, **kwargs):
         caches.append(original(*args, **kwargs))

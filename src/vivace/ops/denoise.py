@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import denoise_attention, denoise_boundary, denoise_gemm, denoise_norm, launch
+from . import denoise_ahead, denoise_attention, denoise_boundary, denoise_gemm, denoise_norm, launch
+from .denoise_ahead import AheadTile, AheadTiles
 from .denoise_attention import AttentionTile
 from .denoise_gemm import Tile
 from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
@@ -41,6 +42,7 @@ class Tiles:
     norm_early: int = launch.EARLY
     boundary_warps: int = 16
     norm_carveout: int = launch.BY_DRIVER  # of norms and boundary; products and attention have their own
+    ahead: AheadTiles | None = None  # products whose weights arrive before their wait, where they can run
 
 
 def shared(
@@ -68,7 +70,7 @@ TILES: dict[tuple[int, bool], Tiles] = {
             o=Tile(32, 64, split_k=4, stages=6, early=True),
             gate_up=Tile(32, 128, stages=5),
             down=Tile(64, 128, split_k=8, early=True),
-            attention=AttentionTile(16, 32, 4, 2, 4, torch.bfloat16, early=True, combine_early=launch.EARLY),
+            attention=AttentionTile(16, 32, 4, 2, 4, torch.bfloat16, early=launch.EARLY, combine_early=launch.EARLY),
             norm_early=launch.FIRST,
         )
     ),
@@ -78,27 +80,27 @@ TILES: dict[tuple[int, bool], Tiles] = {
             o=Tile(32, 256, split_k=8, stages=1, early=True, ahead=True),
             gate_up=Tile(32, 128, stages=6, ahead=True),
             down=Tile(32, 128, split_k=8, early=True),
-            attention=AttentionTile(16, 32, 4, 1, 4, torch.bfloat16, early=True, combine_early=launch.EARLY),
+            attention=AttentionTile(16, 32, 4, 1, 4, torch.bfloat16, early=launch.EARLY, combine_early=launch.EARLY),
         )
     ),
     (MAX_ROWS, False): Tiles(
-        attention_short=AttentionTile(32, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=launch.EARLY),
-        attention_mid=AttentionTile(64, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=launch.EARLY),
+        attention_short=AttentionTile(32, 64, 8, 4, 8, torch.bfloat16, early=launch.EARLY, combine_early=launch.EARLY),
+        attention_mid=AttentionTile(64, 64, 8, 4, 8, torch.bfloat16, early=launch.EARLY, combine_early=launch.EARLY),
         qkv=Tile(16, 128, stages=5, early=True),
         o=Tile(32, 256, split_k=4, stages=3, bulk=True, early=True),
         gate_up=Tile(32, 128, bulk=True),
         down=Tile(32, 256, split_k=4, bulk=True, early=True),
-        attention=AttentionTile(32, 128, 8, 4, 8, torch.bfloat16, early=True, combine_early=launch.FIRST),
+        attention=AttentionTile(32, 128, 8, 4, 8, torch.bfloat16, early=launch.EARLY, combine_early=launch.FIRST),
     ),
     (MAX_ROWS, True): Tiles(
         attention_short=AttentionTile(
-            32, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=launch.EARLY, carveout=launch.MOST
+            32, 64, 8, 4, 8, torch.bfloat16, early=launch.EARLY, combine_early=launch.EARLY, carveout=launch.MOST
         ),
         qkv=Tile(16, 256, stages=5, early=True),
         o=Tile(32, 256, split_k=4, stages=3, bulk=True, early=True),
         gate_up=Tile(16, 256),
         down=Tile(32, 256, split_k=8, stages=3, bulk=True, early=True),
-        attention=AttentionTile(64, 64, 8, 4, 8, torch.bfloat16, early=True, combine_early=launch.EARLY),
+        attention=AttentionTile(64, 64, 8, 4, 8, torch.bfloat16, early=launch.EARLY, combine_early=launch.EARLY),
         norm_carveout=launch.MOST,
     ),
 }
@@ -108,6 +110,22 @@ def tiles_for(rows: int, layer: AnyLinear) -> Tiles:
     """The row of `TILES` that fits."""
     quantised = isinstance(layer, Fp8Linear)
     return next(tiles for (most, fp8), tiles in TILES.items() if rows <= most and fp8 == quantised)
+
+
+def with_early_weights(tiles: Tiles, rows: int, layer: AnyLinear) -> Tiles:
+    """`tiles` with the products of `denoise_ahead`, and neighbours that let those start before their own wait.
+
+    Unchanged where there are no cuts for this many rows, or the GPU is no Hopper.
+    """
+    cuts = denoise_ahead.tiles_for(rows, layer)
+    if cuts is None:
+        return tiles
+    first = {
+        name: replace(tile, early=launch.FIRST, combine_early=launch.FIRST)
+        for name in ("attention", "attention_short", "attention_mid")
+        if (tile := getattr(tiles, name)) is not None
+    }
+    return replace(tiles, ahead=cuts, norm_early=cuts.norm_early, **first)
 
 
 def _rows(x: Tensor) -> int:
@@ -122,13 +140,15 @@ def _small(x: Tensor) -> bool:
 class Denoise:
     """The operations as methods, contracts in `ops.reference`; what is too large for them goes to `base`.
 
-    tiles   replaces the tuned table
-    record  called with (layer, operation, kernel) whenever one of these kernels is launched
+    tiles          replaces the tuned table
+    record         called with (layer, operation, kernel) whenever one of these kernels is launched
+    early_weights  Hopper: products bring their weights before they wait (`denoise_ahead`), and the whole chain looks ahead
     """
 
     base: OpTable
     tiles: Tiles | None = None
     record: Recorder | None = None
+    early_weights: bool = False
 
     def rms_norm(self, x: Tensor, norm: RmsNorm, modulation: Tensor | None, into: AnyLinear) -> Tensor:
         """`reference.rms_norm`."""
@@ -169,7 +189,12 @@ class Denoise:
         if not _small(x) or isinstance(norm, LayerNorm):
             return self.base.linear_residual_norm(x, layer, residual, gate, norm, modulation, into)
         chosen = self._chosen(_rows(x), layer, layer.name, "linear_residual_norm")
-        parts = denoise_gemm.parts(_flat(x), layer, chosen.down if layer.name.endswith("down") else chosen.o)
+        field = "down" if layer.name.endswith("down") else "o"
+        ahead = _ahead(chosen, field, x, layer)
+        if ahead is not None:
+            parts = denoise_ahead.parts(_flat(x), layer, ahead)
+        else:
+            parts = denoise_gemm.parts(_flat(x), layer, getattr(chosen, field))
         total, normed = denoise_norm.sum_norm(
             parts,
             _flat(residual),
@@ -187,8 +212,11 @@ class Denoise:
         """`reference.geglu`."""
         if not _small(x):
             return self.base.geglu(x, layer, into)
-        tile = self._chosen(_rows(x), layer, layer.name, "geglu").gate_up
-        return denoise_gemm.geglu(_flat(x), layer, into, tile).view(*x.shape[:-1], -1)
+        chosen = self._chosen(_rows(x), layer, layer.name, "geglu")
+        ahead = _ahead(chosen, "gate_up", x, layer)
+        if ahead is not None:
+            return denoise_ahead.geglu(_flat(x), layer, into, ahead).view(*x.shape[:-1], -1)
+        return denoise_gemm.geglu(_flat(x), layer, into, chosen.gate_up).view(*x.shape[:-1], -1)
 
     def qkv_rope(
         self, x: Tensor, layer: AnyLinear, rope: Table, heads: tuple[int, int, int]
@@ -198,8 +226,12 @@ class Denoise:
             return self.base.qkv_rope(x, layer, rope, heads)
         N, K, head_dim = heads
         cos, sin = (table.reshape(-1, head_dim // 2) for table in rope)
-        tile = self._chosen(_rows(x), layer, layer.name, "qkv_rope").qkv
-        packed = denoise_gemm.qkv(_flat(x), layer, (cos, sin), heads, tile)
+        chosen = self._chosen(_rows(x), layer, layer.name, "qkv_rope")
+        ahead = _ahead(chosen, "qkv", x, layer)
+        if ahead is not None and head_dim // 2 % ahead.block_n == 0:
+            packed = denoise_ahead.qkv(_flat(x), layer, (cos, sin), heads, ahead)
+        else:
+            packed = denoise_gemm.qkv(_flat(x), layer, (cos, sin), heads, chosen.qkv)
         q, k, v = packed.view(*x.shape[:-1], N + 2 * K, head_dim).split([N, K, K], dim=-2)
         return q, k, v
 
@@ -241,7 +273,17 @@ class Denoise:
         """The cuts for this call, which is noted for coverage."""
         if self.record is not None:
             self.record(name, operation, "triton")
-        return self.tiles if self.tiles is not None else tiles_for(rows, layer)
+        tiles = self.tiles if self.tiles is not None else tiles_for(rows, layer)
+        return with_early_weights(tiles, rows, layer) if self.early_weights else tiles
+
+
+def _ahead(tiles: Tiles, field: str, x: Tensor, layer: AnyLinear) -> AheadTile | None:
+    """The cut with early weights of this product, None where it cannot run."""
+    tile: AheadTile | None = getattr(tiles.ahead, field, None)
+    pairs = 2 if field in ("qkv", "gate_up") else 1
+    if tile is None or denoise_ahead.why_not(layer, tile, rows=_rows(x), pairs=pairs) is not None:
+        return None
+    return tile
 
 
 def _attention_tile(tiles: Tiles, cached_keys: int) -> AttentionTile:
@@ -250,9 +292,11 @@ def _attention_tile(tiles: Tiles, cached_keys: int) -> AttentionTile:
     return (tiles.attention_mid if cached_keys <= MAX_MID_KEYS else None) or tiles.attention
 
 
-def denoise_ops(base: OpTable, tiles: Tiles | None = None, *, record: Recorder | None = None) -> OpTable:
+def denoise_ops(
+    base: OpTable, tiles: Tiles | None = None, *, record: Recorder | None = None, early_weights: bool = False
+) -> OpTable:
     """`base`, with calls of at most MAX_ROWS rows taken by the kernels of this file; see `Denoise`."""
-    ops = Denoise(base, tiles, record)
+    ops = Denoise(base, tiles, record, early_weights)
     return replace(
         base,
         rms_norm=ops.rms_norm,

@@ -33,7 +33,7 @@ class AttentionTile:
     combine_rows: int = 2
     combine_warps: int = 4
     parts: torch.dtype = torch.float32
-    early: bool = False
+    early: int = launch.LATE
     combine_early: int = launch.LATE
     carveout: int = launch.BY_DRIVER
 
@@ -58,15 +58,19 @@ def _split_kernel(
         k_block = tl.load(past_k + past_token * past_k_stride + at)
         v_block = tl.load(past_v + past_token * past_v_stride + at)
         if PDL:
+            if EARLY == 2:
+                gdc_launch_dependents()
             gdc_wait()
     else:
         if PDL:
+            if EARLY == 2:
+                gdc_launch_dependents()
             gdc_wait()
         k_from = tl.where(old[:, None], past_k + past_token * past_k_stride, k + own_token * k_stride)
         v_from = tl.where(old[:, None], past_v + past_token * past_v_stride, v + own_token * v_stride)
         k_block = tl.load(k_from + at, mask=inside[:, None], other=0.0)
         v_block = tl.load(v_from + at, mask=inside[:, None], other=0.0)
-    if PDL and EARLY:
+    if PDL and EARLY == 1:
         gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = rows // GROUP, kv * GROUP + rows % GROUP
