@@ -46,7 +46,11 @@ def test_files_are_what_lerobot_reads(folder):
     info = json.loads((folder / "meta/info.json").read_text())
     assert info["codebase_version"] == "v3.0"
     assert (info["fps"], info["total_episodes"], info["total_frames"], info["total_tasks"]) == (50, 2, 7, 2)
-    assert info["features"][IMAGES[1]] == {"dtype": "image", "shape": [8, 8, 3], "names": ["height", "width", "channels"]}
+    assert info["features"][IMAGES[1]] == {
+        "dtype": "image",
+        "shape": [8, 8, 3],
+        "names": ["height", "width", "channels"],
+    }
     assert info["features"]["action"]["names"] == ["x", "y", "z", "grip"]
     for name in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
         assert info["features"][name]["shape"] == [1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,7 +75,9 @@ def test_a_recipe_becomes_a_policy(tmp_path, capsys):
 
 
 def test_resumed_from_half_way_is_the_whole_run(tmp_path, capsys):
-    whole = RECIPE.replace("DATA", RECORDED).replace('corrections = [{at=0.5, sources=[{task="conveyor", episodes=1}]}]', "")
+    whole = RECIPE.replace("DATA", RECORDED).replace(
+        'corrections = [{at=0.5, sources=[{task="conveyor", episodes=1}]}]', ""
+    )
     whole = whole.replace('sources = [{task="static", episodes=1}]\n\nprocesses', "processes")
     (tmp_path / "whole.toml").write_text(whole)
     (tmp_path / "half.toml").write_text(whole.replace("save_every = 3", "save_every = 4"))
@@ -137,3 +140,32 @@ def test_bad_use_is_explained(capsys, tmp_path, monkeypatch, arguments, message)
     code, _, text = call(capsys, *arguments)
     assert code == 2
     assert message in text
+
+
+def test_the_module_trains_on_bare_machines(tmp_path, capsys):
+    from vivace.train.__main__ import main as bare
+
+    text = RECIPE.replace("DATA", RECORDED)
+    (tmp_path / "toy.toml").write_text(text[: text.index("[closed_loop]")])
+    assert bare([str(tmp_path / "toy.toml"), str(tmp_path / "run")]) == 0
+    assert open_checkpoint(tmp_path / "run/policy").model.horizon == 12
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["event"] for row in lines] == [row["event"] for row in log_of(tmp_path / "run")]
+    assert bare([str(tmp_path / "toy.toml"), str(tmp_path / "run")]) == 2
+    assert bare([]) == 2
+
+
+def test_a_bundled_policy_is_found_by_name_and_hides_nothing(tmp_path, monkeypatch):
+    from vivace.checkpoints import bundled
+    from vivace.errors import CheckpointError
+
+    monkeypatch.setattr(bundled, "POLICIES", tmp_path / "policies")
+    monkeypatch.chdir(tmp_path)
+    assert bundled.names() == []
+    (tmp_path / "policies/one").mkdir(parents=True)
+    assert bundled.find(Path("one")) == tmp_path / "policies/one"
+    assert bundled.find(Path("two")) == Path("two")
+    (tmp_path / "one").mkdir()
+    assert bundled.find(Path("one")) == Path("one")
+    with pytest.raises(CheckpointError, match="one of \\['one'\\]"):
+        open_checkpoint("two")

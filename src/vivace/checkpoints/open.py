@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError
+from . import bundled
 from .folder import INDEX, WEIGHTS, has_weights, read_json
 from .lerobot import open_lerobot
 from .openpi_torch import open_openpi_torch
@@ -31,7 +32,8 @@ def open_checkpoint(
     """Open a pi0 or pi0.5 checkpoint of openpi (PyTorch or JAX), LeRobot 0.4 to 0.6, or transformers.
 
     Args:
-        path: the checkpoint folder; its `model.safetensors` or `params/`; or a training folder of numbered steps.
+        path: the checkpoint folder; its `model.safetensors` or `params/`; a training folder of numbered steps; or the
+            name of a policy that comes with vivace.
         horizon: actions per chunk; None = what the folder says, else 50 with a note.
         vision_heads: heads of the vision tower; needed only where its width is no multiple of 72.
         num_heads, head_dim: heads of both Gemma stacks; needed only if there is more than one key/value head.
@@ -49,12 +51,13 @@ def open_checkpoint(
 
 def find_folder(path: Path) -> tuple[Path, list[str]]:
     """The folder to open for what a person named, and a note where a choice was made. Raises CheckpointError."""
+    path = bundled.find(path)
     if path.is_file() and path.name in (WEIGHTS, INDEX):
         path = path.parent
     if not path.is_dir():
         raise CheckpointError(
             f"there is no checkpoint folder {path}",
-            wanted="a local folder with model.safetensors or params/",
+            wanted=f"a local folder with model.safetensors or params/, or one of {bundled.names()}",
             do="download it first; vivace never fetches anything",
         )
     if (path / MANIFEST).is_file() and path.name == "params":
