@@ -18,10 +18,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 40  # without its docstring: a contract may take the space that it needs
 
-# Imports go one way: a package may import those of a lower rank, and of its own rank only itself.
+# Imports go one way: a package may import those of a lower rank, and of its own rank only itself. Training stands on the
+# simulation, where its demonstrations come from.
 RANK = {
     "types": 0, "config": 0, "errors": 0, "robots": 1, "checkpoints": 1, "ops": 1, "precision": 1, "model": 2,
-    "backends": 3, "runtime": 4, "serving": 5, "check": 6, "sim": 6, "train": 7, "cli": 8,  # demonstrations for training come from the simulation
+    "backends": 3, "runtime": 4, "serving": 5, "check": 6, "sim": 6, "train": 7, "cli": 8,
 }  # fmt: skip
 # A precision plan names layers of ops and is calibrated on a model; it does not know who executes them.
 ALLOWED = {("precision", "ops"), ("precision", "model"), ("ops", "precision"), ("precision", "checkpoints")}
