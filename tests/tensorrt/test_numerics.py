@@ -39,7 +39,7 @@ def test_a_plan_quantises_exactly_what_the_model_quantises(rtx, plan, kind):
 @pytest.mark.parametrize("base", ["fp16", "bf16"])
 @pytest.mark.parametrize("plan", ["fp8-mlp", "fp8-full", "fp8-all"])
 def test_fp8_plans(rtx, plan, base):
-    """Against the plan's own numbers; against float32 a network may lose what E4M3 loses there and 10 % more."""
+    """Against the plan's own numbers; against float32 the error may be a quarter larger than what E4M3 costs the model."""
     subject = Subject(rtx, base=base, plan=plan)
     for part in PARTS:
         got, simulated, truth = (
@@ -47,6 +47,6 @@ def test_fp8_plans(rtx, plan, base):
         )  # fmt: skip
         assert subject.alike(got, simulated) >= FP8, part
         lost, own = 1.0 - subject.alike(got, truth), 1.0 - subject.alike(simulated, truth)
-        assert lost <= max(1.1 * own, 1.0 - FP8), part
+        assert lost <= max(1.25**2 * own, 1.0 - FP8), part  # a cosine's loss is half the squared error
         if plan == "fp8-mlp":
             assert lost <= 1.0 - FP8, part

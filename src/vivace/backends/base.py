@@ -82,6 +82,9 @@ BACKENDS: dict[str, BackendEntry] = {
     "cuda_graph": BackendEntry(
         "vivace.backends.cuda_graph", "Triton kernels, captured as CUDA graphs per shape bucket"
     ),
+    "tensorrt": BackendEntry(
+        "vivace.backends.tensorrt", "TensorRT or TensorRT-RTX engines, built from the model", judges_model=True
+    ),
 }
 
 

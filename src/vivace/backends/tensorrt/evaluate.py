@@ -169,7 +169,8 @@ def _shuffle(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
     before = [0] * len(shape)
     for position, axis in enumerate(second):
         before[axis] = shape[position]
-    return x.reshape(before).permute(second)
+    turned: Tensor = x.reshape(before).permute(second)
+    return turned
 
 
 def _concatenation(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
@@ -197,12 +198,15 @@ def _quantize(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
 
 def _dequantize(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
     x, scale = inputs[0].float(), inputs[1].float()
-    return x * _along(scale, x, layer.axis)
+    wide: Tensor = x * _along(scale, x, layer.axis)
+    return wide
 
 
 def _gather(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
     table, rows = inputs
-    return torch.index_select(table, layer.axis, rows.long().flatten()).unflatten(layer.axis, rows.shape)
+    picked = torch.index_select(table, layer.axis, rows.long().flatten())
+    found: Tensor = picked.unflatten(layer.axis, rows.shape)
+    return found
 
 
 def _select(_layer: Layer, inputs: Sequence[Tensor]) -> Tensor:

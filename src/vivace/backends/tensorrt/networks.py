@@ -93,7 +93,7 @@ def write(
     owner = _Owner(module)
     names = {id(parameter): name for name, parameter in outlined.named_parameters()}
     given = _Given(names, numbers or {}, baked)
-    writer = Writer(module, owner.definition, given.value)
+    writer = Writer(module, owner.definition, given)
     with torch.no_grad():
         _WRITERS[part](outlined, writer, shapes, fused)
     return Network(part, module, shapes, owner.definition, given.used, writer.constants, outlined, baked, owner)
@@ -122,15 +122,16 @@ class _Given:
     def value(self, writer: Writer, parameter: Tensor) -> Sym:
         """The parameter as a value, the same each time."""
         if id(parameter) not in self._names:
-            whole = parameter._base
-            assert whole is not None, "not a parameter of the outline"
-            assert parameter.storage_offset() == 0, "only leading columns are used"
-            return writer.slice(self.value(writer, whole), 1, 0, parameter.shape[1])
+            return writer.slice(self.value(writer, _whole(parameter)), 1, 0, parameter.shape[1])
         name = self._names[id(parameter)]
         if name not in writer.known:
             writer.known[name] = self._new(writer, name, parameter)
             self.used.append(name)
         return writer.known[name]
+
+    def name(self, parameter: Tensor) -> str:
+        """Its path in the model; a view has the name of its whole."""
+        return self._names[id(parameter if id(parameter) in self._names else _whole(parameter))]
 
     def _new(self, writer: Writer, name: str, parameter: Tensor) -> Sym:
         early = name.endswith("_scale") and not writer.module.is_rtx  # "must be a build-time constant"
@@ -141,6 +142,13 @@ class _Given:
                 f"{writer.module.label} needs {name} when it builds", do="give the loaded model's numbers"
             )
         return writer.constant(self._numbers[name], name=name)
+
+
+def _whole(view: Tensor) -> Tensor:
+    whole = view._base
+    assert whole is not None, "not a parameter of the outline"
+    assert view.storage_offset() == 0, "only leading columns are used"
+    return whole
 
 
 def _outlined(outlined: Pi, writer: Writer, shapes: Shapes, mask: Sym | None, fused: bool) -> Pi:

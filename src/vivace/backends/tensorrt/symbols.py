@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -111,7 +111,8 @@ def _add(x: Sym, other: Sym, *, alpha: float = 1.0) -> Sym:
 
 
 def _linear(x: Sym, weight: Tensor, bias: Tensor | None = None) -> Sym:
-    product = x.writer.matmul(x, x.writer.parameter(weight), name="linear", transpose=True)
+    layer = x.writer.layer_of(weight)
+    product = x.writer.matmul(x, x.writer.parameter(weight), name=f"linear|{layer}", transpose=True)
     return product if bias is None else product + x.writer.parameter(bias)
 
 
@@ -119,18 +120,30 @@ def _silu(x: Sym, inplace: bool = False) -> Sym:
     return x * x.writer.activation("SIGMOID", x)
 
 
+class Given(Protocol):
+    """Where parameters come from."""
+
+    def value(self, writer: Writer, parameter: Tensor) -> Sym:
+        """The parameter as a value of the network."""
+        ...
+
+    def name(self, parameter: Tensor) -> str:
+        """Its path in the model."""
+        ...
+
+
 class Writer:
     """Appends layers to one network definition.
 
-    parameter  turns a parameter of the skeleton into a value: an input of the network, or a constant
+    given      turns a parameter of the outline into a value: an input of the network, or a constant
     constants  {layer name: its numbers}: what TensorRT does not hand back of FP8 and BF16 constants
     """
 
-    def __init__(self, module: Module, definition: Definition, parameter: Callable[[Writer, Tensor], Sym]) -> None:
+    def __init__(self, module: Module, definition: Definition, given: Given) -> None:
         self.module, self.definition = module, definition
         self.constants: dict[str, Tensor] = {}
         self.known: dict[Any, Sym] = {}
-        self._parameter = parameter
+        self._given = given
         self._names: dict[str, int] = {}
 
     # --- values ---------------------------------------------------------------------------------------------------
@@ -148,7 +161,11 @@ class Writer:
 
     def parameter(self, parameter: Tensor) -> Sym:
         """A weight, norm, bias or scale; the same one each time."""
-        return self._parameter(self, parameter)
+        return self._given.value(self, parameter)
+
+    def layer_of(self, parameter: Tensor) -> str:
+        """Name of the layer that a parameter belongs to."""
+        return self._given.name(parameter).rpartition(".")[0]
 
     def constant(self, value: Tensor, *, name: str = "constant") -> Sym:
         """Numbers stored in the network. They are kept alive as long as this writer: TensorRT holds their address."""

@@ -1,0 +1,205 @@
+"""Does the network that will be built run every matrix product in the type that the plan says? Read from the definition.
+
+For each MatrixMultiply both operands are followed back through layers that only reshape. A product is E4M3 when both come
+out of a DequantizeLinear with a float32 scale whose own input is E4M3: one side quantised on the way in under one scale,
+the other a stored weight with a scale per output channel. Anything else runs in the type of its operands. Types
+are binding in a strongly typed network, so what is written here is what is built.
+
+Every mismatch is an error: a layer in another type than the plan or the checkpoint's flavour says, operands that differ, a
+product that is missing, one that nobody asked for. `record` fills the table that the Triton engine reports in too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...errors import NumericsError
+from ...model.pi import Pi
+from ...ops.layers import Fp8Linear, Linear
+from ...precision.coverage import E4M3, Coverage, Seen
+from .evaluate import torch_dtype, walk
+from .module import Definition
+from .networks import Network, Part
+
+MOVES = ("SHUFFLE", "IDENTITY", "SLICE")
+ATTENTION = ("attention_scores", "attention_mix", "attention")
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product of a network.
+
+    layer      the linear, or for the two products of attention the linear that reads their result
+    precision  "e4m3", "float16", ... or what is wrong with its operands
+    """
+
+    layer: str
+    operation: str
+    precision: str
+    flops: float
+    moved_bytes: float
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it has no weights."""
+        return self.operation in ATTENTION
+
+
+def products(network: Network) -> tuple[Product, ...]:
+    """Every matrix product, in the order of the definition."""
+    api = network.module.api
+    layers = list(walk(network.definition, api))
+    makers = {layer.get_output(0).name: (kind, layer) for kind, layer in layers}
+    found = []
+    for kind, layer in layers:
+        if kind not in ("MATRIX_MULTIPLY", "ATTENTION_INPUT"):
+            continue
+        operation, _, rest = layer.name.rpartition(" #")[0].partition("|")
+        operands = [layer.get_input(index) for index in range(2)]
+        precision = _precision([_source(tensor, makers) for tensor in operands], makers)
+        tensors = [*operands, layer.get_output(0)]
+        found.append(Product(rest, operation, precision, _flops(kind, operands), _bytes(tensors, precision)))
+    return tuple(found)
+
+
+def check(network: Network, quantises: Callable[[str], bool]) -> tuple[Product, ...]:
+    """The products, if each is what the plan says. Raises NumericsError naming every one that is not.
+
+    quantises  layer name -> whether it shall run in E4M3 (`PrecisionPlan.quantises`)
+    """
+    found = products(network)
+    if problems := mismatches(network, found, quantises):
+        raise NumericsError(
+            f"{network.label} would not run as planned", got="; ".join(problems[:6]),
+            wanted="every matrix product as the plan says", do="report this: it is a fault of vivace",
+        )  # fmt: skip
+    return found
+
+
+def mismatches(network: Network, found: Sequence[Product], quantises: Callable[[str], bool]) -> list[str]:
+    """One line per product that differs from the plan, is missing, or is one too many."""
+    problems = []
+    wanted = {layer.name: layer for layer in network.outlined.modules() if isinstance(layer, Linear | Fp8Linear)}
+    for product in found:
+        layer = wanted.get(product.layer)
+        planned = "no product"
+        if layer is not None:
+            kept = _name(layer.dtype)
+            planned = E4M3 if quantises(product.layer) and not product.is_attention else kept
+            if product.is_attention:
+                planned = _name(_compute(network, product.layer))
+        if product.precision != planned:
+            problems.append(f"{product.layer} {product.operation} in {product.precision}, planned {planned}")
+    counts = Counter(product.layer for product in found if not product.is_attention)
+    times = network.shapes.steps if network.part == "loop" else 1
+    expected = dict.fromkeys(linears(network.part, network.outlined), times)
+    for name in sorted(expected.keys() | counts.keys()):
+        if counts[name] != expected.get(name, 0):
+            problems.append(f"{name}: {counts[name]} products, wanted {expected.get(name, 0)}")
+    return problems
+
+
+def linears(part: Part, outlined: Pi) -> Iterator[str]:
+    """Names of the linears that a network of this part must contain."""
+    for layer in outlined.modules():
+        if isinstance(layer, Linear | Fp8Linear) and _belongs(layer.name, part, outlined):
+            yield layer.name
+
+
+def _belongs(name: str, part: Part, outlined: Pi) -> bool:
+    config = outlined.config
+    if part == "vision":
+        return name.startswith(("vision.", "projector"))
+    if part != "prefix":
+        return _block(name) or name.startswith("action_")
+    if config.kind == "pi0" and _block(name):  # the state token: of the last layer only keys and values
+        last = f"expert.layers.{config.expert.layers - 1}."
+        return not name.startswith(last) or name == f"{last}attn.qkv"
+    return name.startswith("prefix.") or (config.kind == "pi0" and name == "state")
+
+
+def record(seen: Coverage, found: Sequence[Product], *, part: Part, kernel: str) -> None:
+    """Add the products of one network to a coverage table; attention's two products are one operation there."""
+    fresh: dict[tuple[str, str], Seen] = {}
+    for product in found:
+        if part == "prefix" and not product.layer.startswith("prefix."):
+            continue  # pi0's single state token
+        operation = "attention" if product.is_attention else product.operation
+        entry = fresh.setdefault((product.layer, operation), Seen())
+        first = product.operation != "attention_mix"
+        entry.calls += first
+        entry.kernels.add(kernel)
+        entry.precisions.add(product.precision)
+        if entry.calls <= 1:  # a loop repeats its step; the table counts steps itself
+            entry.flops += product.flops
+            entry.moved_bytes += product.moved_bytes
+    seen.seen.update(fresh)
+
+
+# --- how an operand came about --------------------------------------------------------------------------------------
+
+
+def _source(tensor: Definition, makers: dict[str, tuple[str, Any]]) -> Definition:
+    """The tensor before layers that only move values."""
+    while tensor.name in makers and makers[tensor.name][0] in MOVES:
+        tensor = makers[tensor.name][1].get_input(0)
+    return tensor
+
+
+def _precision(sources: Sequence[Definition], makers: dict[str, tuple[str, Any]]) -> str:
+    sides = [_side(source, makers) for source in sources]
+    if sides == ["e4m3 value", "e4m3 weight"]:
+        return E4M3
+    return sides[0] if sides[0] == sides[1] else " x ".join(sides)
+
+
+def _side(tensor: Definition, makers: dict[str, tuple[str, Any]]) -> str:
+    kind, layer = makers.get(tensor.name, ("INPUT", None))
+    if kind != "DEQUANTIZE" or layer is None:
+        return _name(torch_dtype(tensor))
+    stored, scale = _source(layer.get_input(0), makers), layer.get_input(1)
+    if torch_dtype(stored) != torch.float8_e4m3fn or torch_dtype(scale) != torch.float32:
+        return f"{stored.dtype.name} under a {scale.dtype.name} scale"
+    maker = makers.get(stored.name, ("INPUT", None))
+    if maker[0] == "QUANTIZE":
+        used = maker[1].get_input(1)
+        return "e4m3 value" if used.name == scale.name and not tuple(scale.shape) else "e4m3 value under two scales"
+    per_channel = tuple(scale.shape) == (stored.shape[0],) and layer.axis == 0
+    return "e4m3 weight" if maker[0] in ("INPUT", "CONSTANT") and per_channel else "e4m3 weight, scale misplaced"
+
+
+def _flops(kind: str, operands: Sequence[Definition]) -> float:
+    first, second = (tuple(int(size) for size in tensor.shape) for tensor in operands)
+    if kind == "ATTENTION_INPUT":  # scores and mix: [B, N, T, d] with [B, K, keys, d]
+        return 4.0 * math.prod(first) * second[2]
+    columns = math.prod(second) // (math.prod(second[:-2]) * first[-1])
+    return 2.0 * math.prod(first) * columns
+
+
+def _bytes(tensors: Sequence[Definition], precision: str) -> float:
+    sizes = [torch_dtype(tensor).itemsize for tensor in tensors]
+    if precision == E4M3:
+        sizes[:2] = [1, 1]
+    return float(sum(math.prod(tuple(t.shape)) * size for t, size in zip(tensors, sizes, strict=True)))
+
+
+def _compute(network: Network, reader: str) -> torch.dtype:
+    """Type of attention in the stack that `reader` belongs to."""
+    outlined = network.outlined
+    if reader.startswith("vision."):
+        return outlined.vision.norm.weight.dtype
+    return outlined.prefix_dtype if reader.startswith("prefix.") else outlined.suffix_dtype
+
+
+def _block(name: str) -> bool:
+    return name.startswith("expert.layers.")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

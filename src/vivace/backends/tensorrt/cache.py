@@ -1,0 +1,100 @@
+"""Engines on disk: one file = one line that says what it is, one line of JSON with its identity, the engine's bytes.
+
+An engine is used only if its identity is the wanted one and its bytes hash to what the header says. Everything else is
+refused with the reason, and the caller builds anew: a driver, a module or a model that changed must never be met by
+an old engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...config import cache_dir
+from ...errors import Unsupported
+from . import identity
+from .identity import Identity
+
+MAGIC = b"vivace tensorrt engine 1\n"
+SUFFIX = ".engine"
+LONGEST_HEADER = 1 << 16
+
+
+@dataclass(frozen=True)
+class Found:
+    """An engine from disk, or None and why every candidate was refused."""
+
+    engine: bytes | None
+    path: Path | None
+    refused: tuple[str, ...]
+
+
+def folder() -> Path:
+    """Where engines are kept."""
+    return cache_dir() / "tensorrt"
+
+
+def store(where: Path, who: Identity, engine: bytes, *, facts: Mapping[str, Any]) -> Path:
+    """Write an engine; the file appears complete or not at all.  facts: for people (plan, checkpoint, build time)."""
+    where.mkdir(parents=True, exist_ok=True)
+    part = facts.get("part", "engine")
+    path = where / f"{part}-{'-'.join(who.targets) or 'current'}-{who.key}{SUFFIX}"
+    header = {"identity": asdict(who), "sha256": hashlib.sha256(engine).hexdigest(), "facts": dict(facts)}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(MAGIC + json.dumps(header, default=str).encode() + b"\n")
+        file.write(engine)
+    partial.replace(path)
+    return path
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The header of an engine file. Raises Unsupported if it is none of ours, or damaged."""
+    with path.open("rb") as file:
+        magic, line = file.readline(len(MAGIC) + 1), file.readline(LONGEST_HEADER)
+    try:
+        document: dict[str, Any] = json.loads(line) if magic == MAGIC else {}
+        identity.read(document["identity"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise Unsupported("not an engine of this vivace", got=path, do="build it again with `vivace build`") from error
+    return document
+
+
+def load(path: Path, wanted: Identity) -> bytes:
+    """The engine in `path`. Raises Unsupported with the reason if it is foreign, stale or damaged."""
+    document = header(path)
+    reason = wanted.refusal(identity.read(document["identity"]))
+    if reason is None:
+        with path.open("rb") as file:
+            file.readline()
+            file.readline()
+            engine = file.read()
+        if hashlib.sha256(engine).hexdigest() == document["sha256"]:
+            return engine
+        reason = "its bytes are not those that were written"
+    raise Unsupported(f"the engine {path.name} cannot be used here", got=reason, do="build it with `vivace build`")
+
+
+def find(where: Path, wanted: Identity) -> Found:
+    """The first usable engine of a folder; reasons of engines for the same network that are not."""
+    refused: list[str] = []
+    for path in sorted(where.glob(f"*{SUFFIX}")):
+        try:
+            document = header(path)
+            theirs = identity.read(document["identity"])
+            if theirs.network != wanted.network:
+                continue  # another network, not a stale one
+            return Found(load(path, wanted), path, tuple(refused))
+        except Unsupported as error:
+            refused.append(f"{path.name}: {error.got}")
+    return Found(None, None, tuple(refused))
+
+
+def runtime_cache(module: str, version: str, capability: str) -> Path:
+    """Where TensorRT-RTX keeps what it compiled for this GPU."""
+    return folder() / f"{module}-{version}-{capability}.runtime"

@@ -1,0 +1,128 @@
+"""From a part and its shapes to something that runs: write, audit, find or build the engine, bind the weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import TensorRTBase, TensorRTConfig
+from ...errors import Unsupported
+from ...model.pi import Pi
+from ...precision.coverage import Coverage
+from . import audit, cache, networks, skeleton
+from .build import Progress, build
+from .engine import Engine
+from .identity import identify
+from .module import Module
+from .networks import Network, Part, Shapes
+from .targets import Target, here
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the networks of one model are written and built; everything "auto" is resolved.
+
+    numbers  {parameter: the model's numbers in the outline's types}
+    e4m3     names of the layers that the plan quantises
+    """
+
+    module: Module
+    outlined: Pi
+    numbers: Mapping[str, Tensor]
+    e4m3: frozenset[str]
+    baked: bool
+    fused: bool
+
+    def write(self, part: Part, shapes: Shapes) -> Network:
+        """One network."""
+        return networks.write(
+            part, self.outlined, self.module, shapes, numbers=self.numbers, baked=self.baked, fused=self.fused
+        )
+
+
+@dataclass(frozen=True)
+class Made:
+    """An engine and its papers.  seconds: of the build; 0 = it was found on disk."""
+
+    network: Network
+    engine: bytes
+    path: Path
+    seconds: float
+    products: tuple[audit.Product, ...]
+    refused: tuple[str, ...] = ()
+
+
+def recipe(model: Pi, module: Module, options: TensorRTConfig, *, base: TensorRTBase) -> Recipe:
+    """The recipe for a loaded (and perhaps quantised) model."""
+    e4m3 = skeleton.quantised(model)
+    outlined = skeleton.outline(model.config, base=base, e4m3=e4m3)
+    numbers = skeleton.values(model, outlined)
+    return Recipe(module, outlined, numbers, e4m3, is_baked(options, module), options.fused)
+
+
+def is_baked(options: TensorRTConfig, module: Module) -> bool:
+    """What `weights = "auto"` means: full TensorRT stores them, RTX takes them when it runs."""
+    return not module.is_rtx if options.weights == "auto" else options.weights == "baked"
+
+
+def make(
+    plan: Recipe, part: Part, shapes: Shapes, *, targets: Sequence[Target], where: Path,
+    facts: Mapping[str, Any] | None = None, progress: Progress | None = None,
+) -> Made:  # fmt: skip
+    """Write and audit a network; take its engine from `where`, or build and store it there.
+
+    targets  [] = the GPU of this machine
+    Raises   NumericsError if the audit fails, Unsupported if it cannot be built
+    """
+    network = plan.write(part, shapes)
+    found_products = audit.check(network, plan.e4m3.__contains__)
+    who = identify(network, plan.numbers, targets or [here()])
+    found = cache.find(where, who)
+    for reason in found.refused:
+        logger.warning("not used: %s", reason)
+    if found.engine is not None and found.path is not None:
+        return Made(network, found.engine, found.path, 0.0, found_products, found.refused)
+    built = build(network, targets, progress=progress)
+    more = {"part": part, "label": network.label, "seconds": round(built.seconds, 3), **(facts or {})}
+    path = cache.store(where, who, built.engine, facts=more)
+    logger.info("built %s in %.1f s, %.1f MB", network.label, built.seconds, len(built.engine) / 1e6)
+    return Made(network, built.engine, path, built.seconds, found_products, found.refused)
+
+
+@dataclass
+class EngineRunner:
+    """`stages.Runner` on a GPU: engines are made when a shape is first seen, and stay.
+
+    seen  the coverage table of everything that was made
+    """
+
+    recipe: Recipe
+    device: torch.device
+    seen: Coverage
+    engines: dict[tuple[Part, Shapes], Engine] = field(default_factory=dict)
+
+    def __call__(self, part: Part, shapes: Shapes, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See stages.Runner."""
+        if (part, shapes) not in self.engines:
+            self.engines[part, shapes] = self._make(part, shapes)
+        return self.engines[part, shapes](feeds)
+
+    def _make(self, part: Part, shapes: Shapes) -> Engine:
+        module = self.recipe.module
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise Unsupported("an engine cannot be made while a graph is recorded", got=f"{part} {shapes}")
+        made = make(self.recipe, part, shapes, targets=[], where=cache.folder())
+        audit.record(self.seen, made.products, part=part, kernel=module.name)
+        compiled = cache.runtime_cache(module.name, module.version, str(here())) if module.is_rtx else None
+        engine = Engine(module, made.engine, weights=self.recipe.numbers, device=self.device, compiled=compiled)
+        if compiled is not None:
+            engine.save(compiled)
+        return engine
