@@ -1,11 +1,13 @@
 """The page: self-contained, escaped, complete for every kind of result, and honest about what it does not know."""
 
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from vivace.check import bench, parity, results
+from vivace.check import bench, parity, report_simulation, results
 from vivace.check.budget import budget, read_run
 from vivace.check.metrics import errors
 from vivace.check.report import TITLES, build
@@ -18,6 +20,7 @@ ENVIRONMENT = {
     "python": "3.11.7",
     "gpus": [],
 }
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
 
 
@@ -92,6 +95,7 @@ ALL = {
     "inspect": {"schema": 1, "kind": "inspect", "sizes": {"layers": 3}, "name": EVIL},
     "serve-drive": {"schema": 1, "kind": "serve-drive", "p50_ms": 4.2},
     "hopper": hopper_document(),
+    "simulate": json.loads((RESULTS / "conveyor-tasks-expert-2026-11-25.json").read_text()),
     "strange": {"kind": EVIL, "x": EVIL},
 }
 
@@ -154,7 +158,9 @@ def test_ids_are_unique_and_references_resolve(page):
 def test_every_kind_has_its_section(page):
     for text in TITLES.values():
         assert f"<h2>{text}</h2>" in page
-    assert page.count("<svg") == 3 + 3 + 1
+    of_simulation = report_simulation.section(ALL["simulate"]).count("<svg")
+    assert of_simulation >= 1
+    assert page.count("<svg") == 3 + 3 + 1 + of_simulation
     assert "Coverage: what ran where" in page
     assert "not warm" in page
     assert "no layout for kind" in page

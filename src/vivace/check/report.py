@@ -23,6 +23,7 @@ TITLES = {
     "doctor": "Machine",
     "serve-drive": "Served over the network",
     "hopper": "Full size on one GPU",
+    "simulate": "Closed loop",
 }
 
 

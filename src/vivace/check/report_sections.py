@@ -9,6 +9,7 @@ from typing import Any
 from . import report_plots as plots
 from .report_full_size import hopper
 from .report_html import esc, figures, fold, num, pairs, pill, raw, table, tiles, verdict
+from .report_simulation import section as simulate
 from .results import number
 
 Document = Mapping[str, Any]
@@ -252,6 +253,7 @@ SECTIONS: dict[str, Callable[[Document], str]] = {
     "inspect": facts,
     "serve-drive": facts,
     "hopper": hopper,
+    "simulate": simulate,
 }
 
 
