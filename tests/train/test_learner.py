@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import vivace
+from vivace.checkpoints.names import expected_shapes
 from vivace.config import EngineConfig
 from vivace.errors import CheckpointError, ConfigError, NumericsError
+from vivace.model.pi import Pi
 from vivace.robots.tokenizer import SentencePieceModel
 from vivace.train import export, learner, objective
 from vivace.train.config import Optimise, Recipe, build, read_recipe
@@ -158,7 +162,6 @@ def test_the_exported_policy_is_the_trained_network(frames, blob, tmp_path):
             assert prepared.tokens.tolist() == frames.tokens[2].tolist(), "training built another prompt"
             assert policy.checkpoint.rtc.training_max_delay == 2
             assert policy.checkpoint.num_denoise_steps == 3
-    batch, _ = one.draw(frames)
     images = torch.from_numpy(np.stack(list(views.values()))).permute(0, 3, 1, 2)[None].float() / 255 * 2 - 1
     inputs = objective.ModelInputs(images=images, tokens=frames.tokens[2:3])
     model = one.average
@@ -201,3 +204,16 @@ def test_bad_recipes_are_explained(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
         read_recipe(tmp_path / "r.toml")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda file: file.stem
+)
+def test_committed_recipes_can_be_read_and_built(file):
+    recipe = read_recipe(file)
+    with torch.device("meta"):
+        model = Pi(recipe.network.model(544))
+    assert recipe.network.action_width >= 7, "the state has to fit"
+    if recipe.name.startswith("conveyor-small"):
+        stored = sum(torch.Size(shape).numel() for shape in expected_shapes(model.config).values()) * 2
+        assert stored < 12e6 - 50_000
