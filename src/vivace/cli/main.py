@@ -19,6 +19,7 @@ VERBS: dict[str, str] = {
     "serve": "answer robots over openpi's websocket protocol",
     "calibrate": "a precision plan (FP8) from recorded observations, layer sensitivities, a plan within an error bound",
     "check": "compare an engine with the float32 reference, layer by layer, step by step, in robot units",
+    "build": "TensorRT engines of a policy, for GPUs that need not be here",
     "bench": "time named engines side by side: percentiles, stages, environment",
     "budget": "what must shrink, and by how much, to reach a control rate",
     "simulate": "success against inference delay in a simulated pick-up task (scripted expert)",
