@@ -1,4 +1,4 @@
-"""The run-time path with the evaluator in place of a GPU: the whole conformance suite, and a small policy from end to end."""
+"""The run-time path with the evaluator in place of a GPU: the conformance suite, and a small policy from end to end."""
 
 from __future__ import annotations
 

@@ -1,0 +1,143 @@
+"""The comparison can fail: networks with one planted fault are caught, by the numbers or by the audit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from wanted import Subject
+
+from vivace.backends.tensorrt import audit, evaluate
+from vivace.backends.tensorrt.operations import Operations
+from vivace.backends.tensorrt.symbols import Writer
+from vivace.errors import NumericsError, ShapeError
+
+FP8 = 0.999
+
+
+@pytest.fixture(scope="module")
+def subject(rtx):
+    return Subject(rtx, base="fp16", plan="fp8-mlp")
+
+
+def missing_mask(monkeypatch):
+    monkeypatch.setattr(Operations, "_bias", lambda self, keys: None)
+
+
+def missing_residual(monkeypatch):
+    plain = Operations.linear_residual_norm
+
+    def without(self, x, layer, residual, gate, norm, modulation, into):
+        return plain(self, x, layer, residual * 0.0, gate, norm, modulation, into)
+
+    monkeypatch.setattr(Operations, "linear_residual_norm", without)
+
+
+def mean_over_the_wrong_axis(monkeypatch):
+    def mean(self, x):
+        kinds, axis = self.module.api.ReduceOperation, len(x.shape) - 2
+        return self.wrap(self.definition.add_reduce(x.tensor, kinds.AVG, 1 << axis, True), x.dtype, "mean")
+
+    monkeypatch.setattr(Writer, "mean", mean)
+
+
+def softmax_over_queries(monkeypatch):
+    def softmax(self, x):
+        layer = self.definition.add_softmax(x.tensor)
+        layer.axes = 1 << (len(x.shape) - 2)
+        return self.wrap(layer, x.dtype, "softmax")
+
+    monkeypatch.setattr(Writer, "softmax", softmax)
+
+
+def gate_and_up_swapped(monkeypatch):
+    def geglu(self, x, layer, into):
+        up, gate = self.linear(x, layer, "geglu").chunk(2, dim=-1)
+        return self.hand_over(self.writer.activation("GELU_TANH", gate) * up, into)
+
+    monkeypatch.setattr(Operations, "geglu", geglu)
+
+
+def positions_not_rotated(monkeypatch):
+    monkeypatch.setattr(Operations, "rotate", lambda self, x, rope: x)
+
+
+FAULTS = [
+    missing_mask, missing_residual, mean_over_the_wrong_axis, softmax_over_queries, gate_and_up_swapped,
+    positions_not_rotated,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_definition_is_a_wrong_number(subject, monkeypatch, fault):
+    parts = ("prefix", "step")
+    sound = {part: subject.worst(subject.write(part)) for part in parts}
+    fault(monkeypatch)
+    broken = {part: subject.worst(subject.write(part)) for part in parts}
+    assert min(sound.values()) >= FP8
+    assert min(broken.values()) < FP8, broken
+
+
+@pytest.mark.parametrize("scale", ["weight_scale", "input_scale"])
+def test_swapped_scales(subject, scale):
+    """The scales of two layers exchanged: of the output channels, or of the inputs (where one side then saturates)."""
+    first, second = (f"prefix.layers.{index}.gate_up.{scale}" for index in (0, 1))
+    assert min(subject.numbers[first].shape) >= 1
+    swapped = dict(subject.numbers)
+    swapped[first], swapped[second] = subject.numbers[second] * 0.5, subject.numbers[first] * 2.0
+    network = subject.write("prefix")
+    got = evaluate.run(network, subject.feeds("prefix"), numbers=swapped)
+    assert subject.alike(got, subject.wanted("prefix")) < FP8
+
+
+def quantised_under_another_scale(monkeypatch):
+    plain = Writer.dequantize
+
+    def dequantize(self, x, scale, dtype, *, axis=None):
+        return plain(self, x, scale if axis == 0 else scale * 2.0, dtype, axis=axis)
+
+    monkeypatch.setattr(Writer, "dequantize", dequantize)
+
+
+def test_a_value_dequantised_under_another_scale(subject, monkeypatch):
+    quantised_under_another_scale(monkeypatch)
+    network = subject.write("prefix")
+    assert subject.worst(network) < FP8
+    with pytest.raises(NumericsError, match="two scales"):
+        audit.check(network, subject.chosen.quantises)
+
+
+def test_inputs_are_held_to_their_declaration(subject):
+    network, feeds = subject.write("vision"), subject.feeds("vision")
+    for wrong in (feeds["images"].half(), feeds["images"][:1], feeds["images"].double()):
+        with pytest.raises(ShapeError, match="images"):
+            evaluate.run(network, {"images": wrong}, numbers=subject.numbers)
+    with pytest.raises(ShapeError, match="not given"):
+        evaluate.run(network, {}, numbers=subject.numbers)
+
+
+def test_a_layer_without_a_rule_stops_the_evaluation(rtx):
+    builder = rtx.api.Builder(rtx.api.Logger())
+    definition = builder.create_network(0)
+    x = definition.add_input("x", rtx.api.DataType.FLOAT, (2, 3))
+    definition.mark_output(definition.add_topk(x, rtx.api.TopKOperation.MAX, 1, 2).get_output(0))
+    with pytest.raises(ShapeError, match="TOPK"):
+        evaluate.evaluate(definition, {"x": torch.zeros(2, 3)}, {}, rtx.api)
+
+
+def test_gather_and_select(rtx):
+    """Layers that no network uses today, but a definition may."""
+    builder = rtx.api.Builder(rtx.api.Logger())
+    definition, kinds = builder.create_network(0), rtx.api.DataType
+    table = definition.add_input("table", kinds.FLOAT, (4, 3))
+    rows = definition.add_input("rows", kinds.INT32, (2,))
+    chosen = definition.add_input("chosen", kinds.BOOL, (2, 3))
+    picked = definition.add_gather(table, rows, 0).get_output(0)
+    zero = definition.add_elementwise(picked, picked, rtx.api.ElementWiseOperation.SUB).get_output(0)
+    out = definition.add_select(chosen, picked, zero).get_output(0)
+    definition.mark_output(out)
+    given = {
+        "table": torch.randn(4, 3), "rows": torch.tensor([3, 1], dtype=torch.int32),
+        "chosen": torch.tensor([[True, False, True], [False, True, True]]),
+    }  # fmt: skip
+    got = evaluate.evaluate(definition, given, {}, rtx.api)[out.name]
+    assert torch.equal(got, torch.where(given["chosen"], given["table"][[3, 1]], 0.0))
