@@ -50,6 +50,12 @@ class Module:
         """TensorRT-RTX: has targets, scales may be inputs of a network, no Hopper, no Jetson."""
         return self.name == "tensorrt_rtx"
 
+    @property
+    def strongly_typed(self) -> int:
+        """Flags of a strongly typed network: TensorRT 10 wants one set, later ones and RTX know nothing else."""
+        flag = getattr(getattr(self.api, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED", None)
+        return 0 if self.is_rtx or flag is None else 1 << int(flag)
+
     def offers(self, layer: str) -> bool:
         """Whether the network definition has `add_<layer>`: fused layers differ between versions."""
         return getattr(self.api.INetworkDefinition, f"add_{layer}", None) is not None

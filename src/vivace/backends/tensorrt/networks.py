@@ -107,9 +107,7 @@ class _Owner:
 
         self.log = Log.of(module)
         self.builder = module.api.Builder(self.log)
-        flags = module.api.NetworkDefinitionCreationFlag
-        strongly = 0 if module.is_rtx else 1 << int(flags.STRONGLY_TYPED)
-        self.definition = self.builder.create_network(strongly)
+        self.definition = self.builder.create_network(module.strongly_typed)
 
 
 class _Given:

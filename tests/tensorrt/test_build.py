@@ -1,0 +1,211 @@
+"""Engines without a GPU: every network for every target, at small and at full width, and what a build refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from wanted import Subject
+
+from vivace.backends.tensorrt import audit, module, networks, skeleton, targets
+from vivace.backends.tensorrt.build import build
+from vivace.backends.tensorrt.networks import PARTS, Shapes
+from vivace.config import GemmaConfig, ModelConfig, VisionConfig
+from vivace.errors import ConfigError, Unsupported
+from vivace.model.pi import Pi
+from vivace.precision.fit import all_layers
+from vivace.precision.plan import preset
+
+BOTH = targets.parse("sm89,sm120")
+MIB = 2**20
+SMALL = {
+    "vision": VisionConfig(width=24, layers=1, mlp_width=40, num_heads=2, image_size=56),
+    "prefix": GemmaConfig(width=32, layers=2, mlp_width=48, head_dim=16),
+    "expert": GemmaConfig(width=16, layers=2, mlp_width=28, head_dim=16),
+}
+
+
+@pytest.mark.parametrize(("kind", "plan", "options"), [
+    ("pi05", "fp8-all", {}), ("pi0", "fp8-full", {"baked": True}), ("pi05", "bf16", {"fused": True}),
+])  # fmt: skip
+def test_all_networks_build_for_both_targets(rtx, kind, plan, options):
+    subject = Subject(rtx, kind=kind, base="fp16", plan=plan, changes=SMALL, **options)
+    for part in PARTS if kind == "pi05" and not options else PARTS[:3]:
+        network = subject.write(part)
+        audit.check(network, subject.chosen.quantises)
+        engine = build(network, BOTH).engine
+        assert 100_000 < len(engine) < 20 * MIB, (part, len(engine))
+
+
+@pytest.fixture(scope="module")
+def full() -> ModelConfig:
+    return ModelConfig()
+
+
+def outline(config: ModelConfig, plan: str) -> Pi:
+    with torch.device("meta"):
+        names = all_layers(Pi(config))
+    return skeleton.outline(config, base="fp16", e4m3=[name for name in names if preset(plan).quantises(name)])
+
+
+def test_the_full_prefix_builds_in_seconds_without_weights(rtx, full):
+    """18 layers of Gemma-2B, 968 tokens, MLPs in FP8: an engine of a few MB, and no gigabyte anywhere."""
+    network = networks.write("prefix", outline(full, "fp8-mlp"), rtx, Shapes(keys=968))
+    products = audit.check(network, preset("fp8-mlp").quantises)
+    assert len(products) == 17 * 6 + 1
+    assert sum(product.precision == "e4m3" for product in products) == 17 * 2
+    seen = []
+    built = build(network, BOTH, progress=lambda phase, done: seen.append((phase, done)))
+    assert len(built.engine) < 16 * MIB
+    assert built.seconds < 60.0
+    assert seen
+    assert all(0.0 <= done <= 1.0 for _, done in seen)
+
+
+@pytest.mark.parametrize("part", ["vision", "step"])
+def test_the_other_full_networks_pass_the_audit(rtx, full, part):
+    shapes = Shapes(batch=3) if part == "vision" else Shapes(keys=968)
+    network = networks.write(part, outline(full, "fp8-all"), rtx, shapes)
+    count = {"vision": 27 * 6 + 2, "step": 18 * 6 + 2}[part]
+    assert len(audit.check(network, preset("fp8-all").quantises)) == count
+
+
+def test_baked_weights_are_in_the_engine(rtx):
+    sizes = {}
+    for baked in (False, True):
+        subject = Subject(rtx, base="fp16", baked=baked, changes={"vocab_size": 64})
+        sizes[baked] = len(build(subject.write("vision"), BOTH).engine)
+    weights = sum(v.nbytes for k, v in subject.numbers.items() if k.startswith(("vision", "projector")))
+    assert sizes[True] > sizes[False]
+    assert sizes[True] - sizes[False] > 0.5 * weights
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("base", "plan", "target", "says"), [
+    ("fp16", "fp8-mlp", "sm86", "sm86 .RTX 30. has no FP8"),
+    ("fp16", "fp8-mlp", "sm80,sm89", "sm80 .A100. has no FP8"),
+    ("bf16", "bf16", "sm75", "sm75 .RTX 20. has no BF16.*fp16"),
+    ("fp16", "bf16", "sm90", "no target sm90 .H100"),
+    ("fp16", "bf16", "sm87", "no target sm87 .Jetson Orin.*--module tensorrt"),
+    ("fp16", "bf16", "sm100", "no target sm100"),
+    ("fp16", "bf16", "sm110", "no target sm110 .Jetson Thor"),
+])  # fmt: skip
+def test_a_target_that_cannot(rtx, base, plan, target, says):
+    network = Subject(rtx, base=base, plan=plan).write("prefix")
+    with pytest.raises(Unsupported, match=says):
+        build(network, targets.parse(target))
+
+
+def test_a_plan_that_quantises_nothing_here_needs_no_fp8(rtx):
+    """The vision tower of fp8-mlp is plain FP16: fine on an RTX 30."""
+    assert build(Subject(rtx, base="fp16", plan="bf16").write("vision"), targets.parse("sm86")).engine
+
+
+def test_this_machine_has_no_gpu(rtx):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    network = Subject(rtx, base="fp16").write("prefix")
+    with pytest.raises(Unsupported, match=r"cannot build for the GPU of this machine.*--target sm89"):
+        build(network, ())
+
+
+@pytest.mark.parametrize("text", ["", "sm88", "rtx4090", "sm89,current"])
+def test_unknown_targets(text):
+    with pytest.raises(ConfigError, match="sm120"):
+        targets.parse(text)
+
+
+class FakeBuilder:
+    """Fails as a builder without memory does: by None and a message, or by an exception."""
+
+    def __init__(self, real, log, error):
+        self._real, self._log, self._error = real, log, error
+
+    def create_builder_config(self):
+        return self._real.create_builder_config()
+
+    def build_serialized_network(self, definition, config):
+        if self._error is MemoryError:
+            raise MemoryError
+        self._log.messages.append(self._error)
+
+
+@pytest.mark.parametrize(("error", "says"), [
+    (MemoryError, "no memory left while building prefix.*--weights inputs"),
+    ("Error Code 2: OutOfMemory (no further information)", "no memory left"),
+    ("Error Code 9: something else", "could not build prefix, 39 tokens for sm89, sm120; got Error Code 9"),
+])  # fmt: skip
+def test_what_a_builder_says_is_quoted(rtx, error, says):
+    network = Subject(rtx, base="fp16").write("prefix")
+    network.owner.builder = FakeBuilder(network.owner.builder, network.owner.log, error)
+    with pytest.raises(Unsupported, match=says):
+        build(network, BOTH)
+
+
+# --- the module -------------------------------------------------------------------------------------------------------
+
+
+class Fake:
+    """An importable TensorRT."""
+
+    def __init__(self, version):
+        self.__version__ = version
+
+
+def finder(**known):
+    def find(name):
+        if isinstance(known.get(name), str):
+            return Fake(known[name])
+        raise known.get(name) or ModuleNotFoundError(f"No module named '{name}'")
+
+    return find
+
+
+def test_the_module_is_chosen_by_name_or_by_what_is_there():
+    both = finder(tensorrt="11.4.0.1", tensorrt_rtx="1.7.1.116")
+    assert module.load(find=both).name == "tensorrt"
+    assert module.load("tensorrt_rtx", find=both).label == "tensorrt_rtx 1.7.1.116"
+    assert module.load(find=finder(tensorrt_rtx="1.7.1.116")).is_rtx
+
+
+def test_without_a_module_the_error_names_the_extra():
+    with pytest.raises(Unsupported, match=r"No module named 'tensorrt'.*vivace\[tensorrt\]"):
+        module.load(find=finder())
+
+
+def test_an_old_or_broken_module_is_named():
+    with pytest.raises(Unsupported, match=r"tensorrt 10\.12\.1 is older than 10.13"):
+        module.load("tensorrt", find=finder(tensorrt="10.12.1"))
+    with pytest.raises(Unsupported, match="libnvinfer"):
+        module.load("tensorrt", find=finder(tensorrt=OSError("libnvinfer.so.11: cannot open shared object file")))
+
+
+def test_full_tensorrt_builds_where_it_runs(rtx):
+    network = Subject(rtx, base="fp16").write("prefix")
+    full = networks.Network(**{**vars(network), "module": module.Module("tensorrt", "11.4", rtx.api)})
+    with pytest.raises(Unsupported, match=r"builds for the GPU it runs on only.*--target current"):
+        build(full, BOTH)
+
+
+def test_full_tensorrt_wants_scales_when_it_builds(rtx):
+    subject = Subject(rtx, base="fp16", plan="fp8-mlp")
+    full, shapes = module.Module("tensorrt", "10.13", rtx.api), Shapes(keys=39)
+    with pytest.raises(ConfigError, match=r"needs prefix.layers.0.gate_up"):
+        networks.write("prefix", subject.outlined, full, shapes)
+    written = networks.write("prefix", subject.outlined, full, shapes, numbers=subject.numbers)
+    stored = {name.rpartition(" #")[0] for name in written.constants}
+    assert {name for name in subject.numbers if name.endswith("_scale")} <= stored
+    assert "prefix.layers.0.gate_up.weight" not in stored
+    audit.check(written, subject.chosen.quantises)
+
+
+def test_fused_layers_only_where_the_module_has_them(rtx):
+    class Older:
+        INetworkDefinition = type("INetworkDefinition", (), {})
+
+    subject = Subject(rtx, base="fp16")
+    with pytest.raises(ConfigError, match="no fused attention"):
+        networks.write(
+            "prefix", subject.outlined, module.Module("tensorrt", "10.13", Older), Shapes(keys=39), fused=True
+        )
