@@ -151,6 +151,7 @@ def _coverage(source: Source, made: Sequence[Made]) -> list[dict[str, Any]]:
 def _source(args: Args, opened: Checkpoint, module: Module, wanted: Sequence[Target]) -> Source:
     from ..backends.tensorrt import run
     from ..checkpoints.fingerprint import fingerprint
+    from ..model.weights import slots
     from ..runtime import precision as precisions
 
     precision = precisions.resolve(args.precision, opened)
@@ -159,7 +160,8 @@ def _source(args: Args, opened: Checkpoint, module: Module, wanted: Sequence[Tar
     digest = ""
     if precision.plan is not None or baked:
         with console.status("reading the weights to know which they are"):
-            digest = fingerprint(opened.tensors)
+            used = slots(opened.model)  # what loading reads, and so what a plan's hash is of
+            digest = fingerprint({name: ref for name, ref in opened.tensors.items() if name in used})
     recipe = _with_weights(args, opened, module, base) if baked else _without(args, opened, module, base, digest)
     facts = {
         "module": module.label, "base": base, "weights": "baked" if baked else "inputs",

@@ -1,0 +1,130 @@
+"""`vivace build`, and the other verbs asked for a backend that this machine cannot run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vivace.backends.tensorrt import cache
+from vivace.check.observations import synthetic
+from vivace.checkpoints.make import Recipe, make_checkpoint
+from vivace.cli.main import main
+from vivace.runtime.policy import load_policy
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    make_checkpoint(folder, Recipe(size="tiny", horizon=6, dtype="bfloat16"))
+    return folder
+
+
+@pytest.fixture
+def vivace(capsys):
+    def call(*arguments):
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, json.loads(captured.out) if captured.out.strip() else None, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def plan(checkpoint, tmp_path_factory):
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("data")
+    for index, request in enumerate(synthetic(load_policy(checkpoint).io, 2)):
+        np.savez(folder / f"{index}.npz", **request)
+    path = folder / "plan.json"
+    arguments = ["calibrate", checkpoint, "--data", folder, "--preset", "fp8-mlp", "--steps", 2, "-o", path]
+    assert main([str(argument) for argument in arguments]) == 0
+    return path
+
+
+def test_build(rtx, vivace, checkpoint, plan, tmp_path):
+    options = (
+        "--target",
+        "sm89,sm120",
+        "--precision",
+        plan,
+        "--prompts",
+        64,
+        "--engines",
+        tmp_path,
+        "-o",
+        tmp_path / "b.json",
+    )
+    code, result, text = vivace("build", checkpoint, *options)
+    assert code == 0
+    assert result == json.loads((tmp_path / "b.json").read_text())
+    assert [row["part"] for row in result["engines"]] == ["vision", "prefix", "step"]
+    assert result["kind"] == "build"
+    assert result["module"] == rtx.label
+    assert (result["base"], result["weights"]) == ("bf16", "inputs")
+    assert all(row["build_seconds"] > 0 and not row["found_on_disk"] for row in result["engines"])
+    e4m3 = {row["layer"] for row in result["coverage"] if row["precision"] == "e4m3"}
+    assert e4m3 == {"prefix.layers.0.mlp.gate_up", "prefix.layers.0.mlp.down"}
+    assert not any(row["fallback"] for row in result["coverage"])
+    assert {row["kernel"] for row in result["coverage"]} == {"tensorrt_rtx"}
+    assert "nothing was run" in text
+    facts = cache.header(next(tmp_path.glob("prefix-*")))["facts"]
+    assert facts["plan_hash"] == result["plan_hash"]
+    assert len(facts["checkpoint_hash"]) == 16
+    code, again, _ = vivace("build", checkpoint, *options)
+    assert code == 0
+    assert all(row["found_on_disk"] for row in again["engines"])
+    assert again["coverage"] == result["coverage"]
+
+
+def test_build_with_weights_inside(rtx, vivace, checkpoint, plan, tmp_path):
+    code, result, _ = vivace(
+        "build", checkpoint, "--target", "sm120", "--precision", plan, "--weights", "baked", "--base", "fp16",
+        "--parts", "prefix", "--views", 1, "--prompts", 10, "--engines", tmp_path,
+    )  # fmt: skip
+    assert code == 0
+    assert (result["base"], result["weights"]) == ("fp16", "baked")
+    assert [row["label"] for row in result["engines"]] == ["prefix, 320 tokens"]
+    header = cache.header(next(tmp_path.glob("*.engine")))
+    assert header["identity"]["weights"] != "inputs"
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (("--target", "sm90"), "no target sm90"),
+    (("--target", "sm110"), "Jetson Thor"),
+    (("--target", "sm99"), "unknown target"),
+    (("--target", "sm89", "--parts", "vision,suffix"), "unknown part"),
+    (("--target", "sm89", "--prompts", "long"), "prompt lengths are numbers"),
+    (("--target", "sm89", "--module", "tensorrt"), "TensorRT is installed"),
+])  # fmt: skip
+def test_refusals_are_one_message_and_exit_code_2(rtx, vivace, checkpoint, tmp_path, options, says):
+    code, result, text = vivace("build", checkpoint, "--engines", tmp_path, *options)
+    assert (code, result) == (2, None)
+    assert says in " ".join(text.split())
+    assert "Traceback" not in text
+
+
+def test_fp8_for_a_target_without_fp8(rtx, vivace, checkpoint, plan, tmp_path):
+    code, _, text = vivace("build", checkpoint, "--target", "sm86", "--precision", plan, "--engines", tmp_path)
+    assert code == 2
+    assert "sm86 (RTX 30) has no FP8" in " ".join(text.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_current_gpu_where_there_is_none(rtx, vivace, checkpoint):
+    code, _, text = vivace("build", checkpoint)
+    assert code == 2
+    assert "--target sm89,sm120" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("verb", ["check", "serve", "bench"])
+def test_the_backend_where_it_cannot_run(rtx, vivace, checkpoint, verb):
+    which = ("--engines", "tensorrt") if verb == "bench" else ("--backend", "tensorrt")
+    code, result, text = vivace(verb, checkpoint, *which)
+    assert (code, result) == (2, None)
+    assert "need an NVIDIA GPU, not cpu" in " ".join(text.split())
+    assert "Traceback" not in text
