@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 from .types import PolicyKind
@@ -90,6 +90,22 @@ class TensorRTConfig:
     """Attention and rotary embedding as TensorRT's own layers, where the module has them."""
     loop: bool = False
     """All denoise steps as one engine; otherwise one engine for a step, run once per step."""
+
+
+def tensorrt_options(text: str) -> TensorRTConfig:
+    """The options in a text such as "weights=baked,fused=true"; "" = all at their defaults. Raises ConfigError."""
+    known = {
+        "module": get_args(TensorRTModule), "base": ("auto", "fp16", "bf16"), "weights": ("auto", "baked", "inputs"),
+        "fused": ("true", "false"), "loop": ("true", "false"),
+    }  # fmt: skip
+    chosen: dict[str, Any] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, _, value = part.partition("=")
+        if value not in known.get(name, ()):
+            wanted = f"one of {', '.join(known[name])}" if name in known else f"{', '.join(known)}"
+            raise ConfigError("unknown TensorRT option", got=repr(part), wanted=wanted)
+        chosen[name] = value == "true" if name in ("fused", "loop") else value
+    return TensorRTConfig(**chosen)
 
 
 @dataclass(frozen=True)

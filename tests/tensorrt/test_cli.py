@@ -11,6 +11,8 @@ from vivace.backends.tensorrt import cache
 from vivace.check.observations import synthetic
 from vivace.checkpoints.make import Recipe, make_checkpoint
 from vivace.cli.main import main
+from vivace.config import TensorRTConfig, tensorrt_options
+from vivace.errors import ConfigError
 from vivace.runtime.policy import load_policy
 
 
@@ -107,6 +109,19 @@ def test_refusals_are_one_message_and_exit_code_2(rtx, vivace, checkpoint, tmp_p
     assert "Traceback" not in text
 
 
+def test_options_as_text():
+    assert tensorrt_options("") == TensorRTConfig()
+    chosen = tensorrt_options("weights=baked, fused=true,module=tensorrt")
+    assert chosen == TensorRTConfig(weights="baked", fused=True, module="tensorrt")
+    for text, says in (
+        ("weights=paged", "baked, inputs"),
+        ("wieghts=baked", "module, base, weights"),
+        ("fused", "true"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            tensorrt_options(text)
+
+
 def test_fp8_for_a_target_without_fp8(rtx, vivace, checkpoint, plan, tmp_path):
     code, _, text = vivace("build", checkpoint, "--target", "sm86", "--precision", plan, "--engines", tmp_path)
     assert code == 2
@@ -124,6 +139,7 @@ def test_the_current_gpu_where_there_is_none(rtx, vivace, checkpoint):
 @pytest.mark.parametrize("verb", ["check", "serve", "bench"])
 def test_the_backend_where_it_cannot_run(rtx, vivace, checkpoint, verb):
     which = ("--engines", "tensorrt") if verb == "bench" else ("--backend", "tensorrt")
+    which += ("--tensorrt", "weights=baked")
     code, result, text = vivace(verb, checkpoint, *which)
     assert (code, result) == (2, None)
     assert "need an NVIDIA GPU, not cpu" in " ".join(text.split())

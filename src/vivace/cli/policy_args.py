@@ -42,11 +42,13 @@ class PolicyArgs(CheckpointArgs):
     """Denoise steps; None = what the checkpoint says, else 10."""
     seed: int | None = 0
     """Noise is a function of seed and request; None draws fresh noise for every request."""
+    tensorrt: str = ""
+    """Options of the backend tensorrt, such as weights=baked,base=fp16 (as in vivace build --help)."""
 
 
 def load(path: Path, args: PolicyArgs, *, backend: str, precision: str) -> Policy:
     """Load one policy with these options. Raises CheckpointError, ConfigError, Unsupported."""
-    from ..config import EngineConfig
+    from ..config import EngineConfig, tensorrt_options
     from ..runtime.policy import load_policy
 
     config = EngineConfig(
@@ -55,6 +57,7 @@ def load(path: Path, args: PolicyArgs, *, backend: str, precision: str) -> Polic
         precision=precision,
         num_denoise_steps=args.steps,
         seed=args.seed,
+        tensorrt=tensorrt_options(args.tensorrt),
     )
     return load_policy(
         path,

@@ -2,7 +2,7 @@
 
 Rounding is where the reference rounds, with two differences. The operands of an E4M3 product leave their DequantizeLinear
 in the base type, as TensorRT's pattern for an FP8 kernel demands. And attention scales the queries, not the scores, so that
-FP16 scores cannot overflow before they are scaled (the same up to one rounding; exact for a head size that is a power of 4).
+FP16 scores cannot overflow before they are scaled (the same up to a rounding; exact where the head size is a power of 4).
 
 Every matrix product is named "operation|layer", which the coverage audit reads.
 """
