@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,21 @@ def test_corrections_have_no_successor_and_join_later(frames):
     assert frames.left[before:].tolist() == [0] * 3
     images = frames.rows(torch.tensor([before + 1])).images[0, 2].numpy()
     assert (images == piece(seed=2).views[1, 2]).all()
+
+
+def test_another_instruction_shares_the_picture(tokenizer):
+    chunk = np.full((3, 4, 4), 0.25, np.float32)
+    source = replace(piece(seed=0), other_prompts=("pick up the blue cube",) * 3, other_chunk=chunk)
+    frames = Frames([source, piece(seed=1)], tokenizer=tokenizer, width=8, max_tokens=48, device=CPU)
+    assert (len(frames), len(frames.views)) == (9, 6)
+    mine, other = frames.rows(torch.tensor([1])), frames.rows(torch.tensor([4]))
+    assert torch.equal(mine.images, other.images)
+    assert (mine.tokens != other.tokens).sum() == 1
+    assert frames.left.tolist() == [5, 3, 1, 0, 0, 0, 5, 3, 1]
+    got = frames.targets(torch.tensor([4]), torch.tensor([[0]]))[0, 0, :, :4].numpy()
+    low, high = frames.action_stats.q01, frames.action_stats.q99
+    assert np.allclose((got + 1) / 2 * (high - low) + low, 0.25, atol=1e-5)
+    assert torch.equal(frames.rows(torch.tensor([7])).images[0, 0], torch.from_numpy(piece(seed=1).views[1, 0]))
 
 
 def test_statistics_refuse_a_constant_dimension():

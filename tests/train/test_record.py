@@ -52,6 +52,26 @@ def test_every_look_is_what_a_policy_would_see(env, noisy):
         env.step(noisy.executed[tick])
 
 
+def test_every_look_is_labelled_for_another_cube_too(env, noisy):
+    """Same picture, other instruction, other answer: the hand's place must not stand in for the instruction."""
+    env.reset(seed=noisy.seed)
+    at = dict(zip(noisy.ticks.tolist(), range(len(noisy.ticks)), strict=True))
+    apart = []
+    for tick in range(len(noisy)):
+        if tick in at:
+            text, other = noisy.other_prompts[at[tick]], noisy.other_chunk[at[tick]]
+            named = text.split()[3]
+            assert named in env.world.drawn.cubes
+            assert named != env.world.target
+            assert text == f"pick up the {named} cube"
+            mine, env.world.target = env.world.target, named
+            assert np.array_equal(expert.chunk(env.sight(), 6), other)
+            env.world.target = mine
+            apart.append(np.abs(other - noisy.chunk[tick]).max())
+        env.step(noisy.executed[tick])
+    assert np.median(apart) > 0.3
+
+
 @pytest.mark.parametrize("stride", [1, 3])
 def test_other_strides_see_the_same(env, stride):
     demo = record_episode(env, seed=1_000_004, sigma=(0.25,), horizon=2, stride=stride)

@@ -8,6 +8,10 @@ Two labels for every tick: `action`, the expert's one action in this state, and 
 own prediction. A chunk label does not depend on the noise that comes later, which a policy cannot know, so it is the better
 target; a window of `action` is what datasets without chunks have.
 
+And a third, at every look: what the expert would do if the instruction named another cube (`other_chunk`). In a
+demonstration the hand's position gives the target away, so a learner need not read the instruction, and does not; with two
+instructions and two answers to one and the same picture it must.
+
 The seeds of an episode are (plan seed, number of the episode): any number of processes makes the same demonstrations.
 """
 
@@ -16,7 +20,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,6 +103,8 @@ class Demo:
     state   float32 [T, 7]                           prompts   T strings (task `swap` changes them)
     action  float32 [T, 4], clean                    executed  float32 [T, 4], with noise
     chunk   float32 [T, horizon, 4]
+    other_prompts, other_chunk  R strings, float32 [R, horizon, 4]: the same looks with another cube named; () and None
+                                where there is only one
     """
 
     task: str
@@ -113,6 +119,8 @@ class Demo:
     action: NDArray[np.float32]
     executed: NDArray[np.float32]
     chunk: NDArray[np.float32]
+    other_prompts: tuple[str, ...] = ()
+    other_chunk: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.action)
@@ -146,10 +154,10 @@ class _Eyes:
         self.ticks: list[int] = []
         self.views: list[NDArray[np.uint8]] = []
 
-    def look(self, env: ConveyorEnv, tick: int) -> None:
-        """See this tick if its turn has come: 0, then phase, phase + stride, ..."""
+    def look(self, env: ConveyorEnv, tick: int) -> bool:
+        """See this tick if its turn has come: 0, then phase, phase + stride, ... True if it had."""
         if tick and (tick < self._phase or (tick - self._phase) % self._stride):
-            return
+            return False
         old = max(0, tick - HISTORY_TICKS)
         if tick == 0 or old in self._fronts:
             front, wrist = env.cameras()
@@ -159,6 +167,17 @@ class _Eyes:
         self._fronts = {at: image for at, image in self._fronts.items() if at >= old} | {tick: front}
         self.ticks.append(tick)
         self.views.append(np.stack([front, wrist, before]))
+        return True
+
+
+def other_instruction(env: ConveyorEnv, horizon: int) -> tuple[str, NDArray[np.float32]] | None:
+    """Prompt and chunk if another cube were named: the one behind the target in the draw's order. None: there is none."""
+    cubes, target = env.world.drawn.cubes, env.world.target
+    if len(cubes) < 2:
+        return None
+    other = cubes[(cubes.index(target) + 1) % len(cubes)]
+    sight = replace(env.sight(), target_m=env.world.cube_m(other))
+    return env.prompt.replace(target, other), chunk(sight, horizon)
 
 
 def record_episode(env: ConveyorEnv, *, seed: int, sigma: tuple[float, ...], horizon: int, stride: int = 1) -> Demo:
@@ -168,10 +187,12 @@ def record_episode(env: ConveyorEnv, *, seed: int, sigma: tuple[float, ...], hor
     noise, eyes = _Noise(rng, level), _Eyes(stride, int(rng.integers(stride)))
     env.reset(seed=seed)
     rows: dict[str, list[Any]] = {name: [] for name in ("state", "action", "executed", "chunk", "prompt")}
+    others: list[tuple[str, NDArray[np.float32]]] = []
     ended = False
     info: dict[str, Any] = {}
     while not ended:
-        eyes.look(env, len(rows["action"]))
+        if eyes.look(env, len(rows["action"])) and (other := other_instruction(env, horizon)) is not None:
+            others.append(other)
         sight = env.sight()
         clean = act(sight)
         executed = noise.apply(clean)
@@ -186,6 +207,8 @@ def record_episode(env: ConveyorEnv, *, seed: int, sigma: tuple[float, ...], hor
     return Demo(
         task=env.task.name, seed=seed, success=bool(info["success"]), sigma=level, belt_m_s=info["belt_m_s"],
         prompts=prompts, ticks=np.array(eyes.ticks), views=np.stack(eyes.views), **arrays,
+        other_prompts=tuple(text for text, _ in others),
+        other_chunk=np.stack([actions for _, actions in others]) if others else None,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,57 +68,63 @@ class Frames:
         self.action_stats = statistics(np.concatenate([piece.chunk[:, 0] for piece in pieces]))
         self.tokenizer, self.width, self.max_tokens, self.device = tokenizer, width, max_tokens, device
         self.horizon = pieces[0].chunk.shape[1]
-        self._labelled = 0
+        self._labelled, self._seen = 0, 0
         self._parts: dict[str, list[Tensor]] = {}
         self.add(pieces)
 
     def __len__(self) -> int:
-        return len(self.views)
+        return len(self.view)
 
     def add(self, pieces: Iterable[Piece]) -> None:
         """Append examples. Rows keep their numbers."""
         for piece in pieces:
             left = len(piece.chunk) - 1 - piece.ticks
-            tokens, lengths = self._encode(piece)
-            new = {
-                "views": torch.from_numpy(piece.views),
-                "tokens": tokens,
-                "length": lengths,
-                "left": torch.from_numpy(left if piece.joined else np.zeros_like(left)),
-                "label": torch.from_numpy(piece.ticks + self._labelled),
-                "labels": torch.from_numpy(self._scaled(piece)),
-            }
-            for name, value in new.items():
-                self._parts.setdefault(name, []).append(value.to(self.device))
-            self._labelled += len(piece.chunk)
+            self._rows(piece.prompts, piece.state, left=left if piece.joined else np.zeros_like(left))
+            self._table("label", piece.ticks + self._labelled)
+            self._labels(piece.executed, piece.chunk)
+            if piece.other_chunk is not None:  # the same pictures once more
+                self._rows(piece.other_prompts, piece.state, left=np.zeros_like(left))
+                self._table("label", np.arange(len(left)) + self._labelled)
+                self._labels(piece.other_chunk[:, 0], piece.other_chunk)
+            self._table("views", piece.views)
+            self._seen += len(piece.views)
         joined = {name: torch.cat(parts) for name, parts in self._parts.items()}
         self._parts = {name: [value] for name, value in joined.items()}
         self.views, self.left, self.labels = joined["views"], joined["left"], joined["labels"]
+        self.view = joined["view"]
         self.length, self.label = joined["length"], joined["label"]
         self.tokens = joined["tokens"][:, : int(self.length.max())]
         self.even = bool((self.length == self.length[0]).all())
 
-    def _encode(self, piece: Piece) -> tuple[Tensor, Tensor]:
-        """Token ids int64 [T, max_tokens], zeros behind the end, and lengths [T]."""
-        normalized = normalize_lerobot(piece.state, self.state_stats, mode="quantiles", eps=EPS)
-        ids = torch.zeros(len(piece.state), self.max_tokens, dtype=torch.int64)
-        lengths = torch.zeros(len(piece.state), dtype=torch.int64)
-        for i, (task, state) in enumerate(zip(piece.prompts, normalized, strict=True)):
-            row = prompt.encode(prompt.segments(FLAVOUR, task, state), self.tokenizer, max_tokens=self.max_tokens)
+    def _table(self, name: str, value: NDArray[Any] | Tensor) -> None:
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
+        self._parts.setdefault(name, []).append(tensor.to(self.device))
+
+    def _rows(self, prompts: Sequence[str], state: NDArray[np.float32], *, left: NDArray[np.int64]) -> None:
+        """Everything of R examples but labels and pictures, which are those that come next."""
+        normalized = normalize_lerobot(state, self.state_stats, mode="quantiles", eps=EPS)
+        ids = torch.zeros(len(state), self.max_tokens, dtype=torch.int64)
+        lengths = torch.zeros(len(state), dtype=torch.int64)
+        for i, (task, values) in enumerate(zip(prompts, normalized, strict=True)):
+            row = prompt.encode(prompt.segments(FLAVOUR, task, values), self.tokenizer, max_tokens=self.max_tokens)
             ids[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
             lengths[i] = len(row)
-        return ids, lengths
+        self._table("tokens", ids)
+        self._table("length", lengths)
+        self._table("left", left)
+        self._table("view", np.arange(len(state)) + self._seen)
 
-    def _scaled(self, piece: Piece) -> NDArray[np.float32]:
-        """Normalised and padded: float32 [T, 1 + H, width]."""
-        both = np.concatenate([piece.executed[:, None], piece.chunk], axis=1)
+    def _labels(self, executed: NDArray[np.float32], chunk: NDArray[np.float32]) -> None:
+        """Normalised and padded, float32 [T, 1 + H, width]."""
+        both = np.concatenate([executed[:, None], chunk], axis=1)
         scaled = normalize_lerobot(both, self.action_stats, mode="quantiles", eps=EPS)
         padding = ((0, 0), (0, 0), (0, self.width - both.shape[-1]))
-        return np.pad(scaled, padding).astype(np.float32)
+        self._table("labels", np.pad(scaled, padding).astype(np.float32))
+        self._labelled += len(chunk)
 
     def rows(self, row: Tensor) -> Rows:
         """Examples number `row`, int64 [B]."""
-        return Rows(self.views[row], self.tokens[row], self.length[row])
+        return Rows(self.views[self.view[row]], self.tokens[row], self.length[row])
 
     def targets(self, row: Tensor, committed: Tensor) -> Tensor:
         """Normalised chunks.  row int64 [B], committed int64 [B, R], at most `left` of the row -> [B, R, H, width]."""

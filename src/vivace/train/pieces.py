@@ -17,6 +17,7 @@ class Piece:
     ticks     int64 [R]                  views  uint8 [R, V, px, px, 3]
     state     float32 [R, n]             prompts  R strings
     executed  float32 [T, A]             chunk  float32 [T, H, A]
+    other_prompts, other_chunk  R strings, float32 [R, H, A]: the same looks, another instruction; () and None: unknown
     joined    True: label k + 1 is one tick after label k, so a target may be continued by a later plan
     """
 
@@ -27,9 +28,21 @@ class Piece:
     executed: NDArray[np.float32]
     chunk: NDArray[np.float32]
     joined: bool = True
+    other_prompts: tuple[str, ...] = ()
+    other_chunk: NDArray[np.float32] | None = None
 
 
 def piece_of(demo: Demo) -> Piece:
     """A demonstration of `sim.record`."""
     prompts = tuple(demo.prompts[tick] for tick in demo.ticks)
-    return Piece(demo.ticks, demo.views, demo.state[demo.ticks], prompts, demo.executed, demo.chunk)
+    return Piece(
+        demo.ticks,
+        demo.views,
+        demo.state[demo.ticks],
+        prompts,
+        demo.executed,
+        demo.chunk,
+        True,
+        demo.other_prompts,
+        demo.other_chunk,
+    )

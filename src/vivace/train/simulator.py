@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..sim.conveyor import VIEWS, ConveyorEnv
 from ..sim.expert import ExpertChunk, chunk
-from ..sim.record import Source
+from ..sim.record import Source, other_instruction
 from ..sim.rollout import Execution, rollout
 from ..sim.tasks import SPEEDS_M_S
 from ..types import Observation
@@ -67,19 +67,24 @@ def simulate(pipe: Connection[Any, Any]) -> None:
 
 def _episode(env: ConveyorEnv, job: Job, pipe: Connection[Any, Any]) -> Ended:
     seen: list[tuple[Observation, NDArray[np.float32]]] = []
+    others: list[tuple[str, NDArray[np.float32]]] = []
 
     def policy(observation: Observation) -> ExpertChunk:
         if job.correct:
             seen.append((observation, chunk(env.sight(), job.horizon)))
+            if (other := other_instruction(env, job.horizon)) is not None:
+                others.append(other)
         pipe.send(observation)
         return ExpertChunk(pipe.recv())
 
     episode = rollout(env, policy, seed=job.seed, execution=job.execution)
-    piece = _piece(seen) if job.correct else None
+    piece = _piece(seen, others) if job.correct else None
     return Ended(job, episode.success, episode.wrong_object, len(episode.actions), piece)
 
 
-def _piece(seen: Sequence[tuple[Observation, NDArray[np.float32]]]) -> Piece:
+def _piece(
+    seen: Sequence[tuple[Observation, NDArray[np.float32]]], others: Sequence[tuple[str, NDArray[np.float32]]]
+) -> Piece:
     chunks = np.stack([actions for _, actions in seen])
     return Piece(
         ticks=np.arange(len(seen)),
@@ -89,4 +94,6 @@ def _piece(seen: Sequence[tuple[Observation, NDArray[np.float32]]]) -> Piece:
         executed=chunks[:, 0],
         chunk=chunks,
         joined=False,
+        other_prompts=tuple(text for text, _ in others),
+        other_chunk=np.stack([actions for _, actions in others]) if others else None,
     )
