@@ -10,14 +10,18 @@ import torch
 from suite import CHECKS, Subject, case_of, inputs_of
 from tiny import build, random_tensors, tiny_config
 
+from vivace.backends import tensorrt
 from vivace.backends.eager import EagerBackend
 from vivace.backends.loop import run_flow
 from vivace.backends.spans import span
-from vivace.backends.tensorrt import evaluate, run, skeleton
+from vivace.backends.tensorrt import cache, evaluate, run, skeleton
+from vivace.backends.tensorrt.build import Built
 from vivace.backends.tensorrt.networks import Network, Part, Shapes
 from vivace.backends.tensorrt.stages import EnginePolicy
+from vivace.backends.tensorrt.targets import Target
 from vivace.config import EngineConfig, TensorRTConfig
 from vivace.errors import ShapeError
+from vivace.precision.coverage import Coverage, fallbacks, rows
 from vivace.types import PreviousChunk, Trace
 
 
@@ -92,6 +96,66 @@ def test_a_trace_or_an_older_chunk_takes_single_steps(rtx):
         backend.denoise(cache, case.noise, **options)
         rows = config.horizon if "previous" in options else 1
         assert [(part, shapes.rows) for part, shapes in backend.runner.calls] == [("step", rows)] * 2
+
+
+class Recorded:
+    """`run.Engine` that computes the definition of which it was told to be the engine."""
+
+    made: list[Recorded] = []  # noqa: RUF012
+
+    def __init__(self, module, plan, *, weights, device, compiled):
+        self.weights, self.compiled, self.runs, self.saved = weights, compiled, 0, []
+        self.network = Recorded.networks.pop()
+        Recorded.made.append(self)
+
+    def __call__(self, feeds):
+        self.runs += 1
+        return evaluate.run(self.network, feeds, numbers=self.weights)
+
+    def save(self, compiled):
+        assert self.runs == 1, "before a run there is nothing to save"
+        self.saved.append(compiled)
+
+
+def test_the_runner_makes_each_engine_once(rtx, monkeypatch, tmp_path):
+    """Write, audit, build, store, bind, run: everything but TensorRT's builder and run time is real."""
+    Recorded.made, Recorded.networks = [], []
+
+    def build_here(network, targets, *, progress=None):
+        assert targets == [], "for the GPU at hand"
+        Recorded.networks.append(network)
+        return Built(b"plan", 0.1)
+
+    monkeypatch.setattr(run, "build", build_here)
+    monkeypatch.setattr(run, "Engine", Recorded)
+    monkeypatch.setattr(run, "here", lambda: Target(89))
+    monkeypatch.setenv("VIVACE_CACHE", str(tmp_path))
+    config = tiny_config("pi05")
+    model, case = build(config, random_tensors(config)), case_of(config)
+    seen = Coverage(kernel=rtx.name)
+    runner = run.EngineRunner(run.recipe(model, rtx, TensorRTConfig(), base="fp32"), torch.device("cpu"), seen)
+    backend = EagerBackend(
+        cast(Any, EnginePolicy(model, runner, base=torch.float32)), EngineConfig(num_denoise_steps=4)
+    )
+    wanted = EagerBackend(model, EngineConfig(num_denoise_steps=4)).infer(inputs_of(case), case.noise)
+    for _ in range(2):
+        assert torch.allclose(backend.infer(inputs_of(case), case.noise), wanted, atol=1e-5)
+    assert [engine.network.part for engine in Recorded.made] == ["vision", "prefix", "step"]
+    assert [engine.runs for engine in Recorded.made] == [2, 2, 8]
+    assert all(engine.saved == [cache.runtime_cache(rtx.name, rtx.version, "sm89")] for engine in Recorded.made)
+    assert len(list((tmp_path / "tensorrt").glob("*-sm89-*.engine"))) == 3
+    assert {entry.calls for entry in seen.seen.values()} == {1}
+    assert len(fallbacks(rows(seen, steps=4))) == 0
+
+
+def test_compute_type(rtx):
+    config = tiny_config("pi05")
+    wide = build(config, random_tensors(config))
+    half = build(config, random_tensors(config), dtype_of=lambda name: torch.bfloat16)
+    ada, turing = Target(89), Target(75)
+    assert tensorrt.base_of(wide, EngineConfig(), ada) == "fp32"
+    assert [tensorrt.base_of(half, EngineConfig(), gpu) for gpu in (ada, turing)] == ["bf16", "fp16"]
+    assert tensorrt.base_of(half, EngineConfig(tensorrt=TensorRTConfig(base="fp16")), ada) == "fp16"
 
 
 def test_another_horizon_is_refused(rtx):

@@ -111,18 +111,20 @@ class EngineRunner:
 
     def __call__(self, part: Part, shapes: Shapes, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See stages.Runner."""
-        if (part, shapes) not in self.engines:
-            self.engines[part, shapes] = self._make(part, shapes)
-        return self.engines[part, shapes](feeds)
+        if (part, shapes) in self.engines:
+            return self.engines[part, shapes](feeds)
+        module = self.recipe.module
+        compiled = cache.runtime_cache(module.name, module.version, str(here())) if module.is_rtx else None
+        engine = self.engines[part, shapes] = self._make(part, shapes, compiled)
+        outputs = engine(feeds)
+        if compiled is not None:
+            engine.save(compiled)  # after a run: by then everything is compiled
+        return outputs
 
-    def _make(self, part: Part, shapes: Shapes) -> Engine:
+    def _make(self, part: Part, shapes: Shapes, compiled: Path | None) -> Engine:
         module = self.recipe.module
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise Unsupported("an engine cannot be made while a graph is recorded", got=f"{part} {shapes}")
         made = make(self.recipe, part, shapes, targets=[], where=cache.folder())
         audit.record(self.seen, made.products, part=part, kernel=module.name)
-        compiled = cache.runtime_cache(module.name, module.version, str(here())) if module.is_rtx else None
-        engine = Engine(module, made.engine, weights=self.recipe.numbers, device=self.device, compiled=compiled)
-        if compiled is not None:
-            engine.save(compiled)
-        return engine
+        return Engine(module, made.engine, weights=self.recipe.numbers, device=self.device, compiled=compiled)
