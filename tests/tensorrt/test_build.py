@@ -97,6 +97,15 @@ def test_a_target_that_cannot(rtx, base, plan, target, says):
         build(network, targets.parse(target))
 
 
+def test_no_float32_products_on_turing(rtx):
+    """The prefix alone has none; the patch layer and the action layers are float32 in openpi's flavour."""
+    subject = Subject(rtx, base="fp16", changes=SMALL)
+    assert build(subject.write("prefix"), targets.parse("sm75")).engine
+    for part in ("vision", "step"):
+        with pytest.raises(Unsupported, match=r"sm75 .RTX 20. has no float32 products"):
+            build(subject.write(part), targets.parse("sm75,sm89"))
+
+
 def test_a_plan_that_quantises_nothing_here_needs_no_fp8(rtx):
     """The vision tower of fp8-mlp is plain FP16: fine on an RTX 30."""
     assert build(Subject(rtx, base="fp16", plan="bf16").write("vision"), targets.parse("sm86")).engine

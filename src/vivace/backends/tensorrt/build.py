@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import Unsupported
+from . import audit
 from .module import Module
 from .networks import Network
 from .skeleton import quantised
@@ -17,6 +18,7 @@ from .targets import Target, check_types
 
 Progress = Callable[[str, float], None]
 """Called with a phase of the builder and the fraction of it that is done."""
+FIRST_FLOAT32_PRODUCTS = 80
 MEMORY_WORDS = ("out of memory", "bad_alloc", "memory allocation", "outofmemory", "cannot allocate")
 
 
@@ -57,6 +59,7 @@ def build(network: Network, targets: Sequence[Target], *, progress: Progress | N
     """
     module = network.module
     check_types(targets, types=types_of(network), module=module)
+    _check_products(network, targets)
     config = network.owner.builder.create_builder_config()
     config.clear_flag(module.api.BuilderFlag.TF32)  # float32 parts of a checkpoint's flavour stay float32
     _aim(config, targets, module)
@@ -79,6 +82,17 @@ def types_of(network: Network) -> set[torch.dtype]:
     if not quantised(network.outlined):
         found.discard(torch.float8_e4m3fn)
     return found
+
+
+def _check_products(network: Network, targets: Sequence[Target]) -> None:
+    """TensorRT-RTX 1.7.1 compiles no float32 product for Turing, and says so in its compiler's words."""
+    old = [target for target in targets if target.number < FIRST_FLOAT32_PRODUCTS]
+    wide = [product.layer for product in audit.products(network) if product.precision == "float32"] if old else []
+    if wide and network.module.is_rtx:
+        raise Unsupported(
+            f"{old[0].label} has no float32 products in TensorRT-RTX", got=f"{', '.join(wide[:3])} in float32",
+            do="leave this target out: RTX 30 and later",
+        )  # fmt: skip
 
 
 def _aim(config: Any, targets: Sequence[Target], module: Module) -> None:
