@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,8 +20,9 @@ from .policy_args import CheckpointArgs
 
 if TYPE_CHECKING:
     from ..sim.arms import Arm
-    from ..sim.campaign import Block, Job, Settings
+    from ..sim.campaign import Block, Settings
     from ..sim.controls import Control
+    from ..sim.libero.campaign import Suite
     from ..sim.outcomes import Comparison, Outcome
 
 
@@ -38,6 +39,7 @@ class Args:
 
     Example: vivace simulate --task conveyor --belt slow fast --mode naive aligned --delay-ms 0 100 160
     Example: vivace simulate --policy my-policy --precision float32 plan.json --episodes 500 --processes 8 -o out.json
+    Example: vivace simulate --suite libero_object --policy pi05-libero --libero-python libero-env/bin/python
     """
 
     task: tuple[str, ...] = ("static", "conveyor")
@@ -64,12 +66,22 @@ class Args:
     """Add the wall time of each inference on this machine to its delay."""
     committed: tuple[Literal["auto", "always", "never"], ...] = ("auto",)
     """Tell the policy which actions will be executed meanwhile (mode aligned); auto = where it was trained for it."""
-    execute_ticks: int = 8
-    """Execution horizon: control ticks from one observation to the next."""
+    execute_ticks: int | None = None
+    """Execution horizon: control ticks from one observation to the next; default 8, in a suite its convention's."""
     episodes: int = 50
     """Episodes of each arm."""
     seed: int = 0
-    """First seed of the episodes; the others follow."""
+    """First seed of the episodes; the others follow. In a suite: the first initial state."""
+    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] | None = None
+    """A LIBERO suite in the conveyor's place, with its official initial states. See docs/guides/libero.md."""
+    convention: Literal["openpi", "lerobot"] = "openpi"
+    """Whose evaluation protocol of LIBERO: image size, state, step limits, execution horizon."""
+    suite_task: tuple[int, ...] = ()
+    """Tasks of the suite, by number; default: all."""
+    episodes_per_task: int = 50
+    """Initial states of each task of the suite; 50 are there, and 50 make the standard number."""
+    libero_python: str | None = None
+    """The Python interpreter that has LIBERO installed; default: this one."""
     processes: int = 1
     """Blocks of episodes that run at the same time."""
     margin: float = 0.05
@@ -96,6 +108,8 @@ def run(args: Args) -> int:
     from ..sim import campaign, controls, statistics  # Unsupported without the extra `sim`
 
     _check(args)
+    if args.suite is not None:
+        return _run_suite(args)
     arms, settings = _arms(args), _settings(args)
     statistics.paired(0, 0, 1, margin=args.margin)  # a bad margin is refused before hours of work
     _film(args, arms[0], settings)
@@ -110,13 +124,65 @@ def run(args: Args) -> int:
     document = result(
         "simulate", {"passed": passed, **body, "controls": [asdict(one) for one in judged]}, environment=collect()
     )
-    _show(outcomes, compared, judged, args)
+    _show(outcomes, compared, judged, args, f"{args.episodes} episodes each, equal seeds from {args.seed}")
     if args.store:
         _store(outcomes, settings)
     if args.output is not None:
         write_result(args.output, document)
     emit(document)
     return OK if passed else FAILED
+
+
+def _run_suite(args: Args) -> int:
+    """The same for a suite of LIBERO: its own tasks, initial states and versions."""
+    from ..sim import campaign
+    from ..sim.libero import campaign as libero
+
+    if args.store or args.video is not None or args.rerun is not None:
+        raise ConfigError("--store, --video and --rerun", got=f"--suite {args.suite}", wanted="the conveyor")
+    suite = _suite(args)
+    arms = _arms(args, suite)
+    work = libero.jobs(arms, suite)
+    extra = libero.control_jobs(arms, suite, episodes=args.control_episodes) if args.controls else []
+    blocks = _played([*work, *extra], args.processes, libero.run_job)
+    outcomes = campaign.collect(arms, blocks[: len(work)], keep=args.keep_episodes, units=libero.UNITS)
+    compared = campaign.comparisons(outcomes, margin=args.margin)
+    judged = libero.judge(outcomes, extra, blocks[len(work) :])
+    passed = not any(one.status == "failed" for one in judged) and not any(one.crashes for one in outcomes)
+    settings = campaign.Settings(episodes=suite.episodes_per_task, first_seed=args.seed, margin=args.margin)
+    body = campaign.as_json(outcomes, settings, compared, simulator=libero.simulator(blocks, suite))
+    tasks = libero.by_task(outcomes, blocks, suite)
+    document = result(
+        "simulate",
+        {"passed": passed, **body, "tasks": tasks, "controls": [asdict(one) for one in judged]},
+        environment=collect(),
+    )
+    title = f"{args.suite}, {suite.convention}: {len(suite.numbers)} tasks x {suite.episodes_per_task} initial states"
+    _show(outcomes, compared, judged, args, title)
+    for row in tasks:
+        counts = ", ".join(f"{one['successes']}/{one['n']}" for one in row["arms"])
+        console.print(f"{row['task']:2} {counts}  {row['prompt']}", markup=False)
+    if args.output is not None:
+        write_result(args.output, document)
+    emit(document)
+    return OK if passed else FAILED
+
+
+def _suite(args: Args) -> Suite:
+    from ..sim.actors import Options
+    from ..sim.libero.campaign import Suite
+
+    options = asdict(args.options)
+    options["embodiment"] = options["embodiment"] or "libero"
+    return Suite(
+        name=args.suite or "",
+        convention=args.convention,
+        tasks=args.suite_task,
+        episodes_per_task=args.episodes_per_task,
+        first_state=args.seed,
+        python=args.libero_python,
+        options=Options(**options),
+    )
 
 
 def _check(args: Args) -> None:
@@ -128,7 +194,7 @@ def _check(args: Args) -> None:
         )
     if any(steps < 1 for steps in args.steps):
         raise ConfigError("--steps", got=list(args.steps), wanted="at least 1")
-    if args.execute_ticks < 1:
+    if args.execute_ticks is not None and args.execute_ticks < 1:
         raise ConfigError("execute_ticks", got=args.execute_ticks, wanted="at least 1")
     if args.store and set(args.policy) == {"expert"}:
         raise ConfigError("nothing to store", got="--policy expert", wanted="--store with a checkpoint folder")
@@ -137,11 +203,14 @@ def _check(args: Args) -> None:
             raise ConfigError("--policy", got=repr(policy), wanted="expert, or a checkpoint folder")
 
 
-def _arms(args: Args) -> list[Arm]:
-    from ..sim import arms, latency, stored
+def _arms(args: Args, suite: Suite | None = None) -> list[Arm]:
+    from ..sim import arms, latency, scene, stored
+    from ..sim.libero import campaign as libero
+    from ..sim.libero.conventions import CONTROL_HZ, convention
 
     measured = [latency.read_latencies(given) for given in args.latency]
     fixed = args.delay_ms or (() if measured else (0.0,))
+    ticks, hz = (8, scene.CONTROL_HZ) if suite is None else (convention(suite.convention).execute_ticks, CONTROL_HZ)
     axes = arms.Axes(
         tasks=args.task,
         belts=args.belt,
@@ -150,10 +219,11 @@ def _arms(args: Args) -> list[Arm]:
         precisions=args.precision,
         steps=args.steps,
         modes=args.mode,
-        delays=arms.delays(fixed, measured, measured=args.real_clock),
-        execute_ticks=args.execute_ticks,
+        delays=arms.delays(fixed, measured, measured=args.real_clock, control_hz=hz),
+        execute_ticks=args.execute_ticks or ticks,
     )
-    return stored.with_committed(arms.product(axes), args.committed)
+    product = arms.product(axes) if suite is None else libero.arms(axes, suite)
+    return stored.with_committed(product, args.committed)
 
 
 def _settings(args: Args) -> Settings:
@@ -171,15 +241,15 @@ def _settings(args: Args) -> Settings:
     )
 
 
-def _played(work: Sequence[Job], processes: int) -> list[Block]:
+def _played(work: Sequence[Any], processes: int, run: Callable[[Any], Block] | None = None) -> list[Block]:
     """Run all blocks under a progress bar that counts episodes."""
-    from ..sim.campaign import run_jobs
+    from ..sim.campaign import run_job, run_jobs
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     blocks = []
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("episodes", total=sum(len(job.seeds) for job in work))
-        for block in run_jobs(work, processes=processes):
+        for block in run_jobs(work, processes=processes, run=run or run_job):
             blocks.append(block)
             bar.update(task, advance=len(block.rows))
     return blocks
@@ -213,8 +283,10 @@ def _store(outcomes: Sequence[Outcome], settings: Settings) -> None:
         console.print(f"stored {len(rates)} rates in {stored.write_rates(policy, rates)}")
 
 
-def _show(outcomes: Sequence[Outcome], compared: Sequence[Comparison], judged: Sequence[Control], args: Args) -> None:
-    table = Table(title=f"{args.episodes} episodes each, equal seeds from {args.seed}")
+def _show(
+    outcomes: Sequence[Outcome], compared: Sequence[Comparison], judged: Sequence[Control], args: Args, title: str
+) -> None:
+    table = Table(title=title)
     heads = "arm", "delay", "success", "95 % interval", "time, s", "age, ms", "p99", "wrong", "crashed"
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i == 0 else "right")

@@ -57,7 +57,9 @@ class Options:
 
 
 @lru_cache(maxsize=1)
-def load(path: str, engine: str, precision: str, steps: int | None, options: Options) -> ServedPolicy:
+def load(
+    path: str, engine: str, precision: str, steps: int | None, options: Options, *, action_dim: int = ACTION_DIM
+) -> ServedPolicy:
     """The policy of an arm, kept until another is asked for: blocks of one arm follow each other in a process.
 
     Raises: what load_policy raises; ConfigError for a policy of another robot.
@@ -77,12 +79,13 @@ def load(path: str, engine: str, precision: str, steps: int | None, options: Opt
         default_prompt=options.default_prompt,
         lerobot_version=options.lerobot_version,
     )
-    if policy.engine.action_dim != ACTION_DIM:
+    if policy.engine.action_dim != action_dim:
+        conveyor = action_dim == ACTION_DIM
         raise ConfigError(
-            f"{path} does not drive the conveyor",
+            f"{path} does not drive {'the conveyor' if conveyor else 'this robot'}",
             got=f"{policy.engine.action_dim} action dims",
-            wanted=ACTION_DIM,
-            do="train one with vivace train, or pass --embodiment conveyor",
+            wanted=action_dim,
+            do="train one with vivace train, or pass --embodiment conveyor" if conveyor else None,
         )
     policy.warmup()
     return policy

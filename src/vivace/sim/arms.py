@@ -108,9 +108,13 @@ def product(axes: Axes) -> list[Arm]:
 
 
 def delays(
-    milliseconds: Sequence[float], latencies: Sequence[Latencies] = (), *, measured: bool = False
+    milliseconds: Sequence[float],
+    latencies: Sequence[Latencies] = (),
+    *,
+    measured: bool = False,
+    control_hz: float = CONTROL_HZ,
 ) -> list[Delay]:
-    """Fixed delays and measured distributions, rounded up to control ticks of 20 ms.
+    """Fixed delays and measured distributions, rounded up to control ticks (of 20 ms on the conveyor).
 
     measured: the real wall time of each inference is added to every one of them.
     Raises: ConfigError for a negative delay.
@@ -118,8 +122,8 @@ def delays(
     if any(not 0.0 <= value < 60_000.0 for value in milliseconds):
         raise ConfigError("--delay-ms", got=list(milliseconds), wanted="milliseconds, at least 0 and below a minute")
     extra = "real clock" if measured else ""
-    fixed = [Delay(_named(f"{value:g} ms", extra), ticks([value], CONTROL_HZ), measured) for value in milliseconds]
-    drawn = [Delay(_named(one.name, extra), ticks(one.milliseconds, CONTROL_HZ), measured) for one in latencies]
+    fixed = [Delay(_named(f"{value:g} ms", extra), ticks([value], control_hz), measured) for value in milliseconds]
+    drawn = [Delay(_named(one.name, extra), ticks(one.milliseconds, control_hz), measured) for one in latencies]
     return [*fixed, *drawn]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -25,7 +25,7 @@ from .arms import EXPERT, Arm, references
 from .conveyor import ACTION_DIM, ConveyorEnv
 from .episode import HELD, Episode, expected_reaction_ticks, reaction_ticks
 from .faults import broken
-from .outcomes import Comparison, Outcome, compare, outcome
+from .outcomes import CONVEYOR, Comparison, Outcome, Units, compare, outcome
 from .rollout import Chunk, Committed, Moment, checked, rollout
 from .stored import read
 from .tasks import SPEEDS_M_S, Task, task
@@ -93,6 +93,7 @@ class Guarded:
     """Turns whatever an actor raises into a PolicyCrash, and nothing else."""
 
     inner: Actor
+    action_dim: int = ACTION_DIM
 
     def policy(self, observation: Observation) -> Chunk:
         """See Actor."""
@@ -102,12 +103,11 @@ class Guarded:
         """See Actor."""
         return self._safe(lambda: self.inner.continuing(observation, committed))
 
-    @staticmethod
-    def _safe(call: Callable[[], Chunk]) -> Chunk:
+    def _safe(self, call: Callable[[], Chunk]) -> Chunk:
         try:
             chunk = call()
-            if (width := checked(chunk).shape[1]) != ACTION_DIM:
-                raise ShapeError("actions of a chunk", got=f"{width} wide", wanted=ACTION_DIM)
+            if (width := checked(chunk).shape[1]) != self.action_dim:
+                raise ShapeError("actions of a chunk", got=f"{width} wide", wanted=self.action_dim)
         except POLICY_RAISES as error:
             raise PolicyCrash(f"{type(error).__name__}: {error}") from error
         return chunk
@@ -178,7 +178,17 @@ def _row(env: ConveyorEnv, job: Job, seed: int, *, twin: bool) -> dict[str, Any]
                 "expected": expected_reaction_ticks(episode, event_tick=event),
             }
     except PolicyCrash as crash:
-        return {"seed": seed, "crash": str(crash), "ages": {}, "inference_ms": ()}
+        return crashed_row(seed, crash)
+    return finished_row(episode, react)
+
+
+def crashed_row(seed: int, crash: PolicyCrash) -> dict[str, Any]:
+    """The row of an episode that says nothing about how well the policy acts."""
+    return {"seed": seed, "crash": str(crash), "ages": {}, "inference_ms": ()}
+
+
+def finished_row(episode: Episode, react: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The row of an episode that ran to its end."""
     used: NDArray[np.int64] = episode.age_ticks[episode.age_ticks != HELD]
     ages = dict(Counter(used.tolist()))
     return {
@@ -199,24 +209,27 @@ def jobs(arms: Sequence[Arm], settings: Settings, *, processes: int) -> list[Job
     return found
 
 
-def run_jobs(work: Sequence[Job], *, processes: int = 1) -> Iterator[Block]:
-    """Run blocks, in this process or in others; in the order given, each as soon as it and those before are done."""
+def run_jobs(work: Sequence[Any], *, processes: int = 1, run: Callable[[Any], Block] = run_job) -> Iterator[Block]:
+    """Run blocks, in this process or in others; in the order given, each as soon as it and those before are done.
+
+    run: what plays one block of `work`; a function of a module, so that other processes find it.
+    """
     if processes == 1:
-        yield from map(run_job, work)
+        yield from map(run, work)
         return
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(run_job, work)
+        yield from pool.map(run, work)
 
 
 def collect(
-    arms: Sequence[Arm], blocks: Sequence[Block], *, keep: bool = False
-) -> list[Outcome]:  # fmt: skip
+    arms: Sequence[Arm], blocks: Sequence[Block], *, keep: bool = False, units: Units = CONVEYOR
+) -> list[Outcome]:
     """Join the blocks of each arm."""
     joined = []
     for index, arm in enumerate(arms):
         mine = [block for block in blocks if block.index == index]
         rows = [row for block in mine for row in block.rows]
-        joined.append(outcome(arm, rows, engine=mine[0].engine if mine else None, keep=keep))
+        joined.append(outcome(arm, rows, engine=mine[0].engine if mine else None, keep=keep, units=units))
     return joined
 
 
@@ -236,8 +249,14 @@ def comparisons(outcomes: Sequence[Outcome], *, margin: float) -> list[Compariso
     return compare(outcomes, pairs, margin=margin)
 
 
-def as_json(outcomes: Sequence[Outcome], settings: Settings, found: Sequence[Comparison]) -> dict[str, Any]:
-    """The body of a result file: versions of the simulator, seeds, a row for each arm, comparisons."""
+def as_json(
+    outcomes: Sequence[Outcome],
+    settings: Settings,
+    found: Sequence[Comparison],
+    *,
+    simulator: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The body of a result file: versions of the simulator (None: the conveyor), seeds, a row an arm, comparisons."""
     rows = []
     for one in outcomes:
         row = asdict(replace(one, episodes=()))
@@ -245,7 +264,7 @@ def as_json(outcomes: Sequence[Outcome], settings: Settings, found: Sequence[Com
         row["episodes"] = list(one.episodes)
         rows.append(row)
     return {
-        "simulator": scene.versions(),
+        "simulator": scene.versions() if simulator is None else dict(simulator),
         "seeds": {"first": settings.first_seed, "n": settings.episodes},
         "method": {
             "interval": "Wilson, 95 %",

@@ -22,6 +22,18 @@ Row = Mapping[str, Any]
 TICK_MS = 1000.0 / CONTROL_HZ
 SPEED_M_S = COMMAND_M * CONTROL_HZ
 """Action 1.0 as a velocity."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """What the numbers of an episode are worth. speed_m_s, step_m: of action 1; None where an action is no velocity."""
+
+    tick_ms: float
+    speed_m_s: float | None
+    step_m: float | None
+
+
+CONVEYOR = Units(TICK_MS, SPEED_M_S, COMMAND_M)
 KS_1_PERCENT = 1.63
 """Kolmogorov-Smirnov: D * sqrt(n) above this has p < 1 %; for discrete distributions less."""
 
@@ -60,7 +72,14 @@ class Outcome:
     episodes: tuple[Row, ...]
 
 
-def outcome(arm: Arm, rows: Sequence[Row], *, engine: dict[str, Any] | None = None, keep: bool = False) -> Outcome:
+def outcome(
+    arm: Arm,
+    rows: Sequence[Row],
+    *,
+    engine: dict[str, Any] | None = None,
+    keep: bool = False,
+    units: Units = CONVEYOR,
+) -> Outcome:
     """Count and average the rows of `campaign.run_job`. keep: store the rows too."""
     good = [row for row in rows if row["crash"] is None]
     letters = "".join(letter(row) for row in rows)
@@ -78,10 +97,10 @@ def outcome(arm: Arm, rows: Sequence[Row], *, engine: dict[str, Any] | None = No
         wrong_object=sum(row["wrong_object"] for row in good),
         outcomes=letters,
         time_to_success_s={"median": _percentile(times, 50), "p90": _percentile(times, 90)},
-        age_ms=ages(good),
+        age_ms=ages(good, units.tick_ms),
         held_share=_mean([row["held_ticks"] / row["ticks"] for row in good]),
         starved_ticks=sum(row["starved_ticks"] for row in good),
-        seams=seams(good),
+        seams=seams(good, units),
         rms_jerk_m_s3=_mean([row["rms_jerk_m_s3"] for row in good]),
         reaction=reaction(arm, good),
         inference_ms=None if engine is None else {f"p{q}": _percentile(milliseconds, q) for q in (50, 95, 99)},
@@ -98,12 +117,12 @@ def letter(row: Row) -> str:
     return "S" if row["success"] else "W" if row["wrong_object"] else "F"
 
 
-def ages(rows: Sequence[Row]) -> dict[str, float | None]:
+def ages(rows: Sequence[Row], tick_ms: float = TICK_MS) -> dict[str, float | None]:
     """Observation age at actuation, every executed action counts once."""
     counts: Counter[int] = Counter()
     for row in rows:
         counts.update(row["ages"])
-    every = np.repeat(list(counts), list(counts.values())) * TICK_MS
+    every = np.repeat(list(counts), list(counts.values())) * tick_ms
     return {
         "mean": float(every.mean()) if every.size else None,
         "p99": _percentile(every, 99),
@@ -111,19 +130,19 @@ def ages(rows: Sequence[Row]) -> dict[str, float | None]:
     }
 
 
-def seams(rows: Sequence[Row]) -> dict[str, float | None]:
+def seams(rows: Sequence[Row], units: Units = CONVEYOR) -> dict[str, float | None]:
     """Jumps at chunk switches in m/s and m; means over episodes."""
 
-    def average(key: str, unit: float) -> float | None:
+    def average(key: str, unit: float | None) -> float | None:
         value = _mean([row[key] for row in rows])
-        return None if value is None else value * unit
+        return None if value is None or unit is None else value * unit
 
     return {
         "switches": float(sum(row["seams"] for row in rows)),
-        "command_jump_m_s": average("seam_step", SPEED_M_S),
-        "command_jump_inside_m_s": average("step_inside_chunks", SPEED_M_S),
-        "plans_apart_m_s": average("seam_apart", SPEED_M_S),
-        "plans_apart_m": average("seam_ahead", COMMAND_M),
+        "command_jump_m_s": average("seam_step", units.speed_m_s),
+        "command_jump_inside_m_s": average("step_inside_chunks", units.speed_m_s),
+        "plans_apart_m_s": average("seam_apart", units.speed_m_s),
+        "plans_apart_m": average("seam_ahead", units.step_m),
         "hand_jump_m_s": average("hand_jump_at_seams_m_s", 1.0),
         "hand_jump_inside_m_s": average("hand_jump_inside_m_s", 1.0),
     }

@@ -1,4 +1,4 @@
-"""LIBERO's process, seen from here: started with its own interpreter, spoken to in frames (see worker), ended with the handle.
+"""LIBERO's process, seen from here: started with its own interpreter, spoken to in frames (see worker), ended by handle.
 
 Every wait is bounded. When the process ends by itself, its last words (stderr) are in the error.
 """
@@ -92,7 +92,9 @@ class LiberoProcess:
         except subprocess.TimeoutExpired:
             code = None
         if code in (126, 127):
-            return ConfigError("--libero-python cannot be started", got=self.python, wanted="a Python interpreter", do=INSTALL)
+            return ConfigError(
+                "--libero-python cannot be started", got=self.python, wanted="a Python interpreter", do=INSTALL
+            )
         return ProtocolError(f"LIBERO's process ended at {do!r}", got=f"exit code {code}", do=self._tail())
 
     def _tail(self) -> str:

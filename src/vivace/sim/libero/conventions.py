@@ -1,4 +1,4 @@
-"""What the two families of LIBERO policies expect around the simulator. Success rates are comparable only if all of it fits.
+"""What the two families of LIBERO policies expect around the simulator. Rates are comparable only if all of it fits.
 
     simulator                                        policy
     agentview, eye-in-hand  uint8, as OpenGL stores  -> both rotated by 180 degrees       -> base_0_rgb, left_wrist_0_rgb

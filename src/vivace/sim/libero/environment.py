@@ -18,6 +18,9 @@ from ...types import Observation
 from .client import LiberoProcess
 from .conventions import CAMERAS, CONTROL_HZ, Convention
 
+ROBOT = ("eef_m", "eef_quat_xyzw", "fingers_m")
+"""Keys of the worker's state, in the order of the policy's."""
+
 
 class Answers(Protocol):
     """What the environment needs of the process; `client.LiberoProcess` is one."""
@@ -95,7 +98,11 @@ class LiberoEnv:
             )  # fmt: skip
         setting = self.convention
         self._state, _ = self._process.ask(
-            "reset", initial_state=number, seed=setting.env_seed, settle=setting.settle_ticks, idle=setting.idle.tolist()
+            "reset",
+            initial_state=number,
+            seed=setting.env_seed,
+            settle=setting.settle_ticks,
+            idle=setting.idle.tolist(),
         )
         self._ticks = 0
         return self.feel(), self.info()
@@ -133,8 +140,8 @@ class LiberoEnv:
             if name in state["objects"]
             for where, turned in [state["objects"][name]]
         }
-        robot = (np.asarray(state[key]) for key in ("eef_m", "eef_quat_xyzw", "fingers_m"))
-        return Sight(*robot, objects=pairs)
+        eef, turned, fingers = (np.asarray(state[key]) for key in ROBOT)
+        return Sight(eef, turned, fingers, pairs)
 
     def info(self) -> dict[str, Any]:
         """What `rollout` keeps of a tick; LIBERO's goals do not name a wrong object."""
@@ -145,7 +152,7 @@ class LiberoEnv:
         self._process.close()
 
     def _numbers(self) -> NDArray[Any]:
-        return self.convention.state(*(self._state[key] for key in ("eef_m", "eef_quat_xyzw", "fingers_m")))
+        return self.convention.state(*(self._state[key] for key in ROBOT))
 
 
 def tasks_of(suite: str) -> int:

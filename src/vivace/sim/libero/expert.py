@@ -1,4 +1,4 @@
-"""A scripted pick and place that sees the true state: the control that images, actions and goals of the suite are wired right.
+"""A scripted pick and place that sees the true state: the control that actions, states and goals are wired right.
 
 For tasks whose goal names a thing and a container, as all ten of libero_object do. The hand keeps its orientation, so the
 fingers close along y; every stage is a straight move that is corrected at each tick:
@@ -72,8 +72,9 @@ def pick_and_place(sight: Sight) -> Plan:
         )  # fmt: skip
     thing, container = sight.objects
     table_m, place = _floor(sight, thing), sight.objects[container][0].copy()
-    for aside_m in itertools.cycle(ASIDE_M):
-        sight = yield from _grasp(sight, thing, aside_m)
+    tries = itertools.cycle(ASIDE_M)
+    while True:
+        sight = yield from _grasp(sight, thing, next(tries))
         sight = yield from _move(sight, lambda s: _at(s.eef_m, table_m + CARRY_M), CLOSE, near=(np.inf, 0.03))
         if np.linalg.norm(sight.objects[thing][0] - sight.eef_m) > IN_HAND_M:
             continue
@@ -85,10 +86,13 @@ def pick_and_place(sight: Sight) -> Plan:
 def _grasp(sight: Sight, thing: str, aside_m: float) -> Plan:
     """Over the thing, down around it, close."""
 
-    def there(seen: Sight) -> Vector:
-        return seen.objects[thing][0] + [aside_m, 0.0, 0.0]
+    aside, over = np.array([aside_m, 0.0, 0.0]), np.array([0.0, 0.0, OVER_M])
 
-    sight = yield from _move(sight, lambda s: there(s) + [0.0, 0.0, OVER_M], OPEN, near=(BESIDE_M, 0.05))
+    def there(seen: Sight) -> Vector:
+        where: Vector = seen.objects[thing][0] + aside
+        return where
+
+    sight = yield from _move(sight, lambda s: there(s) + over, OPEN, near=(BESIDE_M, 0.05))
     sight = yield from _move(sight, there, OPEN, near=(BESIDE_M, DEEP_M))
     if sight.eef_m[2] - there(sight)[2] > BLOCKED_M:
         return sight

@@ -11,8 +11,8 @@ The caller writes one command a frame, this process answers each with one frame,
     step  {action}                           -> the state
     look  {cameras}                          -> arrays, one image each, as OpenGL stores it (bottom row first)
 
-The state: eef_m, eef_quat_xyzw, fingers_m, success, objects {name: [position m (3), quaternion xyzw (4)]}. What goes wrong here is not
-caught: the traceback goes to stderr, and the caller sees the pipe end.
+The state: eef_m, eef_quat_xyzw, fingers_m, success, objects {name: [position m (3), quaternion xyzw (4)]}. What goes
+wrong here is not caught: the traceback goes to stderr, and the caller sees the pipe end.
 """
 
 from __future__ import annotations
