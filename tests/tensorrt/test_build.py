@@ -36,6 +36,22 @@ def test_all_networks_build_for_both_targets(rtx, kind, plan, options):
         assert 100_000 < len(engine) < 20 * MIB, (part, len(engine))
 
 
+def test_every_target_of_rtx_in_one_engine(rtx):
+    subject = Subject(rtx, base="bf16", changes=SMALL)
+    every = targets.parse("sm80,sm86,sm89,sm120,sm121")
+    assert build(subject.write("prefix"), every).engine
+
+
+def test_a_flavour_that_keeps_vision_in_float32(rtx):
+    """LeRobot's: its E4M3 layers read and give float32 then."""
+    subject = Subject(rtx, base="bf16", plan="fp8-all", changes={**SMALL, "flavour": "lerobot"})
+    network = subject.write("vision")
+    found = audit.check(network, subject.chosen.quantises)
+    assert {p.precision for p in found if p.is_attention} == {"float32"}
+    assert subject.worst(network, wanted=subject.wanted("vision", simulated=True)) > 0.9999
+    assert build(network, BOTH).engine
+
+
 @pytest.fixture(scope="module")
 def full() -> ModelConfig:
     return ModelConfig()

@@ -89,7 +89,7 @@ def test_build_with_weights_inside(rtx, vivace, checkpoint, plan, tmp_path):
     )  # fmt: skip
     assert code == 0
     assert (result["base"], result["weights"]) == ("fp16", "baked")
-    assert [row["label"] for row in result["engines"]] == ["prefix, 320 tokens"]
+    assert [row["label"] for row in result["engines"]] == ["prefix, 384 tokens"]
     header = cache.header(next(tmp_path.glob("*.engine")))
     assert header["identity"]["weights"] != "inputs"
 

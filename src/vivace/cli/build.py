@@ -83,7 +83,7 @@ def run(args: Args) -> int:
     where = args.engines if args.engines is not None else cache.folder()
     made, begin = [], time.perf_counter()
     with Progress(console=console, transient=True) as bar:
-        for part, shapes in _networks(args, opened):
+        for part, shapes in _networks(args, opened, baked=source.recipe.baked):
             task = bar.add_task(f"{part}: writing", total=1.0)
 
             def show(phase: str, done: float, task: Any = task, part: str = part) -> None:
@@ -215,10 +215,10 @@ def _base(args: Args, dtype: str, wanted: Sequence[Target]) -> TensorRTBase:
     return "bf16" if oldest >= FIRST[torch.bfloat16][0] else "fp16"
 
 
-def _networks(args: Args, opened: Checkpoint) -> Iterator[tuple[Part, Shapes]]:
+def _networks(args: Args, opened: Checkpoint, *, baked: bool) -> Iterator[tuple[Part, Shapes]]:
     """Every (part, shapes) that the backend will ask for, one request at a time; the longest prompt last."""
-    from ..backends.tensorrt import PROMPT_BUCKET
     from ..backends.tensorrt.networks import PARTS, Shapes
+    from ..backends.tensorrt.run import prompt_bucket
 
     parts = [part.strip() for part in args.parts.split(",") if part.strip()]
     if unknown := [part for part in parts if part not in PARTS]:
@@ -227,7 +227,8 @@ def _networks(args: Args, opened: Checkpoint) -> Iterator[tuple[Part, Shapes]]:
     if args.prompts and not all(part.strip().isdigit() for part in args.prompts.split(",")):
         raise ConfigError("prompt lengths are numbers", got=repr(args.prompts), wanted="for instance 64,128")
     lengths = [int(part) for part in args.prompts.split(",")] if args.prompts else range(1, longest + 1)
-    buckets = sorted({-(-length // PROMPT_BUCKET) * PROMPT_BUCKET for length in lengths})
+    size = prompt_bucket(baked)
+    buckets = sorted({-(-length // size) * size for length in lengths})
     steps = opened.num_denoise_steps or 10
     for part in PARTS:
         if part == "vision" and part in parts:

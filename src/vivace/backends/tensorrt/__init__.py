@@ -27,8 +27,6 @@ from . import run, skeleton
 from .stages import EnginePolicy
 from .targets import FIRST, Target, here
 
-PROMPT_BUCKET = 64  # every bucket is a prefix and a step engine, which take seconds to make
-
 
 def why_not(*, device: str) -> str | None:
     """None if it can run on `device`."""
@@ -103,7 +101,7 @@ def create(model: Pi, config: EngineConfig) -> TensorRTBackend:
     seen = Coverage(kernel=module.name)
     runner = run.EngineRunner(run.recipe(model, module, config.tensorrt, base=base), model.device, seen)
     stages = EnginePolicy(model, runner, base=skeleton.DTYPES[base], loop=config.tensorrt.loop)
-    bucket = max(config.prompt_bucket, PROMPT_BUCKET)
+    bucket = max(config.prompt_bucket, run.prompt_bucket(runner.recipe.baked))
     backend = TensorRTBackend(stages, replace(config, prompt_bucket=bucket), runner=runner)
     model.ops = seen.wrap(model.ops)  # who asks what ran finds the audit's table here
     seen.clear()

@@ -68,6 +68,11 @@ def recipe(model: Pi, module: Module, options: TensorRTConfig, *, base: TensorRT
     return Recipe(module, outlined, numbers, e4m3, is_baked(options, module), options.fused)
 
 
+def prompt_bucket(baked: bool) -> int:
+    """Prompts are padded to steps of so many tokens. Each is a prefix and a step engine: seconds, or gigabytes if baked."""
+    return 128 if baked else 64
+
+
 def is_baked(options: TensorRTConfig, module: Module) -> bool:
     """What `weights = "auto"` means: full TensorRT stores them, RTX takes them when it runs."""
     return not module.is_rtx if options.weights == "auto" else options.weights == "baked"

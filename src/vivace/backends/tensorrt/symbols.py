@@ -169,7 +169,7 @@ class Writer:
 
     def constant(self, value: Tensor, *, name: str = "constant") -> Sym:
         """Numbers stored in the network. They are kept alive as long as this writer: TensorRT holds their address."""
-        value = value.detach().contiguous()
+        value = value.detach().cpu().contiguous()  # the builder reads host memory
         weights = self.module.api.Weights(self.module.dtype(value.dtype), value.data_ptr(), value.numel())
         layer = self._named(self.definition.add_constant(tuple(value.shape), weights), name)
         self.constants[layer.name] = value
