@@ -11,6 +11,7 @@ from vivace.backends import base
 from vivace.backends import tensorrt as backend
 from vivace.backends.tensorrt import module as modules
 from vivace.backends.tensorrt import targets
+from vivace.backends.tensorrt.build import build
 from vivace.backends.tensorrt.engine import Engine
 from vivace.errors import NumericsError, ShapeError, Unsupported
 
@@ -190,6 +191,36 @@ def test_full_tensorrt_compiles_nothing_at_run_time(api, tmp_path):
     Engine(module, b"plan", weights=weights(), device=CPU, compiled=tmp_path / "x").save(tmp_path / "x")
     assert api.made.context.config is None
     assert not (tmp_path / "x").exists()
+
+
+USED = {
+    "Runtime": ["deserialize_cuda_engine"],
+    "ICudaEngine": [
+        "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_shape", "get_tensor_dtype",
+        "create_execution_context", "create_runtime_config",
+    ],
+    "IRuntimeConfig": ["create_runtime_cache", "set_runtime_cache"],
+    "IRuntimeCache": ["serialize", "deserialize"],
+    "IExecutionContext": ["set_tensor_address", "execute_async_v3"],
+    "TensorIOMode": ["INPUT", "OUTPUT"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", USED)
+def test_the_real_run_time_has_every_name_that_the_fake_has(rtx, kind):
+    real = getattr(rtx.api, kind)
+    assert [name for name in USED[kind] if getattr(real, name, None) is None] == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_real_run_time_without_a_driver(rtx):
+    """A real engine, a real refusal, in TensorRT's own words."""
+    from wanted import Subject
+
+    subject = Subject(rtx, base="fp16")
+    plan = build(subject.write("vision"), targets.parse("sm89")).engine
+    with pytest.raises(Unsupported, match=r"tensorrt_rtx 1\..* refuses the engine; got .*(driver|CUDA)"):
+        Engine(rtx, plan, weights=subject.numbers, device=CPU)
 
 
 # --- why not ----------------------------------------------------------------------------------------------------------

@@ -36,3 +36,15 @@ def test_fp16(subject, part):
     plain.outlined = skeleton.outline(subject.config, base="fp16")
     plain.numbers = skeleton.values(subject.model, plain.outlined)
     assert plain.worst(plain.write(part)) >= 0.9999
+
+
+def test_fp8_full_loses_what_e4m3_loses(rtx):
+    """All prefix linears in E4M3: 0.9989 against float32 for the model's own E4M3 operations, and for the network."""
+    subject = Subject(rtx, base="fp16", plan="fp8-full", changes=SIZES, quick=True)
+    got, simulated, truth = (
+        subject.evaluate(subject.write("prefix")), subject.wanted("prefix", simulated=True), subject.wanted("prefix"),
+    )  # fmt: skip
+    assert subject.alike(got, simulated) >= 0.999
+    lost, own = 1.0 - subject.alike(got, truth), 1.0 - subject.alike(simulated, truth)
+    assert own > 1.0 - 0.999, "then the network must reach 0.999 too"
+    assert lost <= 1.25**2 * own
