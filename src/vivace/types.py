@@ -259,14 +259,14 @@ class PreviousChunk:
     inference_delay  leading actions already committed to the robot, in control ticks
     mode             "trained": they are clamped, with flow time 0 per token; "guided": the velocity is pulled towards them
     weights          float32 [H], guided only, see `model.flow.prefix_weights`
-    max_guidance     guided only, upper bound of the pull
+    max_guidance     guided only, upper bound of the pull; a tensor [] where a captured graph reads it
     """
 
     actions: Tensor
     inference_delay: int
     mode: Literal["trained", "guided"]
     weights: Tensor | None = None
-    max_guidance: float = 10.0
+    max_guidance: float | Tensor = 10.0
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from tiny import build, random_tensors, tiny_config
 
-from vivace.backends import base, buffers, eager
+from vivace.backends import base, buffers, cuda_graph, eager
+from vivace.backends.spans import Spans
 from vivace.config import EngineConfig, GemmaConfig, VisionConfig
-from vivace.errors import ShapeError
+from vivace.errors import ConfigError, ShapeError
 from vivace.precision.flavours import parameter_dtype
 from vivace.types import ModelInputs, PreviousChunk
 
@@ -83,7 +85,8 @@ def test_a_network_in_another_format_is_refused_by_the_name_of_its_layer():
 
     config = tiny_config("pi05")
     reason = cuda_graph.why_not_model(build(config, random_tensors(config)))
-    assert reason == "vision.layers.0.attn.qkv is torch.float32, the kernels take bfloat16 and E4M3"
+    assert reason.startswith("vision.layers.0.attn.qkv is torch.float32, the kernels take bfloat16 and E4M3")
+    assert "--precision bfloat16+vision" in reason
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -191,6 +194,90 @@ def test_a_foreign_cache_is_refused(pair):
     inputs = state_for(request(9, device="cuda"))
     with pytest.raises(ShapeError, match="not made by this backend"):
         made.denoise(plain.prefill(inputs), torch.randn(1, 20, 32, device="cuda"))
+
+
+@gpu
+@pytest.mark.gpu
+def test_a_cache_whose_memory_may_be_used_again_is_refused(pair):
+    """All graphs share one pool: whatever runs after a prefill may lie where its keys lay."""
+    made, *_ = pair
+    inputs, noise = state_for(request(9, device="cuda")), torch.randn(1, 20, 32, device="cuda")
+    for later in (lambda: made.infer(inputs, noise), lambda: made.prefill(state_for(request(20, device="cuda")))):
+        cache = made.prefill(inputs)
+        first = made.denoise(cache, noise)
+        assert torch.equal(made.denoise(cache, noise), first), "reuse of the latest prefix"
+        later()
+        with pytest.raises(ShapeError, match="came after it"):
+            made.denoise(cache, noise)
+
+
+@gpu
+@pytest.mark.gpu
+def test_another_bound_of_the_guidance_is_data_and_no_new_graph(pair):
+    made, truth, _ = pair
+    inputs, noise = state_for(request(9, device="cuda")), torch.randn(1, 20, 32, device="cuda")
+    older, weights = torch.randn(1, 20, 32, device="cuda"), torch.linspace(1, 0, 20, device="cuda")
+    answers, captured = [], set()
+    for bound in (1.0, 5.0, 10.0):
+        previous = PreviousChunk(older, 3, "guided", weights, bound)
+        answers.append(made.infer(inputs, noise, previous=previous))
+        captured.add(made.describe()["graphs_captured"])
+        assert error(answers[-1], actions(truth, inputs, noise, previous)) < 0.1
+    assert len(captured) == 1
+    assert not torch.equal(answers[0], answers[1])
+
+
+@gpu
+@pytest.mark.gpu
+def test_evicted_buckets_come_back_with_the_same_bits(pair, monkeypatch):
+    made, *_ = pair
+    monkeypatch.setattr(cuda_graph, "MAX_BUCKETS", 2)
+    noise = torch.randn(1, 20, 32, device="cuda")
+    requests = [state_for(request(tokens, device="cuda")) for tokens in (5, 20, 36, 52)]
+    first = [made.infer(inputs, noise) for inputs in requests]
+    assert len(made.describe()["buckets"]) <= 2
+    assert all(torch.equal(made.infer(inputs, noise), wanted) for inputs, wanted in zip(requests, first, strict=True))
+
+
+@gpu
+@pytest.mark.gpu
+def test_two_threads_through_a_policy_lock_get_their_own_answers(pair):
+    made, *_ = pair
+    lock, noise = threading.Lock(), torch.randn(1, 20, 32, device="cuda")
+    requests = [state_for(request(5, seed=seed, device="cuda")) for seed in range(4)]
+    wanted, wrong = [made.infer(inputs, noise) for inputs in requests], []
+
+    def ask(index):
+        for _ in range(50):
+            with lock:
+                got = made.infer(requests[index], noise, spans=(spans := Spans(cuda=True)))
+                spans.milliseconds()
+            if not torch.equal(got, wanted[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not wrong
+
+
+def test_too_many_buckets_for_the_longest_prompt_are_refused():
+    backend = cuda_graph.CudaGraphBackend.__new__(cuda_graph.CudaGraphBackend)
+    backend._step = 8
+    with pytest.raises(ConfigError, match="set prompt_bucket to 14 or more"):
+        backend.prompt_lengths(200)
+    backend._step = 14
+    assert len(backend.prompt_lengths(200)) < cuda_graph.MAX_BUCKETS
+
+
+def test_guidance_without_weights_is_refused_and_keeps_nothing_of_the_last_request():
+    made = buffers.flow_buffers(1, 6, 32, torch.device("cpu"))
+    noise = torch.zeros(1, 6, 32)
+    made.fill(noise, PreviousChunk(noise, 2, "guided", torch.ones(6), 3.0))
+    assert made.weights.tolist() == [1.0] * 6
+    assert made.max_guidance.item() == 3.0
+    with pytest.raises(ShapeError, match="weight per action"):
+        made.fill(noise, PreviousChunk(noise, 2, "guided"))
 
 
 @gpu

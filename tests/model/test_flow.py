@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,6 +57,10 @@ def test_guidance_strength_over_time(t, strength):
     previous = PreviousChunk(torch.ones(1, 4, 2), 2, "guided", torch.ones(4), 10.0)
     got = flow.guided_velocity(x, v, t, previous)
     assert got.mean().item() == pytest.approx(-strength, abs=5e-3)
+    as_data = flow.guided_velocity(x, v, t, replace(previous, max_guidance=torch.tensor(10.0)))
+    assert torch.equal(as_data, got), "a bound that lies on the device gives other bits"
+    lower = flow.guided_velocity(x, v, t, replace(previous, max_guidance=torch.tensor(1.5)))
+    assert lower.mean().item() == pytest.approx(-1.5)
 
 
 def test_integrating_a_straight_flow_is_exact():

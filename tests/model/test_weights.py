@@ -98,4 +98,6 @@ def test_bfloat16_flavours_keep_what_the_originals_keep():
         for flavour, wanted in (("openpi_torch", openpi), ("lerobot", lerobot)):
             got = parameter_dtype(name, precision="bfloat16", flavour=flavour)
             assert str(got) == f"torch.{wanted}", (name, flavour)
+            with_vision = parameter_dtype(name, precision="bfloat16+vision", flavour=flavour)
+            assert str(with_vision) == f"torch.{openpi}", (name, flavour)
         assert parameter_dtype(name, precision="float32", flavour="lerobot") is torch.float32

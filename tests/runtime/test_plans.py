@@ -16,8 +16,8 @@ from vivace.errors import ConfigError, Unsupported
 from vivace.ops.layers import Fp8Linear
 from vivace.precision import calibrate, coverage, plan
 from vivace.precision.plan import Rule
+from vivace.runtime import choice
 from vivace.runtime import coverage as recorded
-from vivace.runtime import policy as runtime
 from vivace.runtime.policy import load_policy
 from vivace.serving.protocol import unpack
 from vivace.serving.results import metadata_frame
@@ -144,11 +144,21 @@ def test_weights_that_changed_after_calibration_are_noticed(checkpoint, made, tm
 
 
 def test_on_a_gpu_that_cannot_run_it_a_plan_is_not_simulated_unasked(made, monkeypatch):
-    monkeypatch.setattr(runtime.base, "why_not", lambda name, **_: "the GPU is too old")
+    monkeypatch.setattr(choice.base, "why_not", lambda name, **_: "the GPU is too old")
     config, device = EngineConfig(), torch.device("cuda")
     with pytest.raises(Unsupported, match="the GPU is too old"):
-        runtime._backend(config, device, made[0].model, quantised=True)
-    assert runtime._backend(config, device, made[0].model, quantised=False) == "eager"
+        choice.backend(config, device, made[0].model, quantised=True)
+
+
+def test_what_auto_passes_over_is_told(made, monkeypatch, caplog):
+    monkeypatch.setattr(choice.base, "why_not", lambda name, **_: f"{name} has a reason")
+    chosen = choice.backend(EngineConfig(), torch.device("cuda"), made[0].model, quantised=False)
+    assert chosen.name == "eager"
+    assert chosen.facts == {
+        "passed_over": {"cuda_graph": "cuda_graph has a reason", "compiled": "compiled has a reason"}
+    }
+    assert "cuda_graph is not used: cuda_graph has a reason" in caplog.text
+    assert choice.backend(EngineConfig(), torch.device("cpu"), made[0].model, quantised=False).facts == {}
 
 
 def test_a_warm_up_records_what_ran_and_a_server_tells_its_clients(checkpoint, made, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vivace
+from vivace.backends.spans import Spans
 from vivace.checkpoints.make import Recipe, make_checkpoint
 from vivace.config import EngineConfig
 from vivace.runtime import noise as noise_source
@@ -163,6 +164,41 @@ def test_warmup_runs_and_leaves_no_trace(policy):
     before = policy.infer(request_for(policy)).actions
     policy.warmup()
     assert np.array_equal(policy.infer(request_for(policy)).actions, before)
+
+
+def test_warmup_runs_the_kinds_of_chunking_that_will_come(policy, monkeypatch):
+    seen, infer = [], policy.backend.infer
+
+    def noted(inputs, noise, *, previous=None, spans=None):
+        seen.append(previous.mode if previous else None)
+        return infer(inputs, noise, previous=previous, spans=spans)
+
+    monkeypatch.setattr(policy.backend, "infer", noted)
+    policy.warmup([5], chunking=("trained", "guided"))
+    assert set(seen) == {None, "trained", "guided"}
+
+
+def test_warmup_tells_what_the_backend_holds_by_then(policy, monkeypatch):
+    monkeypatch.setattr(policy.backend, "describe", lambda: {"graphs_captured": 7})
+    policy.warmup([5])
+    assert policy.engine.details["graphs_captured"] == 7
+
+
+def test_stage_times_are_read_before_the_next_request_may_record_them(policy, monkeypatch):
+    held = []
+    monkeypatch.setattr(Spans, "milliseconds", lambda self: held.append(policy._lock.locked()) or {})
+    policy.infer(request_for(policy))
+    assert held[0], "the stage times were read after another request could start"
+
+
+def test_lerobots_vision_in_bfloat16_only_when_asked(folders):
+    kept = vivace.load_policy(folders["pi05"], config=EngineConfig(precision="bfloat16"))
+    rounded = vivace.load_policy(folders["pi05"], config=EngineConfig(precision="bfloat16+vision"))
+    assert kept.model.projector.dtype == torch.float32
+    assert rounded.model.projector.dtype == torch.bfloat16
+    assert rounded.engine.precision == "bfloat16+vision"
+    a, b = (p.infer(request_for(p)).actions_normalized for p in (kept, rounded))
+    assert 0 < np.linalg.norm(a - b) / np.linalg.norm(a) < 2e-2
 
 
 def test_steps_come_from_the_engine_then_the_checkpoint(folders):

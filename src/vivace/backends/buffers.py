@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import ShapeError
 from ..types import ModelInputs, PreviousChunk
 
 
@@ -83,16 +84,23 @@ class FlowBuffers:
     older: Tensor
     delay: Tensor
     weights: Tensor
+    max_guidance: Tensor
 
     def fill(self, noise: Tensor, previous: PreviousChunk | None) -> None:
-        """Copy one request's noise and older chunk in; asynchronous."""
+        """Copy one request's noise and older chunk in; asynchronous. Raises ShapeError for guidance without weights."""
         self.noise.copy_(noise, non_blocking=True)
         if previous is None:
             return
         self.older.copy_(previous.actions, non_blocking=True)
         self.delay.fill_(previous.inference_delay)
-        if previous.weights is not None:
-            self.weights.copy_(previous.weights, non_blocking=True)
+        if previous.mode != "guided":
+            return
+        if previous.weights is None:
+            raise ShapeError(
+                "guided chunking needs a weight per action", got="none", do="see model.flow.prefix_weights"
+            )
+        self.weights.copy_(previous.weights, non_blocking=True)
+        self.max_guidance.fill_(previous.max_guidance)
 
 
 def input_buffers(bucket: Bucket, *, image_size: int, state_width: int, device: torch.device) -> InputBuffers:
@@ -116,6 +124,7 @@ def flow_buffers(batch: int, horizon: int, width: int, device: torch.device) -> 
         older=torch.zeros_like(noise),
         delay=torch.zeros((), dtype=torch.int64, device=device),
         weights=torch.zeros(horizon, device=device),
+        max_guidance=torch.zeros((), device=device),
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..config import EngineConfig
-from ..errors import ShapeError, Unsupported
+from ..errors import ConfigError, ShapeError, Unsupported
 from ..model import flow
 from ..model.pi import Pi, RopeTables
 from ..ops.layers import Linear
@@ -38,7 +38,7 @@ MAX_BUCKETS = 16
 MAX_POSITIONS = 4096  # rotary tables: views, prompt and actions together; a longer request computes its angles
 WARM_UP_CALLS = 2  # before a capture: compiles kernels, lets libraries make their handles and workspaces
 
-FlowKey = tuple[int, str, float]  # horizon, "plain" | "trained" | "guided", max_guidance
+FlowKey = tuple[int, str]  # horizon, "plain" | "trained" | "guided"
 
 
 def why_not(*, device: str) -> str | None:
@@ -64,10 +64,15 @@ def why_not_model(model: Pi) -> str | None:
         for layer in stack.modules():
             in_block = isinstance(layer, Linear) and layer is not model.vision.patch and ".modulation" not in layer.name
             if in_block and layer.dtype != torch.bfloat16:
-                return f"{layer.name} is {layer.dtype}, the kernels take bfloat16 and E4M3"
+                return f"{layer.name} is {layer.dtype}, the kernels take bfloat16 and E4M3{_remedy(str(layer.name))}"
     return denoise.why_not(head_dim=model.config.expert.head_dim, device=model.device) or prefill_limits.why_not(
         device=str(model.device), model=model
     )
+
+
+def _remedy(name: str) -> str:
+    in_vision = name.startswith(("vision.", "projector"))
+    return "; --precision bfloat16+vision rounds what LeRobot keeps in float32" if in_vision else ""
 
 
 @dataclass
@@ -124,6 +129,7 @@ class CudaGraphBackend:
         self._slots: OrderedDict[Bucket, Slot] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
         self._captures = 0
+        self._readable: PrefixCache | None = None  # the last prefill's, as long as nothing ran that may use its memory
         # pi0 appends its state token to the keys of all layers when the last one is there: no layer is ready early
         behind = wavefront and model.config.kind == "pi05"
         self._wavefront = Wavefront(model.config.prefix.layers, model.device) if behind else None
@@ -132,9 +138,8 @@ class CudaGraphBackend:
 
     @torch.no_grad()
     def prefill(self, inputs: ModelInputs, *, trace: Trace | None = None, spans: Spans | None = None) -> PrefixCache:
-        """See Backend.prefill. The cache lies in the bucket's own memory until its next prefill."""
-        slot = self._slot(bucket_of(inputs, step=self._step))
-        slot.buffers.fill(inputs)
+        """See Backend.prefill. The cache lies in memory that the next prefill or `infer` may use: denoise it before."""
+        slot = self._filled(inputs)
         model, seen = self.model, slot.buffers.inputs
         if slot.vision is None or slot.prefix is None:
             slot.vision = self._capture(lambda: model.embed_views(seen.images))
@@ -148,6 +153,7 @@ class CudaGraphBackend:
                 views.clone(),
                 embeds[:, : views.shape[1] + inputs.tokens.shape[1]],
             )
+        self._readable = cache
         made: PrefixCache = cache
         return made
 
@@ -180,8 +186,7 @@ class CudaGraphBackend:
     ) -> Tensor:
         """See Backend.infer: from pixels to actions in one replay."""
         flow.committed_mask(previous, noise.shape[1], noise.device)  # refuses a delay outside the chunk
-        slot, key = self._slot(bucket_of(inputs, step=self._step)), _flow_key(noise, previous)
-        slot.buffers.fill(inputs)
+        slot, key = self._filled(inputs), _flow_key(noise, previous)
         if key not in slot.whole:
             buffers, events = self._flow_buffers(noise), StageEvents(self.model.device)
             buffers.fill(noise, previous)
@@ -206,7 +211,13 @@ class CudaGraphBackend:
     def prompt_lengths(self, longest: int) -> tuple[int, ...]:
         """See Backend.prompt_lengths: one that does not fill each bucket, so that the graph with masks is captured."""
         lengths = range(self._step - 1, longest + self._step - 1, self._step)
-        return tuple(min(length, longest) for length in lengths)[: MAX_BUCKETS - 1]
+        if len(lengths) >= MAX_BUCKETS:
+            enough = -(-longest // (MAX_BUCKETS - 1))
+            raise ConfigError(
+                "too many graphs for the prompts that may come", got=f"{longest} tokens in buckets of {self._step}",
+                wanted=f"fewer than {MAX_BUCKETS} buckets", do=f"set prompt_bucket to {enough} or more",
+            )  # fmt: skip
+        return tuple(min(length, longest) for length in lengths)
 
     def describe(self) -> dict[str, Any]:
         """See Backend.describe."""
@@ -231,13 +242,13 @@ class CudaGraphBackend:
         self, cache: PrefixCache, buffers: FlowBuffers, key: FlowKey,
         await_keys: Callable[[int], None] | None = None,
     ) -> Tensor:  # fmt: skip
-        horizon, mode, max_guidance = key
+        horizon, mode = key
         previous = committed = None
         if mode == "trained":
             previous = PreviousChunk(buffers.older, 0, "trained")
             committed = torch.arange(horizon, device=buffers.delay.device) < buffers.delay
         elif mode == "guided":
-            previous = PreviousChunk(buffers.older, 0, "guided", buffers.weights, max_guidance)
+            previous = PreviousChunk(buffers.older, 0, "guided", buffers.weights, buffers.max_guidance)
         return run_flow(
             self.model, None, self._table, cache, buffers.noise, previous=previous, committed=committed, trace=None,
             tables=self._tables(cache.k[0].shape[1] + horizon), await_keys=await_keys,
@@ -279,12 +290,21 @@ class CudaGraphBackend:
         self._slots[bucket] = Slot(bucket, buffers)
         return self._slots[bucket]
 
+    def _filled(self, inputs: ModelInputs) -> Slot:
+        """The slot of a request, with the request in its buffers. Graphs share memory: no older cache is readable now."""
+        if self.model.config.kind == "pi0" and inputs.state is None:
+            raise ShapeError("pi0 needs the normalised state", got="none", wanted="float32 [B, 32]")
+        self._readable = None
+        slot = self._slot(bucket_of(inputs, step=self._step))
+        slot.buffers.fill(inputs)
+        return slot
+
     def _owner(self, cache: PrefixCache) -> Slot:
         for slot in self._slots.values():
-            if slot.prefix is not None and slot.prefix.result[1] is cache:
+            if slot.prefix is not None and slot.prefix.result[1] is cache and self._readable is cache:
                 return slot
         raise ShapeError(
-            "this cache was not made by this backend, or its bucket is gone",
+            "this cache was not made by this backend, or another request came after it and overwrote it",
             got=f"{cache.k[0].shape[1]} keys", do="call prefill and denoise in turn, or use the eager backend",
         )  # fmt: skip
 
@@ -302,7 +322,7 @@ class CudaGraphBackend:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = work()
         except torch.cuda.OutOfMemoryError as error:
             raise Unsupported(
@@ -315,7 +335,7 @@ class CudaGraphBackend:
 
 
 def _flow_key(noise: Tensor, previous: PreviousChunk | None) -> FlowKey:
-    return noise.shape[1], previous.mode if previous else "plain", previous.max_guidance if previous else 0.0
+    return noise.shape[1], previous.mode if previous else "plain"
 
 
 def create(model: Pi, config: EngineConfig) -> CudaGraphBackend:

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.markup import escape
@@ -49,6 +49,8 @@ class Args:
     """Write the plan here, for --precision of check, bench and serve."""
     preset: str = "fp8-mlp"
     """fp8-mlp, fp8-full, fp8-prefix+vision, fp8-expert, fp8-all, or a plan file whose rules are taken."""
+    base: Literal["bfloat16", "bfloat16+vision"] = "bfloat16"
+    """What the model is loaded in first; a LeRobot checkpoint needs bfloat16+vision to run on the GPU kernels."""
     percentile: str = "amax"
     """Share of |x| that must not saturate, e.g. 99.99; amax = the largest value seen sets the range."""
     observations: int = 0
@@ -87,7 +89,7 @@ class Measured:
 
 def run(args: Args) -> int:
     """Calibrate; measure sensitivities if asked; write the plan unless it misses its bound; print."""
-    percentile, base = _percentile(args.percentile), _base(args.preset)
+    percentile, base = _percentile(args.percentile), replace(_base(args.preset), base=args.base)
     with Progress(console=console, transient=True) as bar:
         found = _measure(args, base, percentile, bar)
         rows: tuple[Alone, ...] = ()
@@ -131,8 +133,8 @@ def _measure(args: Args, base: PrecisionPlan, percentile: float | None, bar: Pro
     """Run every observation through the bfloat16 model and look at what each linear reads."""
     from ..precision import calibrate, coverage, fit
 
-    task = bar.add_task("loading in bfloat16", total=None)
-    policy = load(args.path, args.policy, backend="eager", precision="bfloat16")
+    task = bar.add_task(f"loading in {args.base}", total=None)
+    policy = load(args.path, args.policy, backend="eager", precision=args.base)
     checkpoint_hash = policy.engine.checkpoint_hash
     data = _data(args, policy)
     bar.update(task, total=len(data.used), description="measuring ranges")
@@ -189,8 +191,8 @@ def _mixed(
     from ..precision import sensitivity
 
     assert args.max_action_error is not None
-    task = bar.add_task("loading in bfloat16", total=None)
-    policy = load(args.path, args.policy, backend="eager", precision="bfloat16")
+    task = bar.add_task(f"loading in {args.base}", total=None)
+    policy = load(args.path, args.policy, backend="eager", precision=args.base)
     few = _spread(found.data.used, args.sensitivity_observations)
     mixed = sensitivity.most_fp8(
         policy.model, found.plan, rows, bound=args.max_action_error, measure=_scorer(policy, few, wanted[0]),

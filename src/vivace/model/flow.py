@@ -84,7 +84,8 @@ def guided_velocity(
     clean = x - t * velocity
     error = (previous.actions - clean) * previous.weights.to(x.device)[None, :, None]
     variance_ratio = ((1.0 - tau) ** 2 + tau**2) / (1.0 - tau) ** 2
-    strength = min((1.0 - tau) / tau * variance_ratio, previous.max_guidance) if tau > 0.0 else previous.max_guidance
+    wanted, bound = (1.0 - tau) / tau * variance_ratio if tau > 0.0 else math.inf, previous.max_guidance
+    strength = bound.clamp(max=wanted) if isinstance(bound, Tensor) else min(wanted, bound)
     return velocity - strength * error
 
 

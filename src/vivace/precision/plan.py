@@ -21,6 +21,7 @@ from typing import Literal, get_args
 from ..errors import ConfigError
 
 Format = Literal["keep", "e4m3"]
+Base = Literal["bfloat16", "bfloat16+vision"]
 WeightScale = Literal["tensor", "channel"]
 
 
@@ -43,6 +44,7 @@ class PrecisionPlan:
     """Rules, measured activation ranges, and what they were measured on.
 
     amax             {layer name: largest |input| of that layer}; every e4m3 layer needs one
+    base             what the model is loaded in before layers are quantised, see `flavours`
     checkpoint_hash  of the weights that the ranges belong to; "" in a preset
     data             where the observations came from; "" in a preset, "synthetic: ..." when no robot ever saw them
     data_hash        of those observations
@@ -56,6 +58,7 @@ class PrecisionPlan:
     data: str = ""
     data_hash: str = ""
     method: str = ""
+    base: Base = "bfloat16"
 
     def rule(self, layer: str) -> Rule | None:
         """The rule that decides about `layer`, or None."""
@@ -124,6 +127,8 @@ def read(path: Path) -> PrecisionPlan:
             raise ConfigError("unknown version of a precision plan", got=path, do="calibrate again with this vivace")
         rules = tuple(Rule(**rule) for rule in document.pop("rules"))
         plan = PrecisionPlan(rules=rules, **document)
+        if plan.base not in get_args(Base):
+            raise ConfigError(f"the precision plan {path} is damaged", got=f"base {plan.base!r}", do="calibrate again")
         if problem := rules_problem(plan.rules, plan.amax):
             raise ConfigError(f"the precision plan {path} is damaged", got=problem, do="calibrate again")
         return plan

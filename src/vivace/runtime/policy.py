@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,17 +24,17 @@ from ..checkpoints.fingerprint import Fingerprint
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.source import Checkpoint
 from ..config import EngineConfig, ResolvedEngine
-from ..errors import ConfigError, NumericsError, ObservationError, Unsupported
+from ..errors import ConfigError, NumericsError, ObservationError
 from ..model import weights
 from ..model.pi import Pi
 from ..precision.coverage import summary
-from ..precision.flavours import parameter_dtype
+from ..precision.flavours import Dtype, parameter_dtype
 from ..precision.plan import PrecisionPlan
 from ..robots.io import resolve
 from ..robots.pipeline import RobotPipeline
 from ..robots.tokenizer import Tokenizer, load_tokenizer
 from ..types import ActionChunk, Embodiment, Observation, PreparedObservation, PreviousChunk, RobotIO, Trace
-from . import coverage, gpu_memory
+from . import choice, coverage, gpu_memory
 from . import noise as noise_source
 from . import precision as precisions
 from . import previous as previous_chunk
@@ -91,24 +92,40 @@ class Policy:
             return []
         return self._infer(requests, noise, None, None)
 
-    def warmup(self, prompt_tokens: Sequence[int] | None = None) -> None:
+    def warmup(
+        self, prompt_tokens: Sequence[int] | None = None, *, chunking: Sequence[Literal["trained", "guided"]] = ()
+    ) -> None:
         """Run once per prompt length, so that compilation, capture and page faults are over before a robot waits.
 
         prompt_tokens  lengths to run; None = what the backend needs so that no prompt that fits is its first of a kind.
+        chunking       kinds of real-time chunking that requests will use (`previous=`), beside requests without
         All cameras are assumed present: a request without an optional one may still compile or capture, once.
 
-        Also records, once, what the operations really ran: `engine.coverage`.
+        Also records, once, what the operations really ran: `engine.coverage`, and what the backend holds: `engine.details`.
         """
         if prompt_tokens is None:
             prompt_tokens = self.backend.prompt_lengths(self.io.max_prompt_tokens)
         rows = [self._blank(length) for length in prompt_tokens]
         noise = np.zeros((1, self.engine.horizon, self.io.action_width), dtype=np.float32)
-        with self._lock:
+        with self._lock, self._device():
             for row in rows:
-                self._run([row], noise, None, None, Spans())
+                for previous in (None, *(self._blank_chunk(noise, mode) for mode in chunking)):
+                    self._run([row], noise, previous, None, Spans())
             if rows and self.engine.coverage is None:
                 seen = coverage.record(self, lambda: self._run(rows[:1], noise, None, None, Spans()))
                 self.engine = replace(self.engine, coverage=summary(seen))
+            self.engine = replace(self.engine, details={**self.engine.details, **self.backend.describe()})
+
+    def _device(self) -> AbstractContextManager[Any]:
+        """Streams, events and kernels go to this thread's current device: make it the network's."""
+        device = self.model.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+    @staticmethod
+    def _blank_chunk(noise: NDArray[np.float32], mode: Literal["trained", "guided"]) -> PreviousChunk:
+        """An older chunk of which nothing is committed."""
+        weights = torch.zeros(noise.shape[1]) if mode == "guided" else None
+        return PreviousChunk(torch.from_numpy(noise), 0, mode, weights)
 
     def _blank(self, tokens: int) -> PreparedObservation:
         """An observation of all cameras with a prompt of `tokens` tokens."""
@@ -129,17 +146,17 @@ class Policy:
         previous: PreviousChunk | None,
         trace: Trace | None,
     ) -> list[ActionChunk]:
-        spans = Spans(cuda=self.model.device.type == "cuda")
-        total = Spans()
+        total, spans = Spans(), Spans(cuda=self.model.device.type == "cuda")
         with total("total"):
             with total("preprocess"):
                 rows = [self.prepare(request) for request in requests]
                 drawn = self._noise(requests, rows, noise)
-            with self._lock:
+            with self._lock, self._device():
                 normalized = self._run(rows, drawn, previous, trace, spans)
+                device_ms = spans.milliseconds()  # here: the next request records the same events again
             with total("postprocess"):
                 actions = [self.pipeline.finish(a, row) for a, row in zip(normalized, rows, strict=True)]
-        milliseconds = {**spans.milliseconds(), **total.milliseconds()}
+        milliseconds = {**device_ms, **total.milliseconds()}
         return [
             ActionChunk(
                 actions=a,
@@ -228,15 +245,15 @@ def load_policy(
     io = pipeline.io
     if config.num_denoise_steps is None:
         config = replace(config, num_denoise_steps=checkpoint.num_denoise_steps)
-    device, precision = _device(config), precisions.resolve(config.precision, checkpoint)
-    _refuse_early(config, device)
+    device, precision = choice.device(config), precisions.resolve(config.precision, checkpoint)
+    choice.refuse_early(config, device)
     seen = Fingerprint()
-    model, plan, name, backend = _built(checkpoint, config, precision, device=device, seen=seen)
+    model, plan, chosen, backend = _built(checkpoint, config, precision, device=device, seen=seen)
     engine = ResolvedEngine(
-        backend=name, device=str(device), precision=precision.label, num_denoise_steps=config.steps,
+        backend=chosen.name, device=str(device), precision=precision.label, num_denoise_steps=config.steps,
         seed=config.seed, checkpoint=str(checkpoint.path), policy_kind=checkpoint.model.kind,
         horizon=checkpoint.model.horizon, action_dim=io.embodiment.action_dim, flavour=checkpoint.model.flavour,
-        version=__version__, details=backend.describe(), checkpoint_hash=seen.digest(), plan=plan,
+        version=__version__, details={**backend.describe(), **chosen.facts}, checkpoint_hash=seen.digest(), plan=plan,
     )  # fmt: skip
     logger.info("engine: %s", engine.to_json())
     return Policy(
@@ -248,13 +265,13 @@ def load_policy(
 def _built(
     checkpoint: Checkpoint, config: EngineConfig, precision: precisions.Precision, *, device: torch.device,
     seen: Fingerprint,
-) -> tuple[Pi, dict[str, Any] | None, str, base.Backend]:  # fmt: skip
-    """The network on the device under its plan, that plan's facts, and the backend that will run it, by name."""
+) -> tuple[Pi, dict[str, Any] | None, choice.Chosen, base.Backend]:  # fmt: skip
+    """The network on the device under its plan, that plan's facts, and the backend that will run it."""
     with gpu_memory.explained("loading the weights", device=device):
         model = load_model(checkpoint, device=device, precision=precision.dtype, seen=seen)
         plan = precisions.quantise(model, precision, checkpoint_hash=seen.digest())
-        name = _backend(config, device, model, quantised=bool(plan and plan["layers"]))
-        return model, plan, name, base.build(name, model, config)
+        chosen = choice.backend(config, device, model, quantised=bool(plan and plan["layers"]))
+        return model, plan, chosen, base.build(chosen.name, model, config)
 
 
 def _robot(
@@ -272,7 +289,7 @@ def _robot(
     return RobotPipeline(io, _tokenizer(tokenizer, checkpoint))
 
 
-def load_model(checkpoint: Checkpoint, *, device: torch.device, precision: precisions.Dtype, seen: Fingerprint) -> Pi:
+def load_model(checkpoint: Checkpoint, *, device: torch.device, precision: Dtype, seen: Fingerprint) -> Pi:
     """The checkpoint's network on `device`, in the checkpoint's own flavour of `precision`; `seen` hashes what is read."""
     flavour = checkpoint.model.flavour
     return weights.load(
@@ -306,46 +323,3 @@ def _tokenizer(explicit: str | Path | None, checkpoint: Checkpoint) -> Tokenizer
             raise
         logger.warning("%s", error)
         return _NoTokenizer(error)
-
-
-def _device(config: EngineConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        raise ConfigError("unknown device", got=repr(config.device), wanted="auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError("unknown device", got=repr(config.device), wanted="auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Unsupported(
-            f"no device {config.device}",
-            got=f"{torch.cuda.device_count()} CUDA devices visible to torch {torch.__version__}",
-            do="use --device cpu, or install a CUDA build of torch; see `vivace doctor`",
-        )  # fmt: skip
-    return device
-
-
-def _refuse_early(config: EngineConfig, device: torch.device) -> None:
-    """Say that a named backend cannot run on this machine before gigabytes are loaded for it."""
-    if config.backend != "auto" and (reason := base.why_not(config.backend, device=str(device))):
-        raise Unsupported(
-            f"backend {config.backend!r} cannot run on {device}", got=reason, do="choose another --backend"
-        )
-
-
-def _backend(config: EngineConfig, device: torch.device, model: Pi, *, quantised: bool) -> str:
-    if config.backend != "auto":
-        return config.backend
-    if device.type == "cpu":
-        return "eager"
-    for name in ("cuda_graph", "compiled"):
-        reason = base.why_not(name, device=str(device), model=model)
-        if reason is None:
-            return name
-        if quantised:  # the others only simulate E4M3: slower than bfloat16, and never what was asked for
-            raise Unsupported(
-                "the FP8 kernels cannot run this plan here", got=reason, wanted="a GPU and a network that they fit",
-                do="use --precision bfloat16, or name --backend eager to simulate the plan's numbers",
-            )  # fmt: skip
-    return "eager"

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..checkpoints.source import Checkpoint
 from ..errors import ConfigError
 from ..model.pi import Pi
 from ..precision import fit, plan, quantize
+from ..precision.flavours import Dtype
 from ..precision.plan import PrecisionPlan
-
-Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,18 @@ class Precision:
 
 
 def resolve(wanted: str, checkpoint: Checkpoint) -> Precision:
-    """auto, float32, bfloat16 or the path of a plan. Raises ConfigError; a preset's name says how to make a plan of it."""
+    """auto, float32, bfloat16, bfloat16+vision or the path of a plan.
+
+    Raises ConfigError; for a preset's name it says how to make a plan of it.
+    """
     if wanted == "auto":
         return Precision(checkpoint.model.declared_dtype)
     if wanted == "float32":
         return Precision("float32")
     if wanted == "bfloat16":
         return Precision("bfloat16")
+    if wanted == "bfloat16+vision":
+        return Precision("bfloat16+vision")
     if wanted in plan.PRESETS:
         if not plan.PRESETS[wanted]:
             raise ConfigError("a plan without FP8 is a dtype", got=repr(wanted), wanted="bfloat16")
@@ -45,9 +49,12 @@ def resolve(wanted: str, checkpoint: Checkpoint) -> Precision:
         )  # fmt: skip
     path = Path(wanted)
     if path.suffix == ".json" or path.is_file():
-        return Precision("bfloat16", plan.read(path))
+        read = plan.read(path)
+        return Precision(read.base, read)
     raise ConfigError(
-        "unknown precision", got=repr(wanted), wanted="auto, float32, bfloat16, or the file of a precision plan"
+        "unknown precision",
+        got=repr(wanted),
+        wanted="auto, float32, bfloat16, bfloat16+vision, or the file of a precision plan",
     )
 
 
