@@ -193,11 +193,14 @@ class Operations:
         return self.hand_over(w.reshape(w.permute(mixed, [0, 2, 1, 3]), [V, T, packed // 3]), into)
 
     def _fused(self, q: Sym, k: Sym, v: Sym, name: str) -> Sym:
-        """TensorRT's attention layer: q [B, N, T, d] scaled already, k, v [B, K, keys, d]."""
+        """TensorRT's attention layer: q [B, N, T, d] scaled already, as it wants it; k, v [B, K, keys, d].
+
+        Source: TensorRT documentation, "Fused Attention" (no scale of its own; True in a mask = may be seen).
+        """
         w, api = self.writer, self.writer.module.api
         kind, arguments = api.AttentionNormalizationOp.SOFTMAX, (q.tensor, k.tensor, v.tensor)
         bias = self._bias(k.shape[2])
-        mask = None if bias is None else w.binary("GREATER", w.reshape(bias, [q.shape[0], 1, 1, k.shape[2]]), -1.0)
+        mask = None if bias is None else self._visible(bias, queries=q.shape[2])
         if w.module.offers("attention_v2"):
             layer = w.definition.add_attention_v2(*arguments, kind, api.CausalMaskKind.NONE)
         else:
@@ -206,6 +209,14 @@ class Operations:
         if mask is not None:
             layer.mask = mask.tensor
         return w.wrap(layer, q.dtype, f"attention|{name}")
+
+    def _visible(self, bias: Sym, *, queries: int) -> Sym:
+        """The mask as TensorRT's attention takes it: bool [B, 1, queries, keys], True = may be seen."""
+        w, key = self.writer, ("visible", bias.shape[1], queries)
+        if key not in w.known:
+            limit = w.constant(torch.full((1, 1, queries, 1), -1.0), name="limit")
+            w.known[key] = w.binary("GREATER", w.reshape(bias, [bias.shape[0], 1, 1, bias.shape[1]]), limit)
+        return w.known[key]
 
     def _bias(self, keys: int) -> Sym | None:
         """The additive mask of `keys` keys: the network's mask, then zeros for tokens that everybody sees."""
