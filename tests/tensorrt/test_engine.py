@@ -248,9 +248,9 @@ def test_hopper_is_refused_by_rtx_and_not_by_full_tensorrt(rtx):
 def test_a_plan_on_a_gpu_without_fp8(rtx, monkeypatch):
     from wanted import Subject
 
-    monkeypatch.setattr(backend, "here", lambda: targets.Target(87))
+    monkeypatch.setattr(backend, "here", lambda device: targets.Target(87))
     subject = Subject(rtx, plan="fp8-mlp")
     assert "sm87 (Jetson Orin) has no FP8" in backend.why_not_model(subject.quantised)
     assert backend.why_not_model(subject.model) is None
-    monkeypatch.setattr(backend, "here", lambda: targets.Target(89))
+    monkeypatch.setattr(backend, "here", lambda device: targets.Target(89))
     assert backend.why_not_model(subject.quantised) is None

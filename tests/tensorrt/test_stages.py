@@ -128,7 +128,7 @@ def test_the_runner_makes_each_engine_once(rtx, monkeypatch, tmp_path):
 
     monkeypatch.setattr(run, "build", build_here)
     monkeypatch.setattr(run, "Engine", Recorded)
-    monkeypatch.setattr(run, "here", lambda: Target(89))
+    monkeypatch.setattr(run, "here", lambda device: Target(89))
     monkeypatch.setenv("VIVACE_CACHE", str(tmp_path))
     config = tiny_config("pi05")
     model, case = build(config, random_tensors(config)), case_of(config)

@@ -40,7 +40,7 @@ def why_not(*, device: str) -> str | None:
         )
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
-    return refused_gpu(module, here())
+    return refused_gpu(module, here(device))
 
 
 def refused_gpu(module: modules.Module, target: Target) -> str | None:
@@ -56,9 +56,9 @@ def refused_gpu(module: modules.Module, target: Target) -> str | None:
 
 def why_not_model(model: Pi) -> str | None:
     """None if this machine's GPU computes in the types of the network."""
-    first, name = FIRST[torch.float8_e4m3fn]
-    if skeleton.quantised(model) and here().number < first:
-        return f"{here().label} has no {name}: use --precision bfloat16"
+    (first, name), target = FIRST[torch.float8_e4m3fn], here(model.device)
+    if skeleton.quantised(model) and target.number < first:
+        return f"{target.label} has no {name}: use --precision bfloat16"
     return None
 
 
@@ -95,9 +95,10 @@ def base_of(model: Pi, config: EngineConfig, target: Target) -> TensorRTBase:
 def create(model: Pi, config: EngineConfig) -> TensorRTBackend:
     """Registry constructor."""
     module = modules.load(config.tensorrt.module)
-    if reason := refused_gpu(module, here()):
+    target = here(model.device)
+    if reason := refused_gpu(module, target):
         raise Unsupported(f"{module.label} cannot run here", got=reason)
-    base = base_of(model, config, here())
+    base = base_of(model, config, target)
     seen = Coverage(kernel=module.name)
     runner = run.EngineRunner(run.recipe(model, module, config.tensorrt, base=base), model.device, seen)
     stages = EnginePolicy(model, runner, base=skeleton.DTYPES[base], loop=config.tensorrt.loop)

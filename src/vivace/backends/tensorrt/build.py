@@ -63,8 +63,9 @@ def build(network: Network, targets: Sequence[Target], *, progress: Progress | N
     config = network.owner.builder.create_builder_config()
     config.clear_flag(module.api.BuilderFlag.TF32)  # float32 parts of a checkpoint's flavour stay float32
     _aim(config, targets, module)
-    if progress is not None:
-        config.progress_monitor = _monitor(module, progress)
+    monitor = None if progress is None else _monitor(module, progress)  # must outlive the build
+    if monitor is not None:
+        config.progress_monitor = monitor
     begin = time.perf_counter()
     try:
         memory = network.owner.builder.build_serialized_network(network.definition, config)

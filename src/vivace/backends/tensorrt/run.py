@@ -80,16 +80,16 @@ def is_baked(options: TensorRTConfig, module: Module) -> bool:
 
 def make(
     plan: Recipe, part: Part, shapes: Shapes, *, targets: Sequence[Target], where: Path,
-    facts: Mapping[str, Any] | None = None, progress: Progress | None = None,
+    facts: Mapping[str, Any] | None = None, progress: Progress | None = None, device: torch.device | None = None,
 ) -> Made:  # fmt: skip
     """Write and audit a network; take its engine from `where`, or build and store it there.
 
-    targets  [] = the GPU of this machine
+    targets  [] = the GPU of this machine (device: which)
     Raises   NumericsError if the audit fails, Unsupported if it cannot be built
     """
     network = plan.write(part, shapes)
     found_products = audit.check(network, plan.e4m3.__contains__)
-    who = identify(network, plan.numbers, targets or [here()])
+    who = identify(network, plan.numbers, targets or [here(device)])
     found = cache.find(where, who)
     for reason in found.refused:
         logger.warning("not used: %s", reason)
@@ -119,7 +119,7 @@ class EngineRunner:
         if (part, shapes) in self.engines:
             return self.engines[part, shapes](feeds)
         module = self.recipe.module
-        compiled = cache.runtime_cache(module.name, module.version, str(here())) if module.is_rtx else None
+        compiled = cache.runtime_cache(module.name, module.version, str(here(self.device))) if module.is_rtx else None
         engine = self.engines[part, shapes] = self._make(part, shapes, compiled)
         outputs = engine(feeds)
         if compiled is not None:
@@ -130,6 +130,6 @@ class EngineRunner:
         module = self.recipe.module
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise Unsupported("an engine cannot be made while a graph is recorded", got=f"{part} {shapes}")
-        made = make(self.recipe, part, shapes, targets=[], where=cache.folder())
+        made = make(self.recipe, part, shapes, targets=[], device=self.device, where=cache.folder())
         audit.record(self.seen, made.products, part=part, kernel=module.name)
         return Engine(module, made.engine, weights=self.recipe.numbers, device=self.device, compiled=compiled)

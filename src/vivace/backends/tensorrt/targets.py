@@ -68,11 +68,11 @@ def parse(text: str) -> tuple[Target, ...]:
     return tuple(sorted({Target(int(name.removeprefix("sm"))) for name in names}))
 
 
-def here() -> Target:
-    """The GPU of this machine, as torch sees it. Raises Unsupported if there is none."""
+def here(device: torch.device | str | None = None) -> Target:
+    """The GPU of this machine, as torch sees it; None = the current one. Raises Unsupported if there is none."""
     if not torch.cuda.is_available():
         raise Unsupported("no CUDA device is visible to torch", do="name targets: --target sm89,sm120")
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     return Target(10 * major + minor)
 
 
