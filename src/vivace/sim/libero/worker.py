@@ -13,15 +13,21 @@ The caller writes one command a frame, this process answers each with one frame,
 
 The state: eef_m, eef_quat_xyzw, fingers_m, success, objects {name: [position m (3), quaternion xyzw (4)]}. What goes
 wrong here is not caught: the traceback goes to stderr, and the caller sees the pipe end.
+
+robosuite samples its observations in the first of the 25 physics steps of a control tick, so state and images show the
+world 50 ms before the tick's end, in training data as in every evaluation. Cameras are rendered later here, and seldom, so
+the physics is copied at the moment of sampling: `look` gives the pixels that the stock environment would have given.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
 import struct
 import sys
+from types import SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
@@ -72,6 +78,7 @@ class Scene:
         self.image_px = image_px
         self.initial_states = np.asarray(tasks.get_task_init_states(task))
         self.language, self.name = tasks.get_task(task).language, tasks.get_task(task).name
+        self._sampled: Any = None
         # no camera observations: they would be rendered at every control tick
         self.env = ControlEnv(
             bddl_file_name=tasks.get_task_bddl_file_path(task), use_camera_obs=False,
@@ -88,6 +95,7 @@ class Scene:
         """Start an episode from an official initial state; the order of the calls is that of both families."""
         self.env.seed(seed)
         self.env.reset()
+        self._watch_sampling()
         state = self.state(self.env.set_init_state(self.initial_states[initial_state]))
         for _ in range(settle):
             state = self.step(action=idle)
@@ -109,8 +117,28 @@ class Scene:
 
     def look(self, *, cameras: list[str]) -> dict[str, Any]:
         """Images uint8 [image_px, image_px, 3]."""
-        size = self.image_px
-        return {name: self.env.sim.render(camera_name=name, width=size, height=size) for name in cameras}
+        size, context = self.image_px, self.env.sim._render_context_offscreen
+        live, context.data = context.data, SimpleNamespace(_data=self._sampled)
+        images = {name: self.env.sim.render(camera_name=name, width=size, height=size) for name in cameras}
+        context.data = live
+        return images
+
+    def _watch_sampling(self) -> None:
+        """Copy the physics whenever robosuite samples. A reset makes a new model and new sensors."""
+        import mujoco
+
+        if not self.image_px:
+            return
+        model, data = self.env.sim.model._model, self.env.sim.data._data
+        observable = self.env.env._observables["robot0_eef_pos"]
+        sensor, self._sampled = observable._sensor, mujoco.MjData(model)
+
+        @functools.wraps(sensor)  # robosuite keeps facts in attributes of the function
+        def sampled(cache: Any) -> Any:
+            mujoco.mj_copyData(self._sampled, model, data)
+            return sensor(cache)
+
+        observable._sensor = sampled
 
 
 def hello() -> dict[str, Any]:
