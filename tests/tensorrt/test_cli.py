@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
-from vivace.backends.tensorrt import cache
+from vivace.backends.tensorrt import cache, run, targets
+from vivace.backends.tensorrt.networks import Shapes
 from vivace.check.observations import synthetic
 from vivace.checkpoints.make import Recipe, make_checkpoint
 from vivace.cli.main import main
-from vivace.config import TensorRTConfig, tensorrt_options
+from vivace.config import EngineConfig, TensorRTConfig, tensorrt_options
 from vivace.errors import ConfigError
 from vivace.runtime.policy import load_policy
 
@@ -80,6 +81,24 @@ def test_build(rtx, vivace, checkpoint, plan, tmp_path):
     assert code == 0
     assert all(row["found_on_disk"] for row in again["engines"])
     assert again["coverage"] == result["coverage"]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "bfloat16+vision", "plan"])
+def test_the_backend_finds_what_build_wrote(rtx, vivace, checkpoint, plan, tmp_path, precision):
+    """The outline of a checkpoint that was only looked at, and the loaded and quantised model, ask for the same engines."""
+    precision = str(plan) if precision == "plan" else precision
+    options = ("--target", "sm89", "--precision", precision, "--prompts", 64, "--engines", tmp_path)
+    assert vivace("build", checkpoint, *options)[0] == 0
+    model = load_policy(checkpoint, config=EngineConfig(precision=precision)).model
+    recipe = run.recipe(model, rtx, TensorRTConfig(), base="bf16")
+    views = 2 * model.config.vision.tokens
+    for part, shapes in (
+        ("vision", Shapes(batch=2)),
+        ("prefix", Shapes(keys=views + 64)),
+        ("step", Shapes(keys=views + 64)),
+    ):
+        made = run.make(recipe, part, shapes, targets=targets.parse("sm89"), where=tmp_path)
+        assert made.seconds == 0.0, f"{part} was built again"
 
 
 def test_build_with_weights_inside(rtx, vivace, checkpoint, plan, tmp_path):

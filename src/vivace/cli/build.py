@@ -41,7 +41,7 @@ class Args:
     target: str = "current"
     """current = the GPU of this machine, or others by compute capability, such as sm89,sm120 (TensorRT-RTX only)."""
     precision: str = "auto"
-    """bfloat16, float32, auto = what the checkpoint declares, or a plan file (vivace calibrate)."""
+    """bfloat16, bfloat16+vision, float32, auto = what the checkpoint declares, or a plan file (vivace calibrate)."""
     parts: str = "vision,prefix,step"
     """Which networks; loop = all denoise steps in one engine, which takes minutes at full size."""
     views: int | None = None
@@ -194,11 +194,12 @@ def _without(args: Args, opened: Checkpoint, module: Module, base: TensorRTBase,
     from ..runtime import precision as precisions
 
     names = all_layers(skeleton.outline(opened.model, base=base))
-    plan = precisions.resolve(args.precision, opened).plan
+    resolved = precisions.resolve(args.precision, opened)
+    plan, parts = resolved.plan, "bfloat16" if resolved.dtype == "float32" else resolved.dtype
     if plan is not None:
         check_fit(plan, names, checkpoint_hash=digest)
     e4m3 = frozenset(name for name in names if plan is not None and plan.quantises(name))
-    outlined = skeleton.outline(opened.model, base=base, e4m3=e4m3)
+    outlined = skeleton.outline(opened.model, base=base, e4m3=e4m3, precision=parts)
     return run.Recipe(module, outlined, {}, e4m3, baked=False, fused=args.tensorrt.fused)
 
 

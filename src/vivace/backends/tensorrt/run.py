@@ -63,7 +63,7 @@ class Made:
 def recipe(model: Pi, module: Module, options: TensorRTConfig, *, base: TensorRTBase) -> Recipe:
     """The recipe for a loaded (and perhaps quantised) model."""
     e4m3 = skeleton.quantised(model)
-    outlined = skeleton.outline(model.config, base=base, e4m3=e4m3)
+    outlined = skeleton.outline(model.config, base=base, e4m3=e4m3, precision=skeleton.precision_of(model))
     numbers = skeleton.values(model, outlined)
     return Recipe(module, outlined, numbers, e4m3, is_baked(options, module), options.fused)
 

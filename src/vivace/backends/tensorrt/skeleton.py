@@ -19,23 +19,26 @@ from ...model import weights
 from ...model.pi import Pi
 from ...ops.layers import Fp8Linear
 from ...precision import quantize
-from ...precision.flavours import parameter_dtype
+from ...precision.flavours import Dtype, parameter_dtype
 
 DTYPES: dict[TensorRTBase, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def outline(config: ModelConfig, *, base: TensorRTBase, e4m3: Collection[str] = ()) -> Pi:
+def outline(
+    config: ModelConfig, *, base: TensorRTBase, e4m3: Collection[str] = (), precision: Dtype = "bfloat16"
+) -> Pi:
     """A `Pi` on the meta device.
 
     base   type of everything that the checkpoint's flavour serves in bfloat16; what it keeps in float32 stays float32
     e4m3   names of the layers that a precision plan quantises
+    precision  which parts "bfloat16" means, see `precision.flavours`
     Raises ConfigError for a name that no layer has.
     """
     compute = DTYPES[base]
     with torch.device("meta"):
         model = Pi(config)
     for name, slot in weights.slots(config).items():
-        wide = parameter_dtype(name, precision="bfloat16", flavour=config.flavour) == torch.float32
+        wide = parameter_dtype(name, precision=precision, flavour=config.flavour) == torch.float32
         _retype(model, slot.parameter, torch.float32 if wide else compute)
     unknown = set(e4m3)
     for owner, attribute, layer in list(quantize.linears(model)):
@@ -52,6 +55,11 @@ def _retype(model: nn.Module, path: str, dtype: torch.dtype) -> None:
     name = path.rpartition(".")[2]
     shape = getattr(owner, name).shape
     setattr(owner, name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
+
+
+def precision_of(model: Pi) -> Dtype:
+    """What a bfloat16 model was loaded in: LeRobot's flavour keeps vision in float32 unless asked."""
+    return "bfloat16+vision" if model.vision.norm.weight.dtype == torch.bfloat16 else "bfloat16"
 
 
 def quantised(model: nn.Module) -> frozenset[str]:
