@@ -8,5 +8,5 @@ expert       scripted pick and place from the true state, for the suite libero_o
 campaign     suites, arms, blocks, counts
 
 LIBERO's packages pin an old simulator (mujoco < 4), so they live in an environment of their own and never in this process
-(docs/decisions/0008, docs/guides/libero.md).
+(docs/decisions/0009, docs/guides/libero.md).
 """
