@@ -241,3 +241,76 @@ def test_slow_engines_may_be_called_less_often_spread_over_the_rounds():
     at = [sum(one == "fast" for one in order[:i]) for i, name in enumerate(order) if name == "slow"]
     assert all(abs(got - wanted) <= 1 for got, wanted in zip(at, (5, 10, 15, 20), strict=True)), "every fifth round"
     assert len(bench.measure(fns, samples=3, warmup=rule, fewer={"slow": 9})["slow"].total_ms) == 3
+
+
+class Log:
+    """Stands for torch.cuda: writes down what is asked of it."""
+
+    def __init__(self, *, late=False):
+        self.seen, self.late = [], late
+
+    def Event(self, *, enable_timing):  # noqa: N802
+        log = self
+
+        class Event:
+            def record(self):
+                log.seen.append("record")
+
+            def synchronize(self):
+                log.seen.append("wait")
+
+            def query(self):
+                return log.late
+
+            def elapsed_time(self, other):
+                return 3.0
+
+        return Event()
+
+    def synchronize(self):
+        self.seen.append("drain")
+
+    def _sleep(self, cycles):
+        self.seen.append("sleep")
+
+
+@pytest.mark.parametrize(("spin_ms", "before"), [(0.0, ["drain", "record"]), (0.4, ["drain", "sleep", "record"])])
+def test_the_device_spins_before_the_first_event_and_outside_the_time(monkeypatch, spin_ms, before):
+    torch = pytest.importorskip("torch")
+    log = Log()
+    for name in ("Event", "synchronize", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, getattr(log, name))
+    timer = bench.CudaTimer(spin_ms=spin_ms)
+    timer.start()
+    log.seen.append("call")
+    assert timer.stop() == 3.0
+    assert log.seen == [*before, "call", "record", "wait"]
+    assert (timer.exposed, timer.calls) == (0, 1)
+
+
+def test_a_launch_longer_than_the_spin_is_counted(monkeypatch):
+    torch = pytest.importorskip("torch")
+    log = Log(late=True)
+    for name in ("Event", "synchronize", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, getattr(log, name))
+    spinning, idle = bench.CudaTimer(spin_ms=0.4), bench.CudaTimer()
+    for timer in (spinning, idle):
+        timer.start()
+        timer.stop()
+    assert (spinning.exposed, spinning.calls) == (1, 1)
+    assert idle.exposed == 0, "there is no spin to be late for"
+
+
+def test_each_engine_may_have_its_own_timer():
+    class Fixed:
+        def __init__(self, value):
+            self.value = value
+
+        def start(self):
+            pass
+
+        def stop(self):
+            return self.value
+
+    times = bench.measure({"a": lambda: 1, "b": lambda: 2}, samples=3, device={"a": Fixed(1.0), "b": Fixed(2.0)})
+    assert (times["a"].device_ms, times["b"].device_ms) == ([1.0] * 3, [2.0] * 3)

@@ -42,6 +42,23 @@ def test_sleep_on_the_host_is_no_device_work():
     assert bench.summary(times.total_ms).p50_ms >= 20
 
 
+def test_the_launch_is_hidden_behind_the_spin():
+    """Of many tiny kernels, of which an idle device waits for the first: shorter with the spin, and no launch was late."""
+    x = torch.zeros(8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    x.add_(1)
+    with torch.cuda.graph(graph):
+        for _ in range(200):
+            x.add_(1)
+    plain, spinning = bench.CudaTimer(), bench.CudaTimer(spin_ms=bench.SPIN_MS)
+    medians = []
+    for timer in (plain, spinning):
+        times = bench.measure({"g": graph.replay}, samples=200, device=timer)["g"]
+        medians.append(bench.summary(times.device_ms).p50_ms)
+    assert medians[1] < medians[0]
+    assert spinning.exposed <= spinning.calls // 50
+
+
 def test_environment_names_the_gpu():
     gpu = collect()["gpus"][0]
     assert gpu["name"] == torch.cuda.get_device_name(0)

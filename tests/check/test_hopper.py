@@ -10,12 +10,17 @@ import pytest
 import torch
 
 from vivace.check import (
+    bench,
     hopper,
     hopper_engines,
+    hopper_estimate,
     hopper_machine,
     hopper_proof,
     hopper_robot,
     hopper_rows,
+    hopper_run,
+    hopper_soak,
+    hopper_timing,
     hopper_warm,
     hopper_weights,
     results,
@@ -32,7 +37,8 @@ from vivace.precision import plan as plans
 CPU = torch.device("cpu")
 CONFIG = SIZES["tiny"].model
 SMALL = ("--network", "tiny", "--device", "cpu", "--observations", "2", "--draws", "2", "--calibration", "2",
-         "--calls", "4", "--host-calls", "3")  # fmt: skip
+         "--calls", "4", "--host-calls", "3", "--few-calls", "3", "--few-observations", "1",
+         "--reuse-calls", "3")  # fmt: skip
 
 
 def draw(name, **changes):
@@ -51,7 +57,7 @@ def network():
 def document(tmp_path_factory):
     out = tmp_path_factory.mktemp("hopper") / "h.json"
     said = []
-    options = hopper.options_of(hopper.parser().parse_args(["--out", str(out), "--settings", "1,48,5;2,0,6", *SMALL]))
+    options = hopper.options_of(hopper.parser().parse_args(["--out", str(out), "--settings", "1,48,50;2,0,6", *SMALL]))
     made = hopper.run(options, size="tiny", device="cpu", tell=said.append)
     assert json.loads(out.read_text()) == results.jsonable(made), "the file is the document"
     return made
@@ -183,11 +189,104 @@ def test_scores_see_one_bad_sample_and_refuse_nan():
 def test_repeats_see_a_replay_that_did_not_write():
     repeats = hopper_rows.Repeats()
     output = torch.ones(3)
-    repeats.see("a", output)
+    repeats.see("a", output, poison=True)
     assert output.isnan().all(), "poisoned"
-    repeats.see("a", output)  # nobody wrote it again
-    repeats.see("a", torch.ones(3))
+    repeats.see("a", output, poison=True)  # nobody wrote it again
+    repeats.see("a", torch.ones(3), poison=True)
     assert (repeats.same["a"], repeats.calls["a"]) == (2, 3)
+
+
+def test_repeats_see_other_bits_of_a_policy_and_leave_its_answer_alone():
+    repeats = hopper_rows.Repeats()
+    answer = np.ones(3)
+    for value in (answer, np.ones(3), np.full(3, 1.0 + 1e-15)):
+        repeats.see("a", value, poison=False)
+    assert (answer == 1).all()
+    assert (repeats.same["a"], repeats.calls["a"]) == (2, 3)
+
+
+class Graphed(hopper_engines.CompiledGraph):
+    """Stands for an engine with graphs, on a CPU: answers are written to one tensor, unless it skips its work."""
+
+    def __init__(self, model, *, skip_after=10**9, wrong_infer=False):
+        self.model, self.calls, self.skip_after, self.wrong_infer = model, 0, skip_after, wrong_infer
+        self.inner = hopper_engines.Plain(hopper_engines.eager.create(model, hopper_engines.CONFIG), CPU)
+        self.held = torch.empty(1, 5, 32)
+
+    def _replay(self, inputs, noise):
+        self.calls += 1
+        if self.calls <= self.skip_after:
+            self.held.copy_(self.inner.infer(inputs, noise))
+        return self.held
+
+    def infer(self, inputs, noise, **_):
+        return self._replay(inputs, noise) + float(self.wrong_infer)
+
+    def prefill(self, inputs, **_):
+        return self.inner.prefill(inputs)
+
+    def denoise(self, cache, noise, **more):
+        return self.inner.denoise(cache, noise, **more)
+
+    def graph_of(self, inputs, noise):
+        return lambda: self._replay(inputs, noise)
+
+
+def graphed(network, **how):
+    return replace(engine_of(network), backend=Graphed(network, **how))
+
+
+def test_an_engine_that_skips_its_work_while_it_is_timed_misses_a_mark(network):
+    noise = torch.randn(1, 5, 32)
+    good, lazy = (graphed(network, **how) for how in ({}, {"skip_after": 3}))
+    for engine, met in ((good, True), (lazy, False)):
+        run = hopper_rows.Timed(engine, engine.backend.graph_of(some_request(), noise), 5)
+        (row,) = hopper_rows.time_rows(Size(1, 5, 5), "B0", [run])
+        assert row["bit_identical"]["output_poisoned"]
+        same = next(one for one in row["targets"] if "bits" in one.what)
+        assert same.must_met == met
+    plain = engine_of(network)
+    (row,) = hopper_rows.time_rows(
+        Size(1, 5, 5), "B0", [hopper_rows.Timed(plain, plain.backend.graph_of(some_request(), noise), 2)]
+    )
+    assert not row["bit_identical"]["output_poisoned"], "it makes a new tensor every time: NaN would prove nothing"
+
+
+def test_an_engine_that_never_settles_misses_a_mark(network, monkeypatch):
+    engine, noise = engine_of(network), torch.randn(1, 5, 32)
+    monkeypatch.setattr(hopper_rows, "WARM_UP", bench.WarmUp(max_calls=3))
+    run = hopper_rows.Timed(engine, engine.backend.graph_of(some_request(), noise), 2)
+    (row,) = hopper_rows.time_rows(Size(1, 5, 5), "B0", [run])
+    assert not row["stable"]
+    assert not next(one for one in row["targets"] if "settled" in one.what).must_met
+
+
+def test_only_b0_is_launched_behind_a_spin(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "CudaTimer", lambda *, spin_ms=0.0: asked.append(spin_ms))
+    for boundary in ("B0", "B1", "B2"):
+        hopper_rows.timer_of(boundary)
+    assert asked == [bench.SPIN_MS, 0.0, 0.0]
+
+
+def test_accuracy_is_that_of_infer_and_infer_must_equal_two_calls(network):
+    samples = hopper_proof.Samples([some_request(i) for i in range(3)], torch.randn(3, 2, 5, 32))
+    right, wrong = graphed(network), graphed(network, wrong_infer=True)
+    assert hopper_proof.two_calls(right, samples) == {"same": 3, "of": 3}
+    assert hopper_proof.two_calls(wrong, samples) == {"same": 0, "of": 3}
+    assert torch.equal(hopper_proof.actions_of(wrong, samples), hopper_proof.actions_of(right, samples) + 1)
+
+
+def test_attention_stays_in_bfloat16_in_the_floor_of_every_plan(network):
+    ranges = hopper_engines.ranges_of(network, [(some_request(), torch.randn(1, 5, 32))])
+    engine = engine_of(network, hopper_engines.plans_of(["fp8-all"], ranges, data="test")[0])
+    stages = {"vision": 1.0, "prefix": 1.0, "denoise": 1.0}
+    endless = {"bf16_tflops": 1.0, "fp8_tflops": 1e12, "copy_gb_s": 1e12}
+    size = Size(1, 5, 5)
+    found = hopper_rows.rates(engine, size, stages, endless)
+    cost = hopper_rows.plan_costs(engine, size)[1]
+    assert found["prefix"]["fp8_share"] == pytest.approx(1 - cost.attention_flops / cost.flops)
+    assert found["prefix"]["floor_ms"] == pytest.approx(cost.attention_flops / 1e12 * 1e3)
 
 
 def test_an_engine_that_computes_something_else_is_not_timed(network):
@@ -211,14 +310,68 @@ def test_a_stale_engine_is_not_fresh(network):
     assert not hopper_proof.fresh(stale, some_request(), noise)["image"]
 
 
-def test_soak_reports_growth_drift_and_bits(network):
-    engine = engine_of(network)
-    row = hopper_machine.soak_row(SETTINGS["3,200,50"], engine, lambda: torch.ones(2), calls=40)
+def soak_of(network, **how):
+    engine = graphed(network, **how)
+    return engine, hopper_soak.work_of(engine, some_request(), torch.randn(1, 5, 32))
+
+
+def missed_of(row):
+    return [one.what for one in row["targets"] if not one.must_met and one.what != "p99 / p50"]
+
+
+def test_soak_goes_through_infer_and_a_share_through_the_policy(network):
+    engine, work = soak_of(network)
+    asked = []
+    work = work.with_policy(lambda: asked.append(1) or np.ones((5, 32), np.float32))
+    row = hopper_soak.soak_row(SETTINGS["3,200,50"], engine, work, calls=100)
+    assert (row["calls"], row["policy_calls"], len(asked)) == (100, 10, 30)
+    assert engine.backend.calls == 1 + 20 + 90
     assert len(row["p50_of_tenths_ms"]) == 10
-    assert row["same_bits"]
-    assert row["allocated_growth_bytes"] == 0
-    outputs = iter(torch.full((2,), float(i // 60)) for i in range(200))
-    assert not hopper_machine.soak_row(SETTINGS["3,200,50"], engine, lambda: next(outputs), calls=110)["same_bits"]
+    assert row["checks"] == {"same": 2, "of": 2, "output_poisoned": True}
+    assert row["policy_latency"].samples == 10
+    assert missed_of(row) == []
+
+
+def test_soak_sees_work_that_is_skipped_and_a_policy_that_changes(network):
+    engine, work = soak_of(network, skip_after=30)
+    row = hopper_soak.soak_row(SETTINGS["3,200,50"], engine, work, calls=101)
+    assert missed_of(row) == ["checks with the bits of the first call"], "the poisoned buffer was not written again"
+    engine, work = soak_of(network)
+    answers = iter(range(1000))
+    work = work.with_policy(lambda: np.full((5, 32), next(answers), np.float32))
+    row = hopper_soak.soak_row(SETTINGS["3,200,50"], engine, work, calls=100)
+    assert missed_of(row) == ["checks with the bits of the first call"]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["allocated", "reserved"])
+def test_soak_sees_memory_that_grows(network, monkeypatch, which):
+    engine, work = soak_of(network)
+    states = iter([[100, 200], [100 + (which == 0), 200 + (which == 1)]])
+    monkeypatch.setattr(hopper_soak, "_memory", lambda cuda: next(states))
+    row = hopper_soak.soak_row(SETTINGS["3,200,50"], engine, work, calls=10)
+    assert missed_of(row) == [f"growth of {('allocated', 'reserved')[which]} memory, bytes"]
+
+
+def test_memory_is_judged_on_what_is_reserved(monkeypatch):
+    """A graph's private pool is reserved and not allocated: the mark must see it."""
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1010)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 1200)
+    calls = []
+    peaks = hopper_machine.serving_peaks(lambda: calls.append(1), needed=1000, left_over=(0, 20))
+    assert len(calls) == 20
+    assert peaks == {
+        "peak_serving_bytes": 1010, "peak_reserved_bytes": 1180, "ratio_allocated": 1.01, "ratio": 1.18,
+    }  # fmt: skip
+    assert [mark.must_met for mark in hopper_machine.memory_marks(peaks, 1000)] == [False]
+
+
+def test_a_start_ends_when_every_bucket_is_warm():
+    row = {"caches": "warm", "first_action_s": 20.0, "every_bucket_s": 31.0, "peak_reserved_bytes": 1100}
+    ready, memory = hopper_machine.start_marks(row | {"needed_bytes": 1000})
+    assert (ready.must_met, memory.must_met) == (False, True)
+    assert hopper_machine.start_marks(row | {"needed_bytes": 1000, "every_bucket_s": 29.0})[0].must_met
 
 
 def test_keys_and_values_of_the_full_size():
@@ -230,49 +383,133 @@ def test_keys_and_values_of_the_full_size():
 
 
 def test_rows_of_every_engine_and_boundary(document):
+    """Every plan in the first setting, at B0; the headline plans everywhere; reuse where the chunk is 50."""
     found = {(r["setting"], r["engine"], r["boundary"]) for r in document["rows"]}
-    engines = [f"cuda_graph {name}" for name in hopper.PLANS]
+    head = ("cuda_graph bf16", "cuda_graph fp8-all")
     assert found == {
-        *(("1,48,5", engine, boundary) for engine in engines for boundary in ("B0", "B1", "B2")),
-        *(("2,0,6", engine, "B0") for engine in engines),
-        *(("2,0,6", engine, "B1") for engine in ("cuda_graph bf16", "cuda_graph fp8-all")),
+        *(("1,48,50", f"cuda_graph {name}", "B0") for name in hopper.PLANS),
+        *(("1,48,50", engine, boundary) for engine in head for boundary in ("B0 reuse", "B1", "B2")),
+        *(("2,0,6", engine, boundary) for engine in head for boundary in ("B0", "B1")),
     }
+    assert [r["boundary"] for r in document["rows"]][:7] == ["B0"] * 7, "the numbers that count come first"
     assert "no B2 for 2,0,6" in document["remarks"][0]
     for row in document["rows"]:
         t = row["latency"]
         assert 0 < t["min_ms"] <= t["p50_ms"] <= t["p95_ms"] <= t["p99_ms"] <= t["max_ms"]
         assert row["calls"] == t["samples"] > 0
-        if row["boundary"] != "B2":
-            assert row["bit_identical"]["same"] == row["bit_identical"]["of"] >= row["calls"]
+        assert row["bit_identical"]["same"] == row["bit_identical"]["of"] >= row["calls"]
+        assert not row["bit_identical"]["output_poisoned"], "plain PyTorch makes new tensors"
+        assert any("bits" in one["what"] for one in row["targets"])
         if row["boundary"] == "B2":
             assert {"total", "preprocess", "postprocess"} <= set(row["parts_ms"])
         if row["boundary"] == "B0":
             assert set(row["stages_ms"]) == set(row["rates"]) == {"vision", "prefix", "denoise"}
             assert all(rate["tflop_s"] > 0 and rate["floor_ms"] > 0 for rate in row["rates"].values())
-    full, few = (next(r for r in document["rows"] if r["engine"] == e and r["setting"] == "2,0,6")
-                 for e in ("cuda_graph fp8-all", "cuda_graph fp8-mlp"))  # fmt: skip
+        if row["boundary"] == "B0 reuse":
+            assert any("reuses the prefix" in one["what"] for one in row["targets"])
+    full, few = (
+        next(r for r in document["rows"] if r["engine"] == e) for e in ("cuda_graph fp8-all", "cuda_graph fp8-mlp")
+    )
     assert (full["calls"], few["calls"]) == (4, 3)
 
 
+def test_coverage_of_every_engine_stands_in_the_result(document):
+    found = {(row["setting"], row["engine"]): row for row in document["coverage"]}
+    assert len(found) == len(hopper.PLANS) + 2
+    plain, small = found["1,48,50", "cuda_graph bf16"], found["1,48,50", "cuda_graph fp8-all"]
+    assert "e4m3" not in plain["summary"]["flops_by_precision"]
+    less = found["1,48,50", "cuda_graph fp8-mlp"]["summary"]["flops_by_precision"]["e4m3"]
+    assert small["summary"]["flops_by_precision"]["e4m3"] > less > 0
+    assert sum(part["flops_share"] for part in small["parts"]) == pytest.approx(1.0)
+    assert all(row["targets"][0]["must_met"] and not row["summary"]["fallbacks"] for row in found.values())
+
+
 def test_accuracy_stands_beside_plain_bfloat16(document):
-    assert len(document["accuracy"]) == 2 * len(hopper.PLANS)
+    assert len(document["accuracy"]) == len(hopper.PLANS) + 2
     for row in document["accuracy"]:
-        assert (row["observations"], row["noise_draws"]) == (2, 2)
+        assert (row["observations"], row["noise_draws"]) == (2 if row["precision"] in ("bf16", "fp8-all") else 1, 2)
         assert 0 < row["plain_bfloat16"]["rel_l2"] < 0.05
         assert row["cosine_worst"] <= row["cosine_mean"] <= 1.0 + 1e-12
-        assert row["targets"]
-    by = {r["precision"]: r["rel_l2"] for r in document["accuracy"] if r["setting"] == "1,48,5"}
+        assert row["infer_is_two_calls"] == {"same": row["observations"], "of": row["observations"]}
+        assert any("denoise(prefill)" in one["what"] for one in row["targets"])
+    by = {r["precision"]: r["rel_l2"] for r in document["accuracy"] if r["setting"] == "1,48,50"}
     assert by["bf16"] < by["fp8-mlp"] < by["fp8-all"]
 
 
 def test_proofs_passed_and_what_needs_a_gpu_is_named(document):
     assert len(document["proof"]) == 4
-    assert all(row["passed"] for row in document["proof"])
+    assert all(row["passed"] and len(row["targets"]) == 2 for row in document["proof"])
     assert "state" in document["proof"][0]["fresh_policy"]
     assert [row["phase"] for row in document["not_run"]] == ["rivals", "soak", "memory", "start"]
     assert not document["passed"]
     assert document["environment"]["cpu"]["model"]
     assert set(document["phase_seconds"]) >= {"setup", "rows", "accuracy", "proof"}
+    assert document["setup"]["estimated_s"]["rows"] > 0
+
+
+def test_a_proof_that_fails_fails_the_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(hopper_proof, "fresh", lambda *_: {"image": False, "image, and back": True})
+    document = hopper.run(tiny(tmp_path, "1,48,5"), phases=["proof"], size="tiny", device="cpu", tell=lambda _: None)
+    assert not document["proof"][0]["passed"]
+    assert any("changes of the request" in line for line in document["missed"])
+    assert not document["passed"]
+
+
+def tiny(tmp_path, settings, *more):
+    arguments = ["--out", str(tmp_path / "h.json"), "--settings", settings, "--plans", "bf16", *SMALL, *more]
+    return hopper.options_of(hopper.parser().parse_args(arguments))
+
+
+def test_settings_without_a_rival_and_the_ratio_that_cannot_run_are_named(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(hopper, "NEEDS_GPU", ())
+    monkeypatch.setattr(hopper_timing, "make", lambda name, *_, **how: made.append((name, how)) or engine_like(name))
+    monkeypatch.setattr(hopper_timing, "_rival_rows", lambda *_: None)
+    monkeypatch.setattr(hopper_proof, "actions_of", lambda _, samples: samples.noise)
+    options = tiny(tmp_path, "1,48,50;2,0,6", "--rival-settings", "1", "--compile-mode", "max-autotune-no-cudagraphs")
+    document = hopper.run(options, phases=["rivals"], size="tiny", device="cpu", tell=lambda _: None)
+    assert ("compiled graph", {"compile_mode": "max-autotune-no-cudagraphs"}) in made
+    ratio, absent = document["not_run"]
+    assert ratio["informational"]
+    assert "realtime-vla" in ratio["why"]
+    assert "at least 2.2" in ratio["what"]
+    assert (absent["what"], absent["informational"]) == ("2,0,6", False)
+    assert not document["passed"]
+
+
+def engine_like(name):
+    return hopper_engines.Engine(name, None, None, None, 0)
+
+
+def test_the_default_command_fits_its_time_and_few_calls_are_shorter():
+    options = hopper.options_of(hopper.parser().parse_args(["--out", "h.json"]))
+    estimated = hopper_estimate.seconds(options, list(hopper.PHASES))
+    assert set(estimated) == {"setup", *hopper.PHASES}
+    assert sum(estimated.values()) <= options.seconds <= 560
+    more = replace(options, host_calls=1000)
+    assert sum(hopper_estimate.seconds(more, list(hopper.PHASES)).values()) > options.seconds
+    assert sum(hopper_estimate.seconds(more, ["rows", "accuracy", "rivals", "proof"]).values()) <= 560
+    assert hopper_estimate.seconds(options, ["rows"])["rows"] < hopper_estimate.seconds(more, ["rows"])["rows"]
+
+
+def test_a_bug_of_the_benchmark_is_no_line_of_a_result(tmp_path):
+    """Refusals, CUDA errors and processes that fail are written down; a mistyped name is not."""
+    run = hopper_run.Run(
+        options=tiny(tmp_path, "1,48,5"), config=CONFIG, device=CPU, checkpoint=None, network=None, tokenizer=None,
+        scenes=None, document={"not_run": []}, begin=0.0, tell=lambda _: None,
+    )  # fmt: skip
+    for error in (
+        VivaceError("x"),
+        torch.OutOfMemoryError("x"),
+        subprocess.TimeoutExpired("x", 1.0),
+        FileNotFoundError(),
+    ):
+        with hopper_run.guarded(run, "rows", "x"):
+            raise error
+    assert len(run.document["not_run"]) == 4
+    for bug in (NameError("x"), TypeError("x"), AttributeError("x"), KeyError("x")):
+        with pytest.raises(type(bug)), hopper_run.guarded(run, "rows", "x"):
+            raise bug
 
 
 def test_a_failing_engine_becomes_a_line_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -296,7 +533,7 @@ def test_no_time_is_said_and_not_silently_less(tmp_path):
     arguments = ["--out", str(tmp_path / "h.json"), "--settings", "1,48,5", "--plans", "bf16", *SMALL, "--seconds", "0"]
     options = hopper.options_of(hopper.parser().parse_args(arguments))
     document = hopper.run(options, phases=["rows"], size="tiny", device="cpu", tell=lambda _: None)
-    assert "no time left" in document["not_run"][0]["why"]
+    assert "0 s left of 0 s" in document["not_run"][0]["why"]
     assert document["rows"] == []
 
 
@@ -351,7 +588,7 @@ def test_settings_are_dealt_among_a_few_processes(monkeypatch):
         ["cuda_graph", "3,200,50;2,48,10"], ["cuda_graph", "3,16,50;1,48,50"], ["cuda_graph", "2,0,63"],
         ["compiled graph", "3,200,50"],
     )]  # fmt: skip
-    assert all(command[5:7] == ["3", "16"] for command in commands)
+    assert all(command[5:7] == ["3", "16"] and command[8] == "default" for command in commands)
     assert len(helpers) == 4
     hopper_warm.begin(sizes[:1], None, rivals=(), seed=3, outliers=16)
     assert len(commands) == 5, "no more processes than settings"

@@ -37,6 +37,18 @@ def test_table_of_flops_and_bytes(row):
     assert costs("pi0", views, tokens, 50)[2].flops / 1e9 == pytest.approx(pi0_gf, abs=0.06)
 
 
+def test_attention_is_the_part_that_has_no_weights():
+    """Twice the tokens: products double, attention of the prefix grows fourfold."""
+    config = ModelConfig()
+    products = 2 * 968 * (17 * 2048 * (2 * 2048 + 2 * 256 + 3 * 16384) + 2 * 2048 * 256)
+    _, prefix, denoise = costs("pi05", 3, 200, 50, steps=10)
+    assert prefix.flops - prefix.attention_flops == products
+    assert prefix.attention_flops == 17 * 4 * 968 * 968 * 8 * 256
+    assert denoise.attention_flops == 10 * config.expert.layers * 4 * 50 * (968 + 50) * 8 * 256
+    vision = costs("pi05", 3, 200, 50)[0]
+    assert vision.attention_flops == 3 * config.vision.layers * 4 * 256 * 256 * 1152
+
+
 def test_table_of_weight_bytes():
     vision, prefix, denoise = costs("pi05", 3, 0, 50)
     assert vision.weight_bytes / 1e6 == pytest.approx(825 + 5, abs=1)

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from tiny import build, random_tensors, tiny_config
 
 from vivace.backends import eager
+from vivace.backends.loop import run_flow
 from vivace.check.roofline import Workload, stage_costs
 from vivace.config import EngineConfig
 from vivace.ops.layers import Fp8Linear, Linear
@@ -68,6 +69,31 @@ def test_operations_equal_the_roofline_count():
     table = rows(seen, steps=STEPS)
     assert sum(row.flops_share for row in table) == pytest.approx(1.0)
     assert sum(row.bytes_share for row in table) == pytest.approx(1.0)
+
+
+def test_joined_steps_have_the_same_work_as_separate_ones():
+    """The boundary of two steps is one operation in graphs: action_in and action_out still count once per step."""
+    config = tiny_config("pi05")
+    model = build(config, random_tensors(config))
+    apart, joined, before = watched(model, config), Coverage(kernel="torch"), model.ops
+    observation, noise = inputs(config)
+    cache, table = (
+        eager.create(model, EngineConfig(num_denoise_steps=STEPS)).prefill(observation),
+        model.time_table(STEPS),
+    )
+    model.ops = joined.wrap(before)
+    run_flow(model, None, table, cache, noise, previous=None, trace=None)
+    model.ops = before
+    assert ("action_out", "step_boundary") in joined.seen
+
+    def heads(seen):
+        return sum(flops for layer, flops in layer_flops(seen, steps=STEPS).items() if layer.startswith("action_"))
+
+    product = 2 * config.horizon * config.action_width * config.expert.width
+    assert heads(joined) == heads(apart) == STEPS * 2 * product
+    boundary = next(row for row in rows(joined, steps=STEPS) if row.operation == "step_boundary")
+    last = next(row for row in rows(joined, steps=STEPS) if (row.layer, row.operation) == ("action_out", "linear"))
+    assert boundary.flops_share == pytest.approx(2 * (STEPS - 1) * last.flops_share)
 
 
 def test_a_plan_that_ran_shows_every_layer_in_e4m3(quantised):
@@ -138,7 +164,7 @@ def test_kernels_report_themselves_and_the_rest_has_the_default_name():
     table = rows(seen, steps=STEPS)
     assert [(row.operation, row.kernel) for row in table] == [("linear", "triton"), ("linear_gelu", "torch")]
     assert seen.kernels == {"a linear": "triton"}
-    assert layer_flops(seen, steps=STEPS) == {"a": 2 * 3 * 8 * 4}
+    assert layer_flops(seen, steps=STEPS) == {"a": 2 * (2 * 3 * 8 * 4)}, "it ran twice"
     assert seen.seen["a", "linear"].moved_bytes == 4 * (3 * 8 + 8 * 4 + 3 * 4)
     seen.clear()
     assert (rows(seen, steps=STEPS), seen.kernels) == ((), {})

@@ -106,7 +106,7 @@ def measure(
     warmup: WarmUp | None = None,
     refcheck: Callable[[str, Any], str | None] | None = None,
     stages: Callable[[Any], Mapping[str, float]] | None = None,
-    device: DeviceTimer | None = None,
+    device: DeviceTimer | Mapping[str, DeviceTimer] | None = None,
     clock: Clock = time.perf_counter,
     progress: Progress | None = None,
     fewer: Mapping[str, int] | None = None,
@@ -120,7 +120,7 @@ def measure(
         warmup: when an engine counts as warm; None = the defaults.
         refcheck: (name, output) -> what is wrong with it, or None. Called on the first output, before any timing counts.
         stages: output -> {stage: milliseconds}.
-        device: a timer on the accelerator; None = host clock only.
+        device: a timer on the accelerator, or one per engine; None = host clock only.
         clock: seconds; replaced in tests.
         progress: called after each call with the engine and whether it was a sample (False: warm-up).
         fewer: {engine: samples} of engines too slow for every round; their calls are spread evenly over the rounds.
@@ -134,7 +134,8 @@ def measure(
             "nothing to measure", got=f"{len(fns)} engines, {samples} samples", wanted="at least one of each"
         )
     tell = progress or _silent
-    times = {name: _warm(name, fn, warmup or WarmUp(), refcheck, device, clock, tell) for name, fn in fns.items()}
+    timers = device if isinstance(device, Mapping) else dict.fromkeys(fns, device)
+    times = {name: _warm(name, fn, warmup or WarmUp(), refcheck, timers[name], clock, tell) for name, fn in fns.items()}
     order = random.Random(seed)
     names = list(fns)
     wanted = {name: min(samples, (fewer or {}).get(name, samples)) for name in names}
@@ -144,7 +145,7 @@ def measure(
             for name in names:
                 if (turn + 1) * wanted[name] // samples == turn * wanted[name] // samples:
                     continue
-                _sample(times[name], fns[name], stages, device, clock)
+                _sample(times[name], fns[name], stages, timers[name], clock)
                 tell(name, sampling=True)
     return times
 
@@ -196,22 +197,45 @@ def split(times: EngineTimes) -> dict[str, Any]:
     }
 
 
-class CudaTimer:
-    """CUDA events around one call: time on the GPU, without the launch cost on the host when work is queued ahead."""
+SPIN_MS = 0.4
+"""Longer than the host takes to launch a graph of a thousand kernels."""
+_CYCLES_PER_MS = 2_000_000  # of a GPU at 2 GHz; a slower one spins longer
 
-    def __init__(self) -> None:
+
+def spin(milliseconds: float = SPIN_MS) -> None:
+    """Keep the GPU busy for a while, so that what is queued next starts without waiting for the host."""
+    import torch
+
+    torch.cuda._sleep(int(milliseconds * _CYCLES_PER_MS))
+
+
+class CudaTimer:
+    """CUDA events around one call: time on the GPU.
+
+    spin_ms  0: the device is idle when the first event is recorded, so the time until the host has launched something is
+             inside. Above 0: the device spins first, sleep - event - call - event, and the launch happens meanwhile; what
+             is measured is the device's work alone. Not for a host clock beside it, which would contain the spin.
+    exposed  calls whose launch took longer than the spin: part of it is in their time
+    """
+
+    def __init__(self, *, spin_ms: float = 0.0) -> None:
         import torch
 
-        self._torch = torch
+        self._torch, self._spin_ms = torch, spin_ms
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.calls = self.exposed = 0
 
     def start(self) -> None:
-        """Drain the device, then record the first event."""
+        """Drain the device, let it spin if asked to, and record the first event behind that."""
         self._torch.cuda.synchronize()
+        if self._spin_ms:
+            spin(self._spin_ms)
         self._begin.record()
 
     def stop(self) -> float:
         """Record the second event and wait for it."""
+        self.calls += 1
+        self.exposed += int(bool(self._spin_ms) and self._begin.query())
         self._end.record()
         self._end.synchronize()
         return float(self._begin.elapsed_time(self._end))
@@ -227,13 +251,13 @@ def _warm(
     tell: Progress,
 ) -> EngineTimes:
     begin = clock()
-    output, cold_ms, _ = _call(fn, device, clock)
+    output, cold_ms, _ = timed_call(fn, device, clock)
     if refcheck and (reason := refcheck(name, output)):
         raise NumericsError(f"engine {name!r} gives other actions than the reference; it was not timed", got=reason)
     recent: list[float] = []
     stable = False
     while not stable and len(recent) < rule.max_calls and clock() - begin < rule.max_seconds:
-        recent.append(_call(fn, device, clock)[1])
+        recent.append(timed_call(fn, device, clock)[1])
         tell(name, sampling=False)
         stable = _is_stable(recent, rule)
     return EngineTimes(name, cold_ms, warmup_calls=len(recent), stable=stable)
@@ -254,7 +278,7 @@ def _sample(
     device: DeviceTimer | None,
     clock: Clock,
 ) -> None:
-    output, total_ms, device_ms = _call(fn, device, clock)
+    output, total_ms, device_ms = timed_call(fn, device, clock)
     times.total_ms.append(total_ms)
     if device_ms is not None:
         times.device_ms.append(device_ms)
@@ -262,7 +286,10 @@ def _sample(
         times.stages_ms.setdefault(stage, []).append(float(value))
 
 
-def _call(fn: Callable[[], Any], device: DeviceTimer | None, clock: Clock) -> tuple[Any, float, float | None]:
+def timed_call(
+    fn: Callable[[], Any], device: DeviceTimer | None, clock: Clock = time.perf_counter
+) -> tuple[Any, float, float | None]:
+    """(output, milliseconds on the host until the device has finished, milliseconds on the device or None)."""
     if device is not None:
         device.start()
     begin = clock()

@@ -4,22 +4,26 @@ Needs no checkpoint and none of the command line's own packages: `python -m viva
 
 The file (kind "hopper") is written after every row, so what was measured survives an interrupt:
 
-    setup       how weights, requests and ranges were made; seed; calls
+    setup       how weights, requests and ranges were made; seed; calls; phases; estimated_s
     ceilings    bf16_tflops, fp8_tflops, copy_gb_s that torch reaches here on large work; published: the datasheet's
-    rows[]      setting, engine, precision, boundary B0|B1|B2, batch, steps, calls, latency {p50_ms, p95_ms, p99_ms, max_ms,
-                min_ms, mean_ms, samples}, clock, bit_identical {same, of}; at B0 also stages_ms and rates per stage {tflop,
-                gb, fp8_share, tflop_s, gb_s, floor_ms, of_floor}; rivals: ours_in_the_same_rounds {engine: {p50_ms,
+    rows[]      setting, engine, precision, boundary B0|B0 reuse|B1|B2, batch, steps, calls (how many made the percentiles),
+                latency {p50_ms, p95_ms, p99_ms, max_ms, min_ms, mean_ms, samples}, clock, stable, bit_identical {same, of,
+                output_poisoned}; at B0 also launches {exposed, of}, stages_ms and rates per stage {tflop, gb, fp8_share,
+                tflop_s, gb_s, floor_ms, of_floor}; rivals: compile_mode, ours_in_the_same_rounds {engine: {p50_ms,
                 ratio}}; at B2 parts_ms, what the policy says of its own parts
     accuracy[]  setting, engine, precision, observations, noise_draws, cosine_mean, cosine_worst, rel_l2, rel_l2_worst,
-                plain_bfloat16 {the same four of plain PyTorch in bfloat16}
+                plain_bfloat16 {the same four of plain PyTorch in bfloat16}, infer_is_two_calls {same, of}
+    coverage[]  setting, engine, precision, kernels {layer operation: kernel}, summary, parts[], by_torch[]: no own kernel
     proof[]     setting, engine, fresh {change: the actions changed}, fresh_policy, poisoned {bytes, replays, same}, passed
-    memory[]    engine, weights_bytes, kv_bytes, peak_serving_bytes, peak_start_bytes, ratio
-    soak[]      setting, engine, calls, latency, p50_of_tenths_ms, allocated_growth_bytes, same_bits
+    memory[]    engine, weights_bytes, kv_bytes, peak_serving_bytes, peak_reserved_bytes, ratio (reserved), ratio_allocated
+    soak[]      setting, engine, calls, latency, p50_of_tenths_ms, policy_calls, policy_latency, allocated_growth_bytes,
+                reserved_growth_bytes, checks {same, of, output_poisoned}
     start[]     caches cold|warm, imported_s, weights_s, first_action_s, every_bucket_s: seconds after the process began;
                 and the memory of that process, which did nothing else
-    not_run[]   phase, what, why        phase_seconds   missed[]: every "must" that is not met        passed
+    not_run[]   phase, what, why, informational     phase_seconds     missed[]: every "must" that is not met     passed
 
 Rows carry targets[]: {what, got, rule, must, stretch, must_met, stretch_met}. `check.targets` says where they come from.
+`passed`: no must is missed and nothing is in not_run but what is informational, i.e. what this program can never run.
 """
 
 from __future__ import annotations
@@ -37,19 +41,20 @@ from ..checkpoints.sizes import network
 from ..errors import ConfigError
 from ..precision import calibrate
 from ..precision import plan as plans
-from . import environment, hopper_machine, hopper_proof, hopper_rows, hopper_warm
+from . import environment, hopper_estimate, hopper_machine, hopper_proof, hopper_rows, hopper_warm
 from .gpus import match_gpu
-from .hopper_engines import CONFIG, model_inputs, plans_of, ranges_of
-from .hopper_phases import PHASES, Options, Run, noise
+from .hopper_engines import COMPILE_MODES, CONFIG, model_inputs, plans_of, ranges_of
+from .hopper_phases import PHASES
 from .hopper_robot import Scenes, request, toy_tokenizer
+from .hopper_run import Options, Run, noise
 from .hopper_weights import DESCRIPTION, load, random_checkpoint
 from .results import result
 from .targets import SIZES, parse_size
 
 PLANS = ("bf16", "fp8-mlp", "fp8-full", "fp8-prefix+vision", "fp8-all")
 NUMBERS = (
-    "calls", "host_calls", "rival_calls", "rival_settings", "soak_calls", "observations", "draws", "calibration",
-    "seed", "outliers",
+    "calls", "host_calls", "few_calls", "few_settings", "few_observations", "reuse_calls", "rival_calls",
+    "rival_settings", "soak_calls", "observations", "draws", "calibration", "seed", "outliers",
 )  # fmt: skip
 NEEDS_GPU = ("rivals", "soak", "memory", "start")
 
@@ -66,9 +71,13 @@ def run(
         raise ConfigError("unknown phase", got=", ".join(unknown), wanted=f"some of {list(PHASES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("this preset needs an NVIDIA GPU", got="no CUDA device", do="run it on the GPU machine")
+    estimated = hopper_estimate.seconds(options, phases)
+    if sum(estimated.values()) > options.seconds:
+        tell(f"about {sum(estimated.values()):.0f} s of work in {options.seconds:g} s: what does not fit is not run")
     with torch.no_grad():
         warm = size == "full" and ("rows" in phases or "rivals" in phases)
         made = _prepared(options, size=size, device=torch.device(device), tell=tell, warm=warm)
+        made.document["setup"] |= {"phases": list(phases), "estimated_s": estimated}
         for name in (name for name in PHASES if name in phases):
             if name in NEEDS_GPU and device == "cpu":
                 made.skip(name, "all", "needs a GPU")
@@ -114,7 +123,10 @@ def _envelope(options: Options, size: str, device: torch.device) -> dict[str, An
             "engine": {"num_denoise_steps": CONFIG.steps, "prompt_bucket": CONFIG.prompt_bucket}, "batch": 1,
             "requests": "made-up scenes of 224 x 224 uint8, state of 7, prompt of exactly the setting's tokens",
             "ranges": f"amax over {options.calibration} observations that no accuracy row uses",
-            "calls": {"B0": options.calls, "B1": options.host_calls, "rivals": options.rival_calls},
+            "calls": {
+                "B0": options.calls, "B1 and B2": options.host_calls, "B0 of other plans": options.few_calls,
+                "B0 reuse": options.reuse_calls, "rivals": options.rival_calls, "soak": options.soak_calls,
+            },
             "method": "rounds over engines in random order; garbage collected before the samples, off while they are taken",
         },
         "ceilings": ceilings, "published": hopper_rows.published(gpu), "state_before": environment.snapshot(),
@@ -152,7 +164,9 @@ def _compiling(made: Run) -> list[hopper_warm.Helper]:
     o = made.options
     headline = next((plan for plan in made.plans if plan is not None and plan.name == o.headline), None)
     rivals = o.sizes[: min(1, o.rival_settings)]  # memory: each holds a network
-    return hopper_warm.begin(o.sizes, headline, rivals=rivals, seed=o.seed, outliers=o.outliers)
+    return hopper_warm.begin(
+        o.sizes, headline, rivals=rivals, seed=o.seed, outliers=o.outliers, compile_mode=o.compile_mode
+    )
 
 
 def _truth(made: Run) -> None:
@@ -182,6 +196,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--headline", default="fp8-all", help="the FP8 plan that gets all calls in every setting")
     made.add_argument("--phases", default=",".join(PHASES))
     made.add_argument("--seconds", type=float, default=Options.seconds, help="what would begin later is not run")
+    made.add_argument("--compile-mode", default=Options.compile_mode, choices=COMPILE_MODES, help="of the rival")
     made.add_argument("--network", default="full", help="a size of make-checkpoint")
     made.add_argument("--device", default="cuda")
     for name in NUMBERS:
@@ -196,7 +211,7 @@ def options_of(given: argparse.Namespace) -> Options:
         out=given.out, sizes=tuple(parse_size(text) for text in given.settings.split(";")),
         plans=tuple(name for name in named if name in plans.PRESETS),
         plan_files=tuple(Path(name) for name in named if name not in plans.PRESETS), headline=given.headline,
-        seconds=given.seconds, **{name: getattr(given, name) for name in NUMBERS},
+        seconds=given.seconds, compile_mode=given.compile_mode, **{name: getattr(given, name) for name in NUMBERS},
     )  # fmt: skip
 
 

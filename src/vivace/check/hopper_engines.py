@@ -6,7 +6,8 @@ copies: boundary B0). Names:
 
     eager              plain PyTorch in bfloat16, op by op, no graph
     compiled graph     the strongest engine that needs no kernel of its own: torch.compile of vision, prefix and denoise
-                       step (default mode, static shapes, no padding), all steps captured in one CUDA graph
+                       step (static shapes, no padding; default mode unless another is asked for), all steps captured
+                       in one CUDA graph
     cuda_graph PLAN    vivace's own, "bf16" or a precision plan
 """
 
@@ -36,6 +37,8 @@ from .hopper_weights import twin, weight_bytes
 from .targets import Family, Size
 
 OURS, EAGER, COMPILED = "cuda_graph", "eager", "compiled graph"
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+"""The second tries Triton products against the library's and takes minutes; both are captured by hand."""
 CONFIG = EngineConfig(num_denoise_steps=10, prompt_bucket=8)
 """Prompts of the settings are multiples of 8, so no bucket is padded."""
 
@@ -73,6 +76,11 @@ class Engine:
         """vivace's own, or something to compare with."""
         return self.name.startswith(OURS)
 
+    @property
+    def graphed(self) -> bool:
+        """Whether `graph_of` replays a graph, whose output stands at one address and must be written again."""
+        return not isinstance(self.backend, Plain)
+
 
 class Plain:
     """Any backend, without a graph: `graph_of` is a call on device tensors. Also what tests on a CPU stand in with."""
@@ -96,18 +104,18 @@ class Plain:
 
 
 class CompiledGraph:
-    """torch.compile under CUDA graphs captured by hand; one shape at a time."""
+    """torch.compile under CUDA graphs captured by hand; one shape at a time.  mode: torch.compile's, without graphs."""
 
     name = COMPILED
 
-    def __init__(self, model: Pi, config: EngineConfig) -> None:
+    def __init__(self, model: Pi, config: EngineConfig, *, mode: str = "default") -> None:
         use_compile_cache()
-        self.model, self._device = model, model.device
+        self.model, self._device, self._mode = model, model.device, mode
         with torch.no_grad():
             self._table = model.time_table(config.steps)
-        self._views = torch.compile(model.embed_views, dynamic=False, fullgraph=True)
-        self._prefix = torch.compile(self._prefix_program, dynamic=False, fullgraph=True)
-        self._step = torch.compile(model.denoise_step, dynamic=False, fullgraph=True)
+        self._views = torch.compile(model.embed_views, dynamic=False, fullgraph=True, mode=mode)
+        self._prefix = torch.compile(self._prefix_program, dynamic=False, fullgraph=True, mode=mode)
+        self._step = torch.compile(model.denoise_step, dynamic=False, fullgraph=True, mode=mode)
         self._inputs: ModelInputs | None = None
         self._noise: Tensor | None = None
         self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, Any]] = {}
@@ -162,7 +170,7 @@ class CompiledGraph:
 
     def describe(self) -> dict[str, Any]:
         """See Backend.describe."""
-        return {"torch": torch.__version__, "mode": "default", "graphs": sorted(self._graphs)}
+        return {"torch": torch.__version__, "mode": self._mode, "graphs": sorted(self._graphs)}
 
     def _flow(self, cache: PrefixCache, noise: Tensor) -> Tensor:
         return run_flow(self.model, self._step, self._table, cache, noise, previous=None, trace=None)
@@ -206,8 +214,9 @@ def on(inputs: ModelInputs, device: torch.device, *, copy: bool = False) -> Mode
 
 
 def make(
-    name: str, network: Pi, *, plan: PrecisionPlan | None = None, config: EngineConfig = CONFIG, in_place: bool = False
-) -> Engine:
+    name: str, network: Pi, *, plan: PrecisionPlan | None = None, config: EngineConfig = CONFIG, in_place: bool = False,
+    compile_mode: str = "default",
+) -> Engine:  # fmt: skip
     """An engine over the tensors of `network`. On a CPU every engine is the eager one, so that the logic can be tested.
 
     in_place  `network` itself becomes the engine's, so that nothing of it stays in bfloat16 where the plan says E4M3
@@ -221,7 +230,7 @@ def make(
     if name == EAGER or device.type == "cpu":
         backend = Plain(eager.create(model, config), device)
     elif name == COMPILED:
-        backend = CompiledGraph(model, config)
+        backend = CompiledGraph(model, config, mode=compile_mode)
     else:
         backend = base.build(name, model, config)  # type: ignore[assignment]
     label = f"{name} {plan.name if plan else 'bf16'}" if name == OURS else name

@@ -34,6 +34,10 @@ class Samples:
     inputs: Sequence[ModelInputs]
     noise: Tensor
 
+    def first(self, count: int) -> Samples:
+        """Only the first observations."""
+        return Samples(self.inputs[:count], self.noise[:count])
+
 
 def reference(model: Pi, samples: Samples, *, config: EngineConfig = CONFIG, at_once: int = AT_ONCE) -> Tensor:
     """Actions of plain PyTorch, [count, draws, H, 32] float32, several observations at a time."""
@@ -49,12 +53,20 @@ def reference(model: Pi, samples: Samples, *, config: EngineConfig = CONFIG, at_
 
 
 def actions_of(engine: Engine, samples: Samples) -> Tensor:
-    """Actions of an engine, one observation after the other as a robot asks, the same shape as `reference`."""
+    """Actions of an engine by `infer`, which is what is timed, one observation after the other; shape of `reference`."""
     found = []
     for inputs, noise in zip(samples.inputs, samples.noise, strict=True):
-        cache = engine.backend.prefill(inputs)
-        found.append(torch.stack([engine.backend.denoise(cache, one[None])[0] for one in noise]))
+        found.append(torch.stack([engine.backend.infer(inputs, one[None])[0] for one in noise]))
     return torch.stack(found)
+
+
+def two_calls(engine: Engine, samples: Samples) -> dict[str, int]:
+    """In how many observations `infer` gives the bits of `denoise` of `prefill`, with the first noise of each."""
+    same = 0
+    for inputs, noise in zip(samples.inputs, samples.noise, strict=True):
+        apart = engine.backend.denoise(engine.backend.prefill(inputs), noise[:1]).clone()
+        same += int(torch.equal(engine.backend.infer(inputs, noise[:1]), apart))
+    return {"same": same, "of": len(samples.inputs)}
 
 
 def scores(actions: Tensor, truth: Tensor) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """Latency rows of the full-size benchmark: engines interleaved at three boundaries, with checks that cost no extra call.
 
-    B0  graph replay on device buffers, time between two events on the GPU
-    B1  pinned host buffers in, replay, actions back on the host; wall clock
-    B2  `policy.infer`: uint8 pictures, raw state and task text in, robot actions out; wall clock
+    B0        graph replay on device buffers, time between two events on the GPU, launched while the GPU spins
+    B0 reuse  the same of the denoise stage alone: what a frame costs that reuses the prefix
+    B1        pinned host buffers in, replay, actions back on the host; wall clock
+    B2        `policy.infer`: uint8 pictures, raw state and task text in, robot actions out; wall clock
 
-After every timed call at B0 and B1 its output is compared with the first one bit by bit and then overwritten with NaN, so
-a replay that skipped its work, or that is not deterministic, is seen among the very calls that made the percentiles.
+After every timed call its output is compared with the first one bit by bit, so an engine that is not deterministic is seen
+among the very calls that made the percentiles. Where a graph writes to one address (B0), the output is then overwritten
+with NaN, so a replay that skipped its work is seen too.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..backends.spans import Spans
@@ -30,6 +34,7 @@ from .targets import Size
 LOWEST_COSINE = {"bfloat16": 0.999, "fp8": 0.9}
 """An engine below it computes something else and is not timed; how good FP8 is, the accuracy rows say."""
 WARM_UP = bench.WarmUp(max_calls=40, max_seconds=20.0)
+WARM_REPLAYS = 5
 
 
 @dataclass
@@ -40,12 +45,14 @@ class Repeats:
     same: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
 
-    def see(self, name: str, output: Tensor) -> None:
-        """Compare one output with the first one, then poison it: a captured graph must write it again."""
-        first = self.first.setdefault(name, output.clone())
+    def see(self, name: str, output: Tensor | NDArray[np.float32], *, poison: bool) -> None:
+        """Compare one output with the first one, then poison it if asked to: a captured graph must write it again."""
+        seen = torch.from_numpy(output) if isinstance(output, np.ndarray) else output
+        first = self.first.setdefault(name, seen.clone())
         self.calls[name] = self.calls.get(name, 0) + 1
-        self.same[name] = self.same.get(name, 0) + int(torch.equal(first, output))
-        output.fill_(float("nan"))
+        self.same[name] = self.same.get(name, 0) + int(torch.equal(first, seen))
+        if poison:
+            seen.fill_(float("nan"))
 
 
 @dataclass(frozen=True)
@@ -60,20 +67,55 @@ class Timed:
 def time_rows(size: Size, boundary: str, timed: Sequence[Timed], *, seed: int = 0) -> list[dict[str, Any]]:
     """Rows of these engines, called in rounds; those with fewer calls are spread evenly over the rounds."""
     on_gpu = timed[0].engine.model.device.type == "cuda"
-    repeats = Repeats()
+    timers = {one.engine.name: timer_of(boundary) for one in timed} if on_gpu else {}
+    repeats, poisoned = Repeats(), {one.engine.name for one in timed if boundary == "B0" and one.engine.graphed}
 
     def looked_at(answer: tuple[str, Any]) -> Mapping[str, float]:
         name, output = answer
-        if isinstance(output, Tensor):
-            repeats.see(name, output)
+        repeats.see(name, output, poison=name in poisoned)
         return {}
 
     times = bench.measure(
         {one.engine.name: _named(one) for one in timed}, samples=max(one.calls for one in timed), seed=seed,
-        warmup=WARM_UP, stages=looked_at, device=bench.CudaTimer() if on_gpu else None,
+        warmup=WARM_UP, stages=looked_at, device=timers or None,
         fewer={one.engine.name: one.calls for one in timed},
     )  # fmt: skip
-    return [_row(size, boundary, one.engine, times[one.engine.name], repeats) for one in timed]
+    rows = []
+    for one in timed:
+        name = one.engine.name
+        row = _row(size, boundary, one.engine, times[name])
+        row["bit_identical"] = _identical(repeats, name, poisoned=name in poisoned)
+        if name in timers and boundary == "B0":
+            row["launches"] = {"exposed": timers[name].exposed, "of": timers[name].calls}
+        row["targets"] = _targets(size, boundary, one.engine, row) if one.engine.ours else []
+        rows.append(row)
+    return rows
+
+
+def timer_of(boundary: str) -> bench.CudaTimer:
+    """Device work alone at B0; elsewhere the host's clock counts, and the GPU must be idle before."""
+    return bench.CudaTimer(spin_ms=bench.SPIN_MS if boundary == "B0" else 0.0)
+
+
+def reuse_row(size: Size, engine: Engine, inputs: Any, noise: Tensor, *, calls: int) -> dict[str, Any]:
+    """Replays of the denoise stage's graph on one prefix; the event pair is the one around that replay."""
+    on_gpu = engine.model.device.type == "cuda"
+    cache, repeats, times = engine.backend.prefill(inputs), Repeats(), []
+    for turn in range(calls + WARM_REPLAYS):
+        spans = _idle_spans(on_gpu)
+        actions = engine.backend.denoise(cache, noise, spans=spans)
+        value = spans.milliseconds()["denoise"]
+        if turn >= WARM_REPLAYS:
+            times.append(value)
+            repeats.see(engine.name, actions, poison=False)
+    found = bench.summary(times)
+    seen = _identical(repeats, engine.name, poisoned=False)
+    return {
+        "setting": size.name, "engine": engine.name, "precision": engine.precision, "boundary": "B0 reuse", "batch": 1,
+        "steps": 10, "calls": found.samples, "latency": found, "bit_identical": seen,
+        "clock": "device events around the denoise stage" if on_gpu else "host",
+        "targets": targets.of_reuse(engine.family, p50_ms=found.p50_ms, same=seen["same"], calls=seen["of"]),
+    }  # fmt: skip
 
 
 def wrong(engine: Engine, actions: Tensor, truth: Tensor) -> str | None:
@@ -86,7 +128,7 @@ def stage_ms(engine: Engine, inputs: Any, noise: Tensor, *, calls: int) -> dict[
     """Median milliseconds of vision, prefix and denoise, each run apart; their sum may exceed the whole's B0."""
     found: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for turn in range(calls + 2):
-        spans = Spans(cuda=engine.model.device.type == "cuda")
+        spans = _idle_spans(engine.model.device.type == "cuda")
         engine.backend.denoise(engine.backend.prefill(inputs, spans=spans), noise, spans=spans)
         for stage, value in spans.milliseconds().items():
             if turn >= 2 and stage in found:
@@ -103,8 +145,9 @@ def parts_ms(policy: Any, request: Any, *, calls: int = 10) -> dict[str, float]:
 def rates(engine: Engine, size: Size, stages: Mapping[str, float], ceilings: Mapping[str, Any]) -> dict[str, Any]:
     """Per stage: work, achieved rates beside the ceilings, and the time below which this plan cannot go there."""
     found = {}
-    for cost, share in zip(plan_costs(engine, size), fp8_shares(engine), strict=True):
+    for cost, of_weights in zip(plan_costs(engine, size), fp8_shares(engine), strict=True):
         seconds = stages[cost.stage] / 1e3
+        share = of_weights * (1 - cost.attention_flops / cost.flops)  # attention stays in bfloat16 under every plan
         floor_s = max(
             cost.flops * share / (ceilings["fp8_tflops"] * 1e12)
             + cost.flops * (1 - share) / (ceilings["bf16_tflops"] * 1e12),
@@ -129,7 +172,7 @@ def plan_costs(engine: Engine, size: Size) -> tuple[StageCost, ...]:
 
 
 def fp8_shares(engine: Engine) -> list[float]:
-    """Of each stage's weights, the share in E4M3; every token passes every weight, so the share of its products too."""
+    """Of each stage's weights, the share in E4M3; every token passes every weight, so that of their products too."""
     shares = []
     for layers in _stage_layers(engine).values():
         total = sum(layer.weight.numel() for layer in layers)
@@ -154,21 +197,34 @@ def _named(one: Timed) -> Callable[[], tuple[str, Any]]:
     return lambda: (one.engine.name, one.run())
 
 
-def _row(
-    size: Size, boundary: str, engine: Engine, times: bench.EngineTimes, repeats: Repeats
-) -> dict[str, Any]:  # fmt: skip
+def _row(size: Size, boundary: str, engine: Engine, times: bench.EngineTimes) -> dict[str, Any]:
     series = times.device_ms if boundary == "B0" and times.device_ms else times.total_ms
-    found, name = bench.summary(series), engine.name
-    row: dict[str, Any] = {
-        "setting": size.name, "engine": name, "precision": engine.precision, "boundary": boundary, "batch": 1,
+    found = bench.summary(series)
+    return {
+        "setting": size.name, "engine": engine.name, "precision": engine.precision, "boundary": boundary, "batch": 1,
         "steps": 10, "calls": found.samples, "latency": found, "stable": times.stable, "cold_ms": times.cold_ms,
         "clock": "device events" if series is times.device_ms else "host, device finished",
     }  # fmt: skip
-    if name in repeats.calls:
-        row["bit_identical"] = {"same": repeats.same[name], "of": repeats.calls[name], "output_poisoned": True}
-    if boundary == "B0" and engine.ours:
-        row["targets"] = targets.of_latency(size.name, engine.family, p50_ms=found.p50_ms, p99_ms=found.p99_ms)
-    return row
+
+
+def _targets(size: Size, boundary: str, engine: Engine, row: Mapping[str, Any]) -> list[targets.Target]:
+    found, seen = row["latency"], row["bit_identical"]
+    made = [targets.same_bits(seen["same"], seen["of"]), targets.warmed_up(row["stable"])]
+    if boundary == "B0":
+        made = [*targets.of_latency(size.name, engine.family, p50_ms=found.p50_ms, p99_ms=found.p99_ms), *made]
+    return made
+
+
+def _identical(repeats: Repeats, name: str, *, poisoned: bool) -> dict[str, Any]:
+    return {"same": repeats.same[name], "of": repeats.calls[name], "output_poisoned": poisoned}
+
+
+def _idle_spans(on_gpu: bool) -> Spans:
+    """Spans of the next call, which is launched while the GPU spins."""
+    if on_gpu:
+        torch.cuda.synchronize()
+        bench.spin()
+    return Spans(cuda=on_gpu)
 
 
 def _stage_layers(engine: Engine) -> dict[str, list[Linear | Fp8Linear]]:

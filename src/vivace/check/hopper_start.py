@@ -6,7 +6,6 @@ that a prompt of up to 200 tokens can fall into. Prints when each was done, in s
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 from ..config import EngineConfig, ModelConfig
 from ..precision import plan as plans
 from .hopper_engines import OURS, make, policy_of
+from .hopper_machine import serving_peaks
 from .hopper_robot import Scenes, pipeline, request, toy_tokenizer
 from .hopper_rows import kv_bytes
 from .hopper_weights import load, random_checkpoint
@@ -44,13 +44,8 @@ def main(arguments: list[str]) -> None:
     memory: dict[str, float] = {"peak_start_bytes": torch.cuda.max_memory_allocated()}
     policy.warmup(engine.backend.prompt_lengths(LONGEST_PROMPT))
     times = {"imported_s": imported, "weights_s": loaded, "first_action_s": first, "every_bucket_s": time.time()}
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(20):
-        policy.infer(one)
-    needed, peak = engine.weights_bytes + kv_bytes(config, size), torch.cuda.max_memory_allocated()
-    memory |= {"peak_serving_bytes": peak, "reserved_bytes": torch.cuda.memory_reserved(), "ratio": peak / needed}
+    needed = engine.weights_bytes + kv_bytes(config, size)
+    memory |= serving_peaks(lambda: policy.infer(one), needed=needed) | {"needed_bytes": needed}
     print(json.dumps({"times": times, "memory": memory}))
 
 

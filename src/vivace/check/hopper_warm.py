@@ -40,8 +40,9 @@ class Helper:
 
 
 def begin(
-    sizes: Sequence[Size], plan: PrecisionPlan | None, *, rivals: Sequence[Size], seed: int, outliers: int
-) -> list[Helper]:
+    sizes: Sequence[Size], plan: PrecisionPlan | None, *, rivals: Sequence[Size], seed: int, outliers: int,
+    compile_mode: str = "default",
+) -> list[Helper]:  # fmt: skip
     """Start processes for our engines in bfloat16 and under `plan` in all settings, and one per setting of a rival."""
     folder = Path(tempfile.mkdtemp(prefix="vivace-warm-"))
     file = folder / "plan.json"
@@ -51,7 +52,8 @@ def begin(
     helpers = []
     for number, (name, some) in enumerate(jobs):
         log, named = folder / f"{number}.log", ";".join(size.name for size in some)
-        command = [sys.executable, "-m", "vivace.check.hopper_warm", name, named, str(seed), str(outliers), str(file)]
+        command = [sys.executable, "-m", "vivace.check.hopper_warm", name, named, str(seed), str(outliers)]
+        command += [str(file), compile_mode]
         with log.open("w") as written:
             process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, text=True)
         helpers.append(Helper(f"{name} {named}", process, log))
@@ -77,7 +79,7 @@ def finish(helpers: Sequence[Helper], *, tell: Callable[[str], None], longest_s:
 def main(arguments: list[str]) -> None:
     """One helper: run every graph of one engine in some settings once."""
     name, sizes = arguments[0], [parse_size(text) for text in arguments[1].split(";")]
-    seed, outliers, file = int(arguments[2]), int(arguments[3]), Path(arguments[4])
+    seed, outliers, file, mode = int(arguments[2]), int(arguments[3]), Path(arguments[4]), arguments[5]
     config, device = ModelConfig(), torch.device("cuda")
     network = load(random_checkpoint(config, seed=seed, outliers=outliers), device=device, precision="bfloat16")
     torch.cuda.empty_cache()  # what drawing the weights took is the other processes' to have
@@ -93,7 +95,7 @@ def main(arguments: list[str]) -> None:
             engine.backend.denoise(engine.backend.prefill(inputs), noise)
 
     with torch.no_grad():
-        once(make(name, network, in_place=True))
+        once(make(name, network, in_place=True, compile_mode=mode))
         if name == OURS and file.stat().st_size:
             once(make(name, network, plan=plans.read(file), in_place=True))
     torch.cuda.synchronize()

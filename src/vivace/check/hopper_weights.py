@@ -23,8 +23,7 @@ from ..checkpoints.source import Checkpoint, TensorRef
 from ..config import ModelConfig
 from ..model import weights
 from ..model.pi import Pi
-from ..precision.flavours import parameter_dtype
-from ..runtime.precision import Dtype
+from ..precision.flavours import Dtype, parameter_dtype
 from .hopper_robot import facts
 
 STORED = torch.bfloat16

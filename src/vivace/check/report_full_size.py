@@ -124,11 +124,33 @@ def _accuracy(rows: Sequence[Document]) -> str:
     return table(heads, cells, text_columns=(6,))
 
 
-def _rest(document: Document) -> str:
+def _coverage(rows: Sequence[Document]) -> str:
+    """What ran where: share of the operations per part, and what no kernel of vivace took."""
     parts = []
+    for row in rows:
+        named = f"({row['setting']}) {row['engine']}"
+        cells = [
+            [
+                esc(one["part"]), esc(one["operation"]), str(one["layers"]), esc(one["kernel"]), esc(one["precision"]),
+                *(f"{100 * number(one[share]):.2f} %" for share in ("flops_share", "bytes_share")), esc(one["fallback"]),
+            ]
+            for one in row["parts"]
+        ]  # fmt: skip
+        heads = ["part", "operation", "layers", "kernel", "precision", "FLOPs", "bytes", "fallback"]
+        left = f"<p>By plain torch: {esc(', '.join(row['by_torch']) or 'nothing')}.</p>"
+        parts.append(_marks(row) + fold(f"coverage, {named}", left + table(heads, cells, text_columns=(0, 1, 3, 4, 7))))
+    return "<h3>Coverage: what ran where</h3>" + "".join(parts) if parts else ""
+
+
+def _rest(document: Document) -> str:
+    parts = [_coverage(document.get("coverage", []))]
     if proofs := document.get("proof"):
-        cells = [[f"({esc(row['setting'])}) {esc(row['engine'])}", verdict(bool(row["passed"]))] for row in proofs]
-        parts.append("<h3>Fresh, and right over poisoned memory</h3>" + table(["setting, engine", ""], cells))
+        cells = [
+            [f"({esc(row['setting'])}) {esc(row['engine'])}", verdict(bool(row["passed"])), _marks(row)]
+            for row in proofs
+        ]
+        heads = ["setting, engine", "", "marks"]
+        parts.append("<h3>Fresh, and right over poisoned memory</h3>" + table(heads, cells, text_columns=(2,)))
     for title, key in (("Memory", "memory"), ("Soak", "soak"), ("Start", "start")):
         for row in document.get(key, []):
             parts.append(f"<h3>{title}</h3>{_marks(row)}" + fold("figures", pairs(row)))

@@ -34,12 +34,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Work of one stage: floating-point operations, and bytes that must cross the memory bus."""
+    """Work of one stage: floating-point operations, and bytes that must cross the memory bus.
+
+    attention_flops  of `flops`, those of queries with keys and of weights with values, which no plan quantises
+    """
 
     stage: str
     flops: float
     weight_bytes: float
     cache_bytes: float
+    attention_flops: float = 0.0
 
     @property
     def total_bytes(self) -> float:
@@ -126,8 +130,9 @@ def _vision(config: ModelConfig, work: Workload, per_weight: float) -> StageCost
         v.layers * (4 * v.width + v.mlp_width + v.width + 4 * v.width) + (tokens + 3) * v.width + config.prefix.width
     )
     attention = 2 * 2 * tokens * tokens * v.width * v.layers
-    flops = work.batch * work.views * (2 * tokens * weights + attention)
-    return StageCost("vision", flops, (weights + small) * per_weight, 0.0)
+    images = work.batch * work.views
+    flops = images * (2 * tokens * weights + attention)
+    return StageCost("vision", flops, (weights + small) * per_weight, 0.0, images * attention)
 
 
 def _prefix(config: ModelConfig, work: Workload, per_weight: float, cache_bytes: float) -> StageCost:
@@ -136,7 +141,8 @@ def _prefix(config: ModelConfig, work: Workload, per_weight: float, cache_bytes:
     attention = (p.layers - 1) * _attention_flops(p, queries=tokens, keys=tokens)
     flops = work.batch * (2 * tokens * weights + attention)
     gathered = work.batch * work.prompt_tokens * p.width * per_weight
-    return StageCost("prefix", flops, weights * per_weight + gathered, work.batch * tokens * cache_bytes)
+    moved = weights * per_weight + gathered
+    return StageCost("prefix", flops, moved, work.batch * tokens * cache_bytes, work.batch * attention)
 
 
 def _denoise(config: ModelConfig, work: Workload, per_weight: float, cache_bytes: float) -> StageCost:
@@ -146,6 +152,7 @@ def _denoise(config: ModelConfig, work: Workload, per_weight: float, cache_bytes
     weights = e.layers * layer_weights(e) + heads
     attention = e.layers * _attention_flops(e, queries=rows, keys=cached + rows)
     table = (2 * e.layers + 1) * 3 * e.width if config.kind == "pi05" else 0
-    flops = work.batch * work.steps * (2 * rows * weights + attention)
+    times = work.batch * work.steps
+    flops = times * (2 * rows * weights + attention)
     moved = work.steps * (weights + table) * per_weight
-    return StageCost("denoise", flops, moved, work.batch * work.steps * cached * cache_bytes)
+    return StageCost("denoise", flops, moved, times * cached * cache_bytes, times * attention)

@@ -10,7 +10,9 @@ and the kernel that took the call (kernels report themselves through `Coverage.r
 `kernel`). A captured graph replays what was dispatched while it was captured, so looking then is looking at every replay.
 
 Counted per call: 2 operations per multiply-add of every matrix product, and the bytes of weights, inputs and result. Calls
-of the action expert count once per denoise step; pi0's single state token is not counted. Shares are of one inference.
+of the action expert count once per denoise step; pi0's single state token is not counted. Where the end of a step and the
+beginning of the next are one operation, it counts between steps, and the two products in it once before and once after, so
+`action_in` and `action_out` count once per step either way. Shares are of one inference.
 """
 
 from __future__ import annotations
@@ -27,9 +29,19 @@ from ..ops.table import OpTable
 from .plan import PrecisionPlan
 
 IN_THE_LOOP = ("expert.layers.", "expert.norm", "action_")
-LINEARS = ("patch_embed", "linear", "linear_gelu", "linear_residual_norm", "geglu", "qkv_rope", "kv_rope", "step_boundary")
+LINEARS = (
+    "patch_embed",
+    "linear",
+    "linear_gelu",
+    "linear_residual_norm",
+    "geglu",
+    "qkv_rope",
+    "kv_rope",
+    "step_boundary",
+)
 NORMS = ("layer_norm", "rms_norm")
 E4M3 = "e4m3"
+BOUNDARY = "step_boundary"
 
 
 @dataclass
@@ -114,7 +126,7 @@ def rows(
     plan    what was asked for; None = no layer was to be quantised
     layers  names of all linears of the network: one that the plan quantises and that never ran is a fallback too
     """
-    work = {key: _times(key[0], steps) for key in seen.seen}
+    work = _work(seen, steps)
     flops = sum(entry.flops * work[key] for key, entry in seen.seen.items()) or 1.0
     moved = sum(entry.moved_bytes * work[key] for key, entry in seen.seen.items()) or 1.0
     found = [
@@ -142,11 +154,12 @@ def fallbacks(table: Sequence[Row]) -> list[str]:
 
 def layer_flops(seen: Coverage, *, steps: int) -> dict[str, float]:
     """{layer: operations of its matrix product in one inference}; attention belongs to no linear."""
-    return {
-        layer: entry.flops * _times(layer, steps)
-        for (layer, operation), entry in seen.seen.items()
-        if operation in LINEARS
-    }
+    found: dict[str, float] = {}
+    for key, times in _work(seen, steps).items():
+        layer, operation = key
+        if operation in LINEARS:
+            found[layer] = found.get(layer, 0.0) + seen.seen[key].flops * times
+    return found
 
 
 def summary(table: Sequence[Row]) -> dict[str, Any]:
@@ -191,8 +204,16 @@ def _fallback(layer: str, operation: str, entry: Seen, plan: PrecisionPlan | Non
     return f"the plan says e4m3, it ran in {', '.join(others)}" if others else ""
 
 
-def _times(layer: str, steps: int) -> int:
-    return steps if layer.startswith(IN_THE_LOOP) else 1
+def _work(seen: Coverage, steps: int) -> dict[tuple[str, str], int]:
+    """How often each operation runs in one inference."""
+    joined = any(operation == BOUNDARY for _, operation in seen.seen)
+
+    def times(layer: str, operation: str) -> int:
+        if joined and layer.startswith("action_"):
+            return steps - 1 if operation == BOUNDARY else 1
+        return steps if layer.startswith(IN_THE_LOOP) else 1
+
+    return {key: times(*key) for key in seen.seen}
 
 
 def _facts(operation: str, arguments: tuple[Any, ...], result: Any) -> tuple[str, str, float]:
@@ -201,6 +222,8 @@ def _facts(operation: str, arguments: tuple[Any, ...], result: Any) -> tuple[str
         layer: Linear | Fp8Linear = arguments[1]
         out, inside = layer.weight.shape
         tokens = result.numel() // out if operation == "patch_embed" else arguments[0].numel() // inside
+        if operation == BOUNDARY:  # action_out of this step, action_in of the next
+            return layer.name, _format(layer.weight), 2.0 * tokens * (out * inside + arguments[4].weight.numel())
         return layer.name, _format(layer.weight), 2.0 * tokens * out * inside
     if operation in NORMS:
         return arguments[1].name, _through(arguments[0], result), 0.0
@@ -223,7 +246,7 @@ def _format(tensor: Tensor) -> str:
 
 
 def _bytes(values: Iterable[Any]) -> float:
-    """Bytes of every tensor in a call, weights of layers included; the layer that only names a format has none."""
+    """Bytes of every tensor in a call, weights of layers included; a layer that only names a format (`into`) has none."""
     total = 0.0
     values = tuple(values)
     for index, value in enumerate(values):
@@ -231,7 +254,7 @@ def _bytes(values: Iterable[Any]) -> float:
             total += value.numel() * value.element_size()
         elif isinstance(value, tuple):
             total += _bytes(item for item in value if isinstance(item, Tensor))
-        elif isinstance(value, Linear | Fp8Linear) and index == 1:
+        elif isinstance(value, Linear | Fp8Linear) and index in (1, 4):
             total += value.weight.numel() * value.weight.element_size()
     return total
 

@@ -1,0 +1,47 @@
+"""How long each phase of the full-size benchmark takes on one H100, so that one command can be made to fit.
+
+Estimates, not measurements of a whole run: latencies are those of docs/log.md (mean over settings), set-up, captures and
+processes come from runs with few calls. A result's `phase_seconds` says what a run really took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .hopper_run import Options
+
+CALL_S = 0.0106
+"""One call of our engines at B0: mean over the five settings of bfloat16 (12.0 ms) and fp8-all (9.2 ms)."""
+SPIN_S = 0.0004
+HOST_S = 0.0020
+"""What tokenising, pixels and the way back add at B2, taken widely."""
+CAPTURE_S = 2.5
+"""An engine in one setting: capture, first check, warm-up at three boundaries."""
+FIXED_S = {"setup": 20.0, "setup of a setting": 10.0, "rival": 45.0, "proof": 1.5, "memory": 3.0, "start": 65.0}
+
+
+def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
+    """Seconds per phase of this command, "setup" first."""
+    o, settings = options, len(options.sizes)
+    named = [*o.plans, *(path.stem for path in o.plan_files)]
+    head = sum(o.is_headline(name) for name in named)
+    few, few_settings = len(named) - head, min(o.few_settings, settings)
+    talking = sum(size.prompt_tokens > 0 for size in o.sizes)
+    reusing = sum(size.horizon == 50 for size in o.sizes)
+    timed = settings * head * (o.calls * (CALL_S + SPIN_S) + o.host_calls * CALL_S)
+    timed += talking * head * o.host_calls * (CALL_S + HOST_S) + few_settings * few * o.few_calls * (CALL_S + SPIN_S)
+    timed += reusing * head * o.reuse_calls * CALL_S / 2
+    per_observation = (o.draws + 1) * CALL_S
+    found = {
+        "rows": timed + (settings * head + few_settings * few) * CAPTURE_S,
+        "accuracy": per_observation * (
+            settings * head * o.observations + few_settings * few * min(o.few_observations, o.observations)
+        ),
+        "rivals": FIXED_S["rival"] * min(o.rival_settings, settings),
+        "soak": o.soak_calls * (CALL_S + SPIN_S),
+        "proof": FIXED_S["proof"] * settings * head,
+        "memory": FIXED_S["memory"] * len(named),
+        "start": FIXED_S["start"],
+    }  # fmt: skip
+    setup = FIXED_S["setup"] + FIXED_S["setup of a setting"] * settings
+    return {"setup": setup} | {name: value for name, value in found.items() if name in phases}

@@ -1,0 +1,203 @@
+"""The phases that time: our engines at every boundary, and engines without kernels of their own in the same rounds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..precision.coverage import RecordedOps, fallbacks, grouped, summary
+from ..runtime.coverage import record
+from ..types import ModelInputs
+from . import bench, hopper_estimate, hopper_proof, hopper_rows, targets
+from .hopper_engines import COMPILED, EAGER, Engine, make, policy_of
+from .hopper_rows import Timed
+from .hopper_run import Run, guarded, name_of
+from .targets import RIVAL_RATIO, Size
+
+BY_TORCH = "torch"
+"""What coverage calls an operation that no kernel of ours reported: plain PyTorch, its libraries' products among them."""
+
+
+def rows(run: Run) -> None:
+    """B0 of every setting first, then what a frame costs that reuses the prefix, then B1 and B2."""
+    ready: list[tuple[Size, list[Engine], hopper_proof.Samples]] = []
+    for size in run.options.sizes:
+        if run.late("rows", f"{size.name} B0", needs_s=_needs_s(run, size, run.options.calls)):
+            continue
+        with guarded(run, "rows", f"{size.name} B0"):
+            begin, samples = time.perf_counter(), run.held_out(size)
+            engines = [engine for plan in run.measured(size) if (engine := _right(run, size, plan, samples))]
+            run.tell(f"rows {size.name}: captured and checked in {time.perf_counter() - begin:.0f} s")
+            if engines:
+                _replays(run, size, engines, samples)
+                ready.append((size, [e for e in engines if run.options.is_headline(e.precision)], samples))
+    for size, engines, samples in ready:
+        if size.horizon == 50 and not run.late("rows", f"{size.name} B0 reuse"):
+            with guarded(run, "rows", f"{size.name} B0 reuse"):
+                _reuse(run, size, engines, samples)
+    for size, engines, samples in ready:
+        if not engines or run.late(
+            "rows", f"{size.name} B1 and B2", needs_s=_needs_s(run, size, run.options.host_calls)
+        ):
+            continue
+        with guarded(run, "rows", f"{size.name} B1 and B2"):
+            _host_rows(run, size, engines, samples)
+
+
+def rivals(run: Run) -> None:
+    """torch.compile and plain PyTorch in the same rounds as ours, one setting after the other while time is left."""
+    why = "needs realtime-vla, which is not run here"
+    for size in run.options.sizes:
+        if size.name in RIVAL_RATIO:
+            must, stretch = RIVAL_RATIO[size.name]
+            what = f"{size.name} ratio of {run.options.headline}, at least {must}, stretch {stretch}"
+            run.skip("rivals", what, why, informational=True)
+    for size in run.options.sizes[run.options.rival_settings :]:
+        run.skip("rivals", size.name, f"not asked for: --rival-settings {run.options.rival_settings}")
+    for size in run.options.sizes[: run.options.rival_settings]:
+        if run.late("rivals", size.name, needs_s=hopper_estimate.FIXED_S["rival"]):
+            continue
+        begin = time.perf_counter()
+        with guarded(run, "rivals", size.name):
+            samples = run.held_out(size)
+            rival = make(COMPILED, run.base(), compile_mode=run.options.compile_mode)
+            _rival_rows(run, size, [make(EAGER, run.base()), rival, *run.headline()], samples)
+            plain = hopper_proof.scores(run.plain[size.name], run.truth[size.name])
+            actions = hopper_proof.actions_of(rival, samples)
+            run.add("accuracy", hopper_proof.accuracy_row(size, rival, actions, run.truth[size.name], plain))
+        run.tell(f"rivals {size.name}: {time.perf_counter() - begin:.0f} s")
+
+
+def _needs_s(run: Run, size: Size, calls: int) -> float:
+    """About what `calls` of the headline engines take."""
+    return calls * len([plan for plan in run.plans if run.options.is_headline(name_of(plan))]) * hopper_estimate.CALL_S
+
+
+def _right(run: Run, size: Size, plan: Any, samples: hopper_proof.Samples) -> Engine | None:
+    """The engine of this plan if its first answer is near float32's; otherwise None, and the result says why."""
+    name = name_of(plan)
+    with guarded(run, "rows", f"{size.name} {name}"):
+        engine = run.engine(plan)
+        if isinstance(engine.model.ops, RecordedOps):
+            engine.model.ops.coverage.clear()  # so that it holds this setting's graph alone
+        actions = engine.backend.infer(samples.inputs[0], samples.noise[0, :1])
+        reason = hopper_rows.wrong(engine, actions[0], run.truth[size.name][0, 0])
+        if reason is None:
+            _covered(run, size, engine, samples)
+            return engine
+        run.skip("rows", f"{size.name} {name}", reason)
+    return None
+
+
+def _covered(run: Run, size: Size, engine: Engine, samples: hopper_proof.Samples) -> None:
+    """What the graph of this setting is made of, as the dispatch wrote it down while it was captured."""
+    policy = policy_of(engine, size, run.pipe(size), run.checkpoint)
+    table = record(policy, lambda: engine.backend.infer(samples.inputs[0], samples.noise[0, :1]))
+    fell, parts = fallbacks(table), grouped(table)
+    by_torch = [f"{row['part']} {row['operation']}" for row in parts if row["kernel"] == BY_TORCH]
+    run.add("coverage", {
+        "setting": size.name, "engine": engine.name, "precision": engine.precision, "summary": summary(table),
+        "parts": parts, "kernels": engine.backend.describe().get("kernels", {}), "by_torch": by_torch,
+        "targets": [targets.at_most("layers that did not run as the plan says", len(fell), 0)],
+    })  # fmt: skip
+    run.tell(
+        f"coverage {size.name} {engine.name}: {len(fell)} fallbacks, plain torch: {', '.join(by_torch) or 'nothing'}"
+    )
+
+
+def _replays(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.Samples) -> None:
+    """B0, with stages and rates; all engines in the same rounds."""
+    o, inputs, drawn = run.options, samples.inputs[0], samples.noise[0, :1]
+    timed = [
+        Timed(
+            e, e.backend.graph_of(inputs, drawn), o.calls if o.is_headline(e.precision) else min(o.few_calls, o.calls)
+        )
+        for e in engines
+    ]
+    for row, engine in zip(hopper_rows.time_rows(size, "B0", timed), engines, strict=True):
+        stages = hopper_rows.stage_ms(engine, inputs, drawn, calls=30)
+        row |= {"stages_ms": stages, "rates": hopper_rows.rates(engine, size, stages, run.document["ceilings"])}
+        _said(run, row)
+
+
+def _reuse(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.Samples) -> None:
+    for engine in engines:
+        inputs, drawn = samples.inputs[0], samples.noise[0, :1]
+        _said(run, hopper_rows.reuse_row(size, engine, inputs, drawn, calls=run.options.reuse_calls))
+
+
+def _host_rows(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.Samples) -> None:
+    """B1 and B2 of the headline engines."""
+    calls = run.options.host_calls
+    pinned = _pinned(samples.inputs[0]), _host(samples.noise[0, :1])
+    for row in hopper_rows.time_rows(size, "B1", [Timed(e, _with_copies(e, *pinned), calls) for e in engines]):
+        _said(run, row)
+    if not size.prompt_tokens:
+        run.remark(f"no B2 for {size.name}: policies refuse a prompt without tokens")
+        return
+    one = run.request(size)
+    policies = [policy_of(engine, size, run.pipe(size), run.checkpoint) for engine in engines]
+    timed = [Timed(e, _answering(policy, one), calls) for e, policy in zip(engines, policies, strict=True)]
+    found = hopper_rows.time_rows(size, "B2", timed)
+    replay = {
+        row["engine"]: row["latency"]["p50_ms"]
+        for row in run.document["rows"]
+        if row["boundary"] == "B0" and row["setting"] == size.name
+    }
+    for row, policy in zip(found, policies, strict=True):
+        row["parts_ms"] = hopper_rows.parts_ms(policy, one)
+        added = row["latency"].p50_ms - replay[row["engine"]]
+        row["targets"] = [targets.at_most("B2 - B0, ms", added, targets.HOST_MS), *row["targets"]]
+        _said(run, row)
+
+
+def _rival_rows(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.Samples) -> None:
+    """Rows of the rivals, and ratios to ours from the same rounds."""
+    calls = run.options.rival_calls
+    inputs, drawn = samples.inputs[0], samples.noise[0, :1]
+    timed = [
+        Timed(e, e.backend.graph_of(inputs, drawn), max(5, calls // 10) if e.name == EAGER else calls) for e in engines
+    ]
+    found = hopper_rows.time_rows(size, "B0", timed)
+    by_name = {row["engine"]: row["latency"].p50_ms for row in found}
+    for row, engine in zip(found, engines, strict=True):
+        if engine.ours:
+            continue
+        row["stages_ms"] = hopper_rows.stage_ms(engine, inputs, drawn, calls=10)
+        row["ours_in_the_same_rounds"] = {
+            e.name: {"p50_ms": by_name[e.name], "ratio": row["latency"].p50_ms / by_name[e.name]}
+            for e in engines if e.ours
+        }  # fmt: skip
+        if engine.name == EAGER:
+            row["clock"] += "; no graph: device buffers in, device buffers out"
+        else:
+            row["compile_mode"] = engine.backend.describe().get("mode")
+        _said(run, row)
+
+
+def _said(run: Run, row: dict[str, Any]) -> None:
+    run.add("rows", row)
+    t: bench.Summary = row["latency"]
+    marks = ", ".join(f"{one.what} {'met' if one.must_met else 'MISSED'}" for one in row.get("targets", []))
+    what = f"{row['setting']} {row['engine']} {row['boundary']}"
+    run.tell(f"{what}: p50 {t.p50_ms:.2f} p95 {t.p95_ms:.2f} p99 {t.p99_ms:.2f} n {t.samples}; {marks}")
+
+
+def _with_copies(engine: Engine, inputs: ModelInputs, drawn: Tensor) -> Callable[[], Any]:
+    return lambda: engine.backend.infer(inputs, drawn).cpu()
+
+
+def _answering(policy: Any, one: dict[str, Any]) -> Callable[[], Any]:
+    return lambda: policy.infer(one).actions
+
+
+def _pinned(inputs: ModelInputs) -> ModelInputs:
+    return replace(inputs, images=_host(inputs.images), tokens=_host(inputs.tokens))
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor.clone()
