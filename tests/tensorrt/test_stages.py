@@ -30,14 +30,16 @@ class Evaluated:
 
     def __init__(self, recipe: run.Recipe) -> None:
         self.recipe = recipe
-        self.networks: dict[tuple[Part, Shapes], Network] = {}
+        self.networks: dict[tuple[Part, Shapes], tuple[Network, evaluate.Walked]] = {}
         self.calls: list[tuple[Part, Shapes]] = []
 
     def __call__(self, part: Part, shapes: Shapes, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         self.calls.append((part, shapes))
         if (part, shapes) not in self.networks:
-            self.networks[part, shapes] = self.recipe.write(part, shapes)
-        return evaluate.run(self.networks[part, shapes], feeds, numbers=self.recipe.numbers)
+            network = self.recipe.write(part, shapes)
+            self.networks[part, shapes] = (network, evaluate.look(network.definition, network.module.api))
+        network, walked = self.networks[part, shapes]
+        return evaluate.run(network, feeds, numbers=self.recipe.numbers, walked=walked)
 
 
 class EvaluatedBackend(EagerBackend):

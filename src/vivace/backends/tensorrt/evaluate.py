@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -24,50 +25,85 @@ from .module import Definition
 from .networks import Network
 
 Layer: TypeAlias = Any
+Declared: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 Rule: TypeAlias = Callable[[Layer, Sequence[Tensor]], Tensor]
 
 
+@dataclass(frozen=True)
+class Step:
+    """One layer, looked at once: what it reads and writes, and what it declares about its result."""
+
+    kind: str
+    layer: Layer
+    reads: tuple[str, ...]
+    writes: str
+    declared: Declared
+
+
+@dataclass(frozen=True)
+class Walked:
+    """A definition, walked: {input: (shape, dtype)}, its layers in order, names of its outputs."""
+
+    inputs: Mapping[str, Declared]
+    steps: tuple[Step, ...]
+    outputs: tuple[str, ...]
+
+
 def run(
-    network: Network, feeds: Mapping[str, Tensor], *, numbers: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+    network: Network, feeds: Mapping[str, Tensor], *, numbers: Mapping[str, Tensor] | None = None,
+    walked: Walked | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Outputs of `network` for these inputs.
 
     feeds    {input: tensor} of the request
     numbers  {parameter: tensor} for weights that are inputs
+    walked   from `look`, where one network is run often
     Raises   ShapeError if an input is missing or differs from its declaration in shape or type.
     """
     given = {**feeds, **{name: numbers[name] for name in network.parameters if numbers and name in numbers}}
-    return evaluate(network.definition, given, network.constants, network.module.api)
+    return evaluate(walked or look(network.definition, network.module.api), given, network.constants)
 
 
-def evaluate(
-    definition: Definition, feeds: Mapping[str, Tensor], constants: Mapping[str, Tensor], api: Any
-) -> dict[str, Tensor]:
-    """See `run`.  constants: {constant layer: its numbers}."""
-    values: dict[str, Tensor] = {}
-    for index in range(definition.num_inputs):
-        tensor = definition.get_input(index)
-        if tensor.name not in feeds:
-            raise ShapeError("an input of the network was not given", got=sorted(feeds)[:8], wanted=tensor.name)
-        values[tensor.name] = _declared(tensor, feeds[tensor.name], f"input {tensor.name}")
-    outputs = {definition.get_output(index).name for index in range(definition.num_outputs)}
-    layers = list(walk(definition, api))
-    left = Counter(name for _, layer in layers for name in inputs_of(layer))
-    for kind, layer in layers:
-        names = inputs_of(layer)
-        if kind == "CONSTANT":
-            result = constants[layer.name]
-        elif kind in RULES:
-            result = RULES[kind](layer, [values[name] for name in names])
-        else:
+def look(definition: Definition, api: Any) -> Walked:
+    """Walk a definition once."""
+    inputs = [definition.get_input(index) for index in range(definition.num_inputs)]
+    outputs = tuple(definition.get_output(index).name for index in range(definition.num_outputs))
+    steps = []
+    for kind, layer in walk(definition, api):
+        if kind != "CONSTANT" and kind not in RULES:
             raise ShapeError("a layer that the evaluator has no rule for", got=f"{kind} {layer.name}")
         out = layer.get_output(0)
-        values[out.name] = _rounded(out, result, layer.name)
-        left.subtract(names)
-        for name in set(names):
-            if left[name] == 0 and name not in outputs:
+        steps.append(Step(kind, layer, tuple(inputs_of(layer)), out.name, declared(out)))
+    return Walked({tensor.name: declared(tensor) for tensor in inputs}, tuple(steps), outputs)
+
+
+def evaluate(walked: Walked, feeds: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """See `run`.  constants: {constant layer: its numbers}."""
+    values = {name: _checked(name, feeds, wanted) for name, wanted in walked.inputs.items()}
+    left = Counter(name for step in walked.steps for name in step.reads)
+    for step in walked.steps:
+        if step.kind == "CONSTANT":
+            result = constants[step.layer.name]
+        else:
+            result = RULES[step.kind](step.layer, [values[name] for name in step.reads])
+        shape, dtype = step.declared
+        if tuple(result.shape) != shape:
+            raise NumericsError(f"{step.writes} has another shape than declared", got=result.shape, wanted=shape)
+        values[step.writes] = result.to(dtype)
+        left.subtract(step.reads)
+        for name in set(step.reads):
+            if left[name] == 0 and name not in walked.outputs:
                 del values[name]
-    return {name: values[name] for name in outputs}
+    return {name: values[name] for name in walked.outputs}
+
+
+def _checked(name: str, feeds: Mapping[str, Tensor], wanted: Declared) -> Tensor:
+    if name not in feeds:
+        raise ShapeError("an input of the network was not given", got=sorted(feeds)[:8], wanted=name)
+    got = (tuple(feeds[name].shape), feeds[name].dtype)
+    if got != wanted:
+        raise ShapeError(f"input {name} is not what the network declares", got=got, wanted=wanted)
+    return feeds[name]
 
 
 def walk(definition: Definition, api: Any) -> Iterator[tuple[str, Layer]]:
@@ -94,19 +130,9 @@ def torch_dtype(tensor: Definition) -> torch.dtype:
     }[tensor.dtype.name]  # fmt: skip
 
 
-def _declared(tensor: Definition, value: Tensor, what: str) -> Tensor:
-    wanted = (tuple(tensor.shape), torch_dtype(tensor))
-    if (tuple(value.shape), value.dtype) != wanted:
-        raise ShapeError(
-            f"{what} is not what the network declares", got=(tuple(value.shape), value.dtype), wanted=wanted
-        )
-    return value
-
-
-def _rounded(tensor: Definition, value: Tensor, name: str) -> Tensor:
-    if tuple(value.shape) != tuple(tensor.shape):
-        raise NumericsError(f"{name} computes another shape than it declares", got=value.shape, wanted=tensor.shape)
-    return value.to(torch_dtype(tensor))
+def declared(tensor: Definition) -> Declared:
+    """Shape and type of a tensor as the definition says."""
+    return tuple(tensor.shape), torch_dtype(tensor)
 
 
 # --- one rule per kind of layer -------------------------------------------------------------------------------------
