@@ -114,7 +114,7 @@ def test_what_cannot_run_is_named(model):
     with pytest.raises(ShapeError, match="another format"):
         ops.geglu(x.to(torch.float8_e4m3fn), layer, layer)
     q = torch.zeros(1, 2, 1, 24, device=DEVICE)
-    with pytest.raises(Unsupported, match="head dim 24"):
+    with pytest.raises(Unsupported, match="head size 24"):
         ops.attention(q, q, q, None, None, layer)
 
 
@@ -131,7 +131,7 @@ def test_gelu_without_bias_does_not_go_to_cublas(model):
     x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     wanted = reference_ops().linear_gelu(x, layer, layer)
     torch.testing.assert_close(ops.linear_gelu(x, layer, layer), wanted, rtol=1e-4, atol=1e-4)
-    assert launched == [("no bias", "linear_gelu", "triton")]
+    assert launched == [("no bias", "linear_gelu", "triton, untuned")]
 
 
 def test_why_not_names_device_alignment_and_capability():

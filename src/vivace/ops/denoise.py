@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import Unsupported
 from . import denoise_ahead, denoise_attention, denoise_boundary, denoise_gemm, denoise_norm, launch
 from .denoise_ahead import AheadTile, AheadTiles
 from .denoise_attention import AttentionTile
@@ -23,6 +24,8 @@ from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
 from .table import AnyLinear, AnyNorm, OpTable, Table
 
 MAX_ROWS = 128
+MAX_HEAD_DIM = 256  # larger heads do not fit into shared memory with the tiles that there are
+MEASURED = frozenset({(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)})  # weights that `TILES` was chosen for
 MIN_MID_KEYS, MAX_MID_KEYS = 400, 640
 Recorder = Callable[[str, str, str], None]  # layer name, operation, kernel
 
@@ -141,7 +144,9 @@ class Denoise:
     """The operations as methods, contracts in `ops.reference`; what is too large for them goes to `base`.
 
     tiles          replaces the tuned table
-    record         called with (layer, operation, kernel) whenever one of these kernels is launched
+    record         called with (layer, operation, kernel) whenever one of these kernels is launched: "triton", or
+                   "gluon early weights" where its product is one of `denoise_ahead`; with ", untuned" behind it at a shape
+                   that nobody measured. What goes to `base` is `base`'s to report
     early_weights  Hopper: products bring their weights before they wait (`denoise_ahead`), and the whole chain looks ahead
     """
 
@@ -154,7 +159,8 @@ class Denoise:
         """`reference.rms_norm`."""
         if not _small(x):
             return self.base.rms_norm(x, norm, modulation, into)
-        chosen = self._chosen(_rows(x), into, norm.name, "rms_norm")
+        chosen = self._chosen(_rows(x), into)
+        self._note(norm.name, "rms_norm")
         return denoise_norm.sum_norm(
             None,
             _flat(x),
@@ -172,7 +178,7 @@ class Denoise:
         out, inside = layer.weight.shape
         if not _small(x) or isinstance(layer, Fp8Linear) or min(out, inside) > 64:
             return self.base.linear(x, layer)
-        self._chosen(_rows(x), layer, layer.name, "linear")
+        self._note(layer.name, "linear")
         return denoise_gemm.narrow(x.reshape(-1, inside), layer).view(*x.shape[:-1], out)
 
     def linear_residual_norm(
@@ -188,9 +194,10 @@ class Denoise:
         """`reference.linear_residual_norm`; the residual stream comes back in float32."""
         if not _small(x) or isinstance(norm, LayerNorm):
             return self.base.linear_residual_norm(x, layer, residual, gate, norm, modulation, into)
-        chosen = self._chosen(_rows(x), layer, layer.name, "linear_residual_norm")
+        chosen = self._chosen(_rows(x), layer)
         field = "down" if layer.name.endswith("down") else "o"
         ahead = _ahead(chosen, field, x, layer)
+        self._note_product(layer, "linear_residual_norm", ahead)
         if ahead is not None:
             parts = denoise_ahead.parts(_flat(x), layer, ahead)
         else:
@@ -212,8 +219,9 @@ class Denoise:
         """`reference.geglu`."""
         if not _small(x):
             return self.base.geglu(x, layer, into)
-        chosen = self._chosen(_rows(x), layer, layer.name, "geglu")
+        chosen = self._chosen(_rows(x), layer)
         ahead = _ahead(chosen, "gate_up", x, layer)
+        self._note_product(layer, "geglu", ahead)
         if ahead is not None:
             return denoise_ahead.geglu(_flat(x), layer, into, ahead).view(*x.shape[:-1], -1)
         return denoise_gemm.geglu(_flat(x), layer, into, chosen.gate_up).view(*x.shape[:-1], -1)
@@ -225,10 +233,13 @@ class Denoise:
         if not _small(x):
             return self.base.qkv_rope(x, layer, rope, heads)
         N, K, head_dim = heads
-        cos, sin = (table.reshape(-1, head_dim // 2) for table in rope)
-        chosen = self._chosen(_rows(x), layer, layer.name, "qkv_rope")
+        cos, sin = (table.reshape(-1, head_dim // 2).contiguous() for table in rope)
+        chosen = self._chosen(_rows(x), layer)
         ahead = _ahead(chosen, "qkv", x, layer)
-        if ahead is not None and head_dim // 2 % ahead.block_n == 0:
+        if ahead is not None and head_dim // 2 % ahead.block_n:
+            ahead = None
+        self._note_product(layer, "qkv_rope", ahead)
+        if ahead is not None:
             packed = denoise_ahead.qkv(_flat(x), layer, (cos, sin), heads, ahead)
         else:
             packed = denoise_gemm.qkv(_flat(x), layer, (cos, sin), heads, chosen.qkv)
@@ -242,7 +253,8 @@ class Denoise:
         rows = q.shape[0] * q.shape[1]
         if past is None or rows > MAX_ROWS:
             return self.base.attention(q, k, v, mask, past, into)
-        chosen = self._chosen(rows, into, into.name, "attention")
+        chosen = self._chosen(rows, into)
+        self._note(into.name, "attention")
         return denoise_attention.attention(q, k, v, mask, past, into, _attention_tile(chosen, past[0].shape[1]))
 
     def step_boundary(
@@ -251,9 +263,10 @@ class Denoise:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """`reference.step_boundary`."""
         out, inside = action_out.weight.shape
-        if not _small(n) or out > 64 or inside > 2048 or not x.is_contiguous():
+        if not _small(n) or out > 64 or inside > 2048:
             return self.base.step_boundary(n, action_out, x, dt, action_in, norm, modulation, into)
-        chosen = self._chosen(_rows(n), into, action_out.name, "step_boundary")
+        chosen = self._chosen(_rows(n), into)
+        self._note(action_out.name, "step_boundary")
         made = denoise_boundary.step_boundary(
             _flat(n),
             action_out,
@@ -269,10 +282,17 @@ class Denoise:
         velocity, moved, tokens, normed = (one.view(*n.shape[:-1], -1) for one in made)
         return velocity, moved, tokens, normed
 
-    def _chosen(self, rows: int, layer: AnyLinear, name: str, operation: str) -> Tiles:
-        """The cuts for this call, which is noted for coverage."""
+    def _note(self, layer: str, operation: str, kernel: str = "triton") -> None:
         if self.record is not None:
-            self.record(name, operation, "triton")
+            self.record(layer, operation, kernel)
+
+    def _note_product(self, layer: AnyLinear, operation: str, ahead: AheadTile | None) -> None:
+        known = self.tiles is not None or tuple(layer.weight.shape) in MEASURED
+        kernel = "triton" if ahead is None else "gluon early weights"
+        self._note(layer.name, operation, kernel if known else f"{kernel}, untuned")
+
+    def _chosen(self, rows: int, layer: AnyLinear) -> Tiles:
+        """The cuts for this call."""
         tiles = self.tiles if self.tiles is not None else tiles_for(rows, layer)
         return with_early_weights(tiles, rows, layer) if self.early_weights else tiles
 
@@ -310,13 +330,30 @@ def denoise_ops(
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    """[..., D] as rows one behind the other: a kernel knows no strides, and a view of a strided tensor keeps its own."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def why_not(*, head_dim: int, device: torch.device) -> str | None:
-    """None if the kernels can run a stack with this head size on this device."""
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        return f"head size {head_dim} is not a power of two of at least 16"
+def why_not(*, head_dim: int, device: torch.device, rows: int | None = None) -> str | None:
+    """None if the kernels can run a stack with this head size on this device.
+
+    rows  action rows of a call, batch x horizon, where the stack is modulated by flow time (pi0.5): no other kernel can
+          take those. A stack with plain norms (pi0) has no limit, as more rows go to `base`
+    """
+    if head_dim < 16 or head_dim > MAX_HEAD_DIM or head_dim & (head_dim - 1):
+        return f"head size {head_dim} is not a power of two from 16 to {MAX_HEAD_DIM}"
+    if rows is not None and rows > MAX_ROWS:
+        return f"{rows} action rows (batch x horizon) are more than {MAX_ROWS}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere"
     return None
+
+
+def check_rows(*, batch: int, horizon: int) -> None:
+    """Raise Unsupported if a modulated stack (pi0.5) is to denoise more actions at once than the kernels take."""
+    if batch * horizon > MAX_ROWS:
+        raise Unsupported(
+            "the denoise kernels take few rows", got=f"batch {batch} x horizon {horizon} = {batch * horizon} action rows",
+            wanted=f"at most {MAX_ROWS} action rows (batch x horizon)",
+            do="infer smaller batches, or choose --backend eager or compiled",
+        )  # fmt: skip

@@ -11,6 +11,10 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .saturate import saturated
+
+_saturated = gluon.jit(saturated.fn)
+
 
 @gluon.jit
 def first_columns(tile, N, MODE: gl.constexpr, BN: gl.constexpr, HALF: gl.constexpr):
@@ -69,7 +73,7 @@ def store(
         if MODE == "geglu":
             y = y / (1.0 + gl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y))) * y2
             if STORED == gl.float8e4nv:  # noqa: SIM300
-                y = gl.minimum(gl.maximum(y, -448.0), 448.0)
+                y = _saturated(y)
             gl.store(out + rows[:, None] * (N // 2) + columns[None, :], y.to(STORED), mask=inside)
         else:
             to = out + rows[:, None] * N + columns[None, :]

@@ -149,6 +149,7 @@ def attention(
     blocks = triton.cdiv(S + T, tile.keys)
     parts = torch.empty(B * K, blocks, T * group, head_dim, dtype=tile.parts, device=q.device)
     lse = torch.empty(B * K, blocks, T * group, dtype=torch.float32, device=q.device)
+    mask = None if mask is None else mask.contiguous()
     quantised = isinstance(into, Fp8Linear)
     out = torch.empty(B, T, N * head_dim, dtype=torch.float8_e4m3fn if quantised else into.dtype, device=q.device)
     log2_e = 1.4426950408889634

@@ -13,7 +13,7 @@ Split-K writes parts instead of adding atomically: the result is the same bits o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .layers import Fp8Linear, Linear
+from .saturate import saturated
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def _scaled(acc, channel_scale, input_scale, at, rows):
 
 @triton.jit
 def hand_over(y, out, out_scale):
-    """Float32 to the dtype of `out`; with `out_scale` (float32 [1]) as E4M3, saturating instead of overflowing to NaN."""
+    """Float32 to the dtype of `out`; with `out_scale` (float32 [1]) as E4M3, see `saturate`."""
     if out_scale is not None:
-        y = tl.clamp(y / tl.load(out_scale), -448.0, 448.0)
+        y = saturated(y / tl.load(out_scale))
     return y.to(out.dtype.element_ty)
 
 
@@ -222,9 +223,13 @@ def geglu(x: Tensor, layer: Linear | Fp8Linear, into: Linear | Fp8Linear, tile: 
 def qkv(
     x: Tensor, layer: Linear | Fp8Linear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int], tile: Tile
 ) -> Tensor:
-    """x [M, K] -> packed [M, (N + 2K) * head_dim] in `layer.dtype`.  rope: cos, sin [R, head_dim/2], R divides M."""
+    """x [M, K] -> packed [M, (N + 2K) * head_dim] in `layer.dtype`.  rope: cos, sin [R, head_dim/2], R divides M.
+
+    A tile that is wider than half a head is cut to it: a program holds columns of one half and their partners.
+    """
     num_heads, num_kv_heads, head_dim = heads
     cos, sin = rope
+    tile = replace(tile, block_n=min(tile.block_n, head_dim // 2))
     N = layer.weight.shape[0]
     out = torch.empty(x.shape[0], N, dtype=layer.dtype, device=x.device)
     return _product(
@@ -260,8 +265,9 @@ def _narrow_kernel(
 
 
 def narrow(x: Tensor, layer: Linear) -> Tensor:
-    """x [M, K] -> [M, N] for the 32-wide action projections (K or N small), float32 sums."""
+    """x [M, K] -> [M, N] for the 32-wide action projections (K or N small), float32 sums. x may have any strides."""
     (M, K), N = x.shape, layer.weight.shape[0]
+    x = x.contiguous()  # noise comes from outside, and a view of [B, T, 32] keeps its strides
     out = torch.empty(M, N, dtype=layer.dtype, device=x.device)
     block_n = 8 if K > 64 else min(triton.next_power_of_2(N), 128)
     block_k = min(triton.next_power_of_2(K), 8192 // block_n)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..errors import ShapeError
 from . import launch
 from .denoise_gemm import hand_over
 from .layers import Fp8Linear, Linear, RmsNorm
@@ -70,9 +71,11 @@ def sum_norm(
     """s = residual + gate * (parts[0] + parts[1] + ...), and norm(s) as `into` takes it.
 
     parts [P, M, D] float32 or None (then s is residual itself), residual [M, D], gate [1 or T, D] or None,
-    modulation [1 or T, 3D] or None (then norm.weight); T divides M
+    modulation [1 or T, 3D] or None (then norm.weight); T divides M, and is the gate's T where both are given
     """
     M, D = residual.shape
+    if gate is not None and modulation is not None and gate.shape[0] != modulation.shape[0]:
+        raise ShapeError("gate and modulation of other tokens", got=f"{gate.shape[0]} and {modulation.shape[0]} rows")
     quantised = isinstance(into, Fp8Linear)
     out = torch.empty(M, D, dtype=torch.float8_e4m3fn if quantised else into.dtype, device=residual.device)
     total = residual if parts is None else torch.empty(M, D, dtype=torch.float32, device=residual.device)

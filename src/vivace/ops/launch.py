@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor
 LATE, EARLY, FIRST = 0, 1, 2  # when a kernel lets its successor launch; True is EARLY
 BY_DRIVER, MOST = -1, 100  # per cent of the memory of a processor for `share`
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+logger = logging.getLogger(__name__)
 INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 
 
@@ -61,7 +63,21 @@ def _driver() -> ctypes.CDLL:
 def share(launched: Any, percent: int) -> None:
     """Later launches of this kernel ask for `percent` of the memory as shared memory. A wish: it changes time, no result.
 
+    The wish belongs to the compiled function, not to the launch: calls that share a function (one kernel at the same
+    compile-time settings) and wish differently overwrite each other, and the last one holds. A driver that refuses is
+    named once in the log, as nothing but time is lost.
+
     launched  what `kernel[grid](...)` returned; the interpreter returns None
     """
     if launched is not None:
-        _driver().cuFuncSetAttribute(ctypes.c_void_p(launched.function), _CARVEOUT, percent)
+        status = _driver().cuFuncSetAttribute(ctypes.c_void_p(launched.function), _CARVEOUT, percent)
+        if status:
+            _refused(status)
+
+
+@functools.cache
+def _refused(status: int) -> None:
+    """Once per status."""
+    logger.warning(
+        "the driver refuses to divide a processor's memory as asked (CUDA error %d): kernels are slower", status
+    )

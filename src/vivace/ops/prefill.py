@@ -7,7 +7,11 @@ Every product has two ways to run, and `prefill_tuning` says which measurement c
 
 The table is made for one model: its FP8 constants (input scale times weight scale per channel, inverse input scales) are
 computed here once, so a captured graph holds none of that arithmetic. Nothing falls back: what cannot run is named by
-`why_not` before, and by Unsupported if it is asked for all the same.
+`why_not` before, and by Unsupported if it is asked for all the same. What is torch's own by design (float32 linears, the
+boundary of two steps, which is the denoise kernels' affair) is recorded as "torch".
+
+E4M3 sums: cuBLASLt (`use_fast_accum`) and Triton's products on Hopper both add in the matrix unit's own accumulator, which
+keeps fewer bits than float32; `reference.linear` says what that costs.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from ..errors import ShapeError, Unsupported
 from . import prefill_attention, prefill_patches, prefill_pointwise, prefill_tail, reference
 from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
 from .prefill_ahead import Ahead, worth
+from .prefill_constants import Fp8Constants, fp8_constants
 from .prefill_gemm import Rotation, gemm
-from .prefill_limits import why_not
+from .prefill_limits import refuse_modulation, why_not, why_not_head, why_not_vision_head
 from .prefill_tuning import TUNED, Choice, Tuning, untuned
 from .table import OpTable
 
@@ -34,18 +39,10 @@ E4M3 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
-class Fp8Constants:
-    """What never changes of one E4M3 layer.  channel float32 [out] = input scale * weight scale; inverse float32 [1]."""
-
-    channel: Tensor
-    inverse: Tensor
-
-
-@dataclass(frozen=True)
 class Prefill:
     """The operations as methods; `prefill_ops` puts them into a table. Contracts: `ops.reference`.
 
-    ones        float32 [most rows, 1]: the row scales that cuBLAS asks for beside channel scales
+    ones        float32 [rows, 1]: the row scales that cuBLAS asks for beside channel scales; more rows make their own
     kv_buffers  {layer name: (k, v)}, each [M, K * head_dim] with any row stride: where that layer's keys and values go
     early       layers and norms whose names begin so are launched while the kernel before still runs (from Hopper on)
     patch_parts dtype that holds the parts of pixels and patch weights; float32 in Triton's interpreter
@@ -86,7 +83,7 @@ class Prefill:
 
     def rms_norm(self, x: Tensor, norm: RmsNorm, modulation: Tensor | None, into: AnyLinear) -> Tensor:
         """`reference.rms_norm` without modulation."""
-        _refuse_modulation(modulation, norm.name)
+        refuse_modulation(modulation, norm.name, x)
         return self._norm(x, norm, into)
 
     def linear_residual_norm(
@@ -100,9 +97,9 @@ class Prefill:
         into: AnyLinear,
     ) -> tuple[Tensor, Tensor]:
         """`reference.linear_residual_norm` without gate and modulation; parts of a split product meet inside the norm."""
-        _refuse_modulation(gate, layer.name)
-        _refuse_modulation(modulation, norm.name)
-        rows, old = self._rows(x, layer), residual.flatten(0, -2)
+        refuse_modulation(gate, layer.name, x)
+        refuse_modulation(modulation, norm.name, x)
+        rows, old = self._rows(x, layer), residual.flatten(0, -2).contiguous()
         choice = self._choose("parts", layer, rows, "linear_residual_norm")
         if choice.tile is None:
             parts = self._blas(rows, layer)[None]
@@ -134,6 +131,7 @@ class Prefill:
     def linear(self, x: Tensor, layer: AnyLinear) -> Tensor:
         """`reference.linear`; float32 layers (time, actions, state) are torch's own linear."""
         if layer.dtype == torch.float32:
+            self._note(layer.name, "linear", "torch")
             return functional.linear(x, layer.weight, layer.bias)
         rows = self._rows(x, layer)
         choice = self._choose("plain", layer, rows, "linear")
@@ -212,7 +210,7 @@ class Prefill:
             k, v = self.kv_buffers[layer.name]
         else:
             k, v = (prefill_pointwise.new_rows(rows, columns, layer.dtype) for _ in range(2))
-        cos, sin = (table.reshape(-1, table.shape[-1]) for table in rope)
+        cos, sin = (table.reshape(-1, table.shape[-1]).contiguous() for table in rope)
         choice = self._choose("qkv_rope", layer, rows, "kv_rope" if q is None else "qkv_rope")
         if choice.tile is None:
             prefill_pointwise.rope_split(
@@ -240,8 +238,8 @@ class Prefill:
     ) -> Tensor:
         """`reference.attention`; a past (pi0's state token, one row) is first joined with the own keys."""
         B, T, N, head_dim = q.shape
-        if head_dim & (head_dim - 1) or head_dim < 16:
-            raise Unsupported("no prefill attention", got=f"head dim {head_dim}", wanted="a power of two >= 16")
+        if reason := why_not_head(head_dim):
+            raise Unsupported("no prefill attention", got=reason, do="choose --backend eager or compiled")
         if past is not None:
             k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
         out = self._for(into, q.flatten(0, 1), N * head_dim).view(B, T, N * head_dim)
@@ -252,11 +250,10 @@ class Prefill:
         )  # fmt: skip
 
     def vision_attention(self, qkv: Tensor, num_heads: int, into: AnyLinear) -> Tensor:
-        """`reference.vision_attention`, any head dim that is a multiple of 8."""
+        """`reference.vision_attention`, head dims of `prefill_limits.why_not_vision_head`."""
         V, T, packed = qkv.shape
-        if packed % (24 * num_heads):
-            got = f"{num_heads} heads in {packed // 3} columns"
-            raise Unsupported("no vision attention", got=got, wanted="a head dim of a multiple of 8")
+        if reason := why_not_vision_head(packed // 3, num_heads):
+            raise Unsupported("no vision attention", got=reason, do="choose --backend eager or compiled")
         out = self._for(into, qkv.flatten(0, 1), packed // 3).view(V, T, packed // 3)
         self._note(into.name, "vision_attention", "triton")
         return prefill_attention.vision_attention(
@@ -274,7 +271,8 @@ class Prefill:
         choice = self.tuning.choose(epilogue, rows=rows.shape[0], shape=shape, fp8=fp8)
         if choice.tile is None and not blas_can:
             choice = untuned(epilogue, fp8=fp8)
-        self._note(layer.name, operation, "cublas" if choice.tile is None else "triton")
+        kernel = "cublas" if choice.tile is None else "triton"
+        self._note(layer.name, operation, kernel if choice.measured else f"{kernel}, untuned")
         return choice
 
     def _ahead(self, into: AnyLinear) -> Ahead:
@@ -292,7 +290,7 @@ class Prefill:
         wanted = E4M3 if isinstance(layer, Fp8Linear) else layer.dtype
         if x.dtype != wanted:
             raise ShapeError(f"{layer.name} was handed another format", got=x.dtype, wanted=wanted)
-        return x.flatten(0, -2)
+        return x.flatten(0, -2).contiguous()
 
     def _blas(self, rows: Tensor, layer: AnyLinear, *, finished: bool = False) -> Tensor:
         """cuBLASLt: bfloat16 [M, N]. `finished`: with bias and channel scales; else both are left to the next kernel."""
@@ -302,9 +300,23 @@ class Prefill:
         channel = self.constants[layer.name].channel[None]
         out: Tensor = torch._scaled_mm(
             rows, layer.weight.t(), out_dtype=layer.dtype, use_fast_accum=True, bias=layer.bias if finished else None,
-            scale_a=self.ones[:M] if finished else one, scale_b=channel if finished else one,
+            scale_a=self._row_scales(M) if finished else one, scale_b=channel if finished else one,
         )  # fmt: skip
         return out
+
+    def _row_scales(self, rows: int) -> Tensor:
+        """Ones for cuBLAS. Beyond the table they are filled anew, a few us beside a product of that size."""
+        if rows <= self.ones.shape[0]:
+            return self.ones[:rows]
+        return torch.ones(rows, 1, dtype=torch.float32, device=self.ones.device)
+
+    def step_boundary(
+        self, n: Tensor, action_out: Linear, x: Tensor, dt: float, action_in: Linear, norm: RmsNorm,
+        modulation: Tensor | None, into: AnyLinear,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """`reference.step_boundary` itself."""
+        self._note(action_out.name, "step_boundary", "torch")
+        return reference.step_boundary(n, action_out, x, dt, action_in, norm, modulation, into)
 
     def _channel(self, layer: AnyLinear) -> Tensor | None:
         return self.constants[layer.name].channel if isinstance(layer, Fp8Linear) else None
@@ -326,7 +338,7 @@ def prefill_ops(
 ) -> OpTable:
     """The table for `model`'s vision tower and prefix. FP8 constants are computed now.
 
-    most_rows  largest M that an E4M3 product will see
+    most_rows  rows for which the row scales of E4M3 products are made once
     Raises     Unsupported with the reason of `why_not`
     """
     device = next(model.parameters()).device
@@ -359,17 +371,8 @@ def table_of(ops: Prefill) -> OpTable:
         kv_rope=ops.kv_rope,
         attention=ops.attention,
         vision_attention=ops.vision_attention,
-        step_boundary=reference.step_boundary,
+        step_boundary=ops.step_boundary,
     )
-
-
-def fp8_constants(model: nn.Module) -> dict[str, Fp8Constants]:
-    """{layer name: constants} of every E4M3 layer."""
-    return {
-        layer.name: Fp8Constants((layer.input_scale * layer.weight_scale).contiguous(), 1.0 / layer.input_scale)
-        for layer in model.modules()
-        if isinstance(layer, Fp8Linear)
-    }
 
 
 def _gain(norm: RmsNorm | LayerNorm) -> Tensor:
@@ -389,10 +392,3 @@ def _headed(rows: Tensor, batch: int, heads: tuple[int, int, int]) -> Tensor:
     """[M, K * d] of any row stride as [B, T, K, d]."""
     headed: Tensor = rows.unflatten(0, (batch, -1)).unflatten(-1, (heads[1], heads[2]))
     return headed
-
-
-def _refuse_modulation(value: Tensor | None, name: str) -> None:
-    if value is not None:
-        raise Unsupported(
-            "the prefill has plain norms and no gates", got=f"modulation at {name}", do="use the suffix ops"
-        )

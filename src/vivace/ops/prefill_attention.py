@@ -175,8 +175,9 @@ def attention(
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     grid = triton.cdiv(rows, tile.block_m), B * K
     _attention_kernel[grid](
-        q, _rows_of(k, tile.block_n), _rows_of(v, tile.block_n), mask.view(torch.uint8) if mask is not None else q,
-        out, out_inverse, q.stride(0), q.stride(1), k.stride(0) // k.stride(1), v.stride(0) // v.stride(1),
+        q, _rows_of(k, tile.block_n), _rows_of(v, tile.block_n),
+        mask.contiguous().view(torch.uint8) if mask is not None else q, out, out_inverse,
+        q.stride(0), q.stride(1), k.stride(0) // k.stride(1), v.stride(0) // v.stride(1),
         out.stride(0), rows, S, head_dim**-0.5 * LOG2_E,
         KEY_BLOCKS=_key_blocks(S, tile), GROUP=N // K, KV_HEADS=K, HEAD_DIM=head_dim, BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n, MASKED_KEYS=mask is not None, PRECISION=_precision(q), PDL=pdl,
@@ -235,7 +236,7 @@ def _key_blocks(keys: int, tile: AttentionTile) -> int:
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Largest power of two below `head_dim`, and one >= 16 that holds the rest: 72 -> (64, 16)."""
+    """Largest power of two below `head_dim`, and one >= 16 that holds the rest: 72 -> (64, 16). At least 24: (16, 16)."""
     main = 1 << (head_dim.bit_length() - 1)
     if main == head_dim:
         main //= 2

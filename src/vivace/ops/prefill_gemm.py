@@ -20,7 +20,7 @@ no loop has a mask. All row tiles of one weight tile run side by side: a weight 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,8 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..errors import ShapeError
 from .prefill_ahead import Ahead, ahead_options, fetch_ahead
-
-E4M3_MAX = tl.constexpr(448.0)
+from .saturate import saturated
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,9 @@ def gelu_tanh(x):
 
 @triton.jit
 def scaled_out(y, out_inverse):
-    """With `out_inverse` (float32 [1] = 1 / scale): y / scale, clamped to e4m3's range."""
+    """With `out_inverse` (float32 [1] = 1 / scale): y / scale, within e4m3's range, see `saturate`."""
     if out_inverse is not None:
-        y = tl.clamp(y * tl.load(out_inverse), -E4M3_MAX, E4M3_MAX)
+        y = saturated(y * tl.load(out_inverse))
     return y
 
 
@@ -213,10 +212,13 @@ def gemm(
     channel_scale  float32, one per weight row
     bias           [N], or [R, N] contiguous: row m of the result gets row m % R (position embeddings)
     out_inverse    float32 [1] = 1 / scale of an e4m3 output
+    rotation       qkv_rope; a tile wider than half a head is cut to it, as a program holds columns of one half
     ahead          see `prefill_ahead`
     """
     M, K = x.shape
     check_operands(x, weight, out, tile=tile, plain=epilogue == "plain" and bias is None and not gelu)
+    if rotation is not None:
+        tile = replace(tile, block_n=min(tile.block_n, rotation.heads[2] // 2))
     columns = weight.shape[0] if epilogue == "plain" else weight.shape[0] // 2
     heads, kv_heads, head_dim = rotation.heads if rotation is not None else (0, 0, 2 * tile.block_n)
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(columns, tile.block_n)

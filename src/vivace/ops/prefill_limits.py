@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..config import ModelConfig
+from ..errors import Unsupported
+from .denoise import MAX_HEAD_DIM, MAX_ROWS
 from .layers import Fp8Linear, Linear
 
 # layers whose products have kernels here; the others (patches, time, action and state projections) are float32 by
@@ -26,6 +29,35 @@ def why_not(*, device: str, model: nn.Module | None = None) -> str | None:
     for layer in [] if model is None else [m for m in model.modules() if isinstance(m, Linear | Fp8Linear)]:
         if reason := why_not_layer(layer, capability=capability):
             return f"{layer.name}: {reason}"
+    config = getattr(model, "config", None)
+    return why_not_heads(config) if isinstance(config, ModelConfig) else None
+
+
+def why_not_heads(config: ModelConfig) -> str | None:
+    """Return why the attention kernels cannot run this network's heads, or None."""
+    vision = config.vision
+    reason = why_not_vision_head(vision.width, vision.num_heads)
+    if reason is not None:
+        return f"vision: {reason}"
+    reason = why_not_head(config.prefix.head_dim)
+    return None if reason is None else f"prefix: {reason}"
+
+
+def why_not_head(head_dim: int) -> str | None:
+    """Return why the prefix attention has no kernel for this head size, or None."""
+    if head_dim < 16 or head_dim > MAX_HEAD_DIM or head_dim & (head_dim - 1):
+        return f"head size {head_dim} is not a power of two from 16 to {MAX_HEAD_DIM}"
+    return None
+
+
+def why_not_vision_head(width: int, num_heads: int) -> str | None:
+    """Return why the vision attention has no kernel for `width` columns in `num_heads` heads, or None.
+
+    A head is read as a power of two of columns and a rest, and a matrix unit takes no fewer than 16: 24 is the least.
+    """
+    head_dim, left = divmod(width, num_heads)
+    if left or head_dim % 8 or head_dim < 24 or head_dim > MAX_HEAD_DIM:
+        return f"{num_heads} heads in {width} columns are no head size of a multiple of 8 from 24 to {MAX_HEAD_DIM}"
     return None
 
 
@@ -47,3 +79,14 @@ def why_not_layer(layer: Linear | Fp8Linear, *, capability: tuple[int, int]) -> 
     if rows % multiple or columns % multiple:
         return f"weight {rows} x {columns} is no multiple of {multiple}, the bulk copy engine's 16 bytes"
     return None
+
+
+def refuse_modulation(value: Tensor | None, name: str, x: Tensor) -> None:
+    """Raise Unsupported if the prefill is handed what flow time modulates: rows beyond those of the denoise kernels."""
+    if value is not None:
+        raise Unsupported(
+            "flow time modulates only what the denoise kernels take",
+            got=f"modulation at {name} of {x[..., 0].numel()} rows",
+            wanted=f"at most {MAX_ROWS} action rows (batch x horizon)",
+            do="infer smaller batches, or choose --backend eager or compiled",
+        )  # fmt: skip

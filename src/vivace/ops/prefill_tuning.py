@@ -17,9 +17,14 @@ PATCH_TILE = Tile(64, 128, 64, warps=4, stages=5)
 
 @dataclass(frozen=True)
 class Choice:
-    """How to run one product: a Triton tile, or None = cuBLASLt and a row-wise kernel."""
+    """How to run one product.
+
+    tile      a Triton tile, or None = cuBLASLt and a row-wise kernel
+    measured  somebody compared; False: a rule for shapes that nobody measured
+    """
 
     tile: Tile | None
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,9 @@ class Tuning:
 def untuned(epilogue: str, *, fp8: bool) -> Choice:
     """For shapes that nobody measured: cuBLAS where it needs no epilogue of ours, else a middling tile that always fits."""
     if epilogue in ("plain", "parts"):
-        return Choice(None)
-    return Choice(Tile(64, 32 if epilogue == "qkv_rope" else 64, 128 if fp8 else 64, warps=4, stages=3))
+        return Choice(None, measured=False)
+    block_n = 32 if epilogue == "qkv_rope" else 64
+    return Choice(Tile(64, block_n, 128 if fp8 else 64, warps=4, stages=3), measured=False)
 
 
 def _own(
