@@ -150,19 +150,20 @@ class CompiledGraph:
         self, inputs: ModelInputs, noise: Tensor, *, previous: PreviousChunk | None = None, spans: Spans | None = None
     ) -> Tensor:
         """See Backend.infer; no real-time chunking."""
-        actions: Tensor = self.graph_of(inputs, noise)()
+        actions: Tensor = self._run("whole", self._everything(inputs, noise))
         return actions.clone()
 
     @torch.no_grad()
     def graph_of(self, inputs: ModelInputs, noise: Tensor) -> Callable[[], Any]:
         """See `Whole.graph_of`."""
-        seen, held = self._fill(inputs), self._fill_noise(noise)
-
-        def everything() -> Tensor:
-            return self._flow(self._prefix(seen, self._views(seen.images)), held)
-
+        everything = self._everything(inputs, noise)
         self._run("whole", everything)
         return lambda: self._run("whole", everything)
+
+    def _everything(self, inputs: ModelInputs, noise: Tensor) -> Callable[[], Tensor]:
+        """Pixels to actions on the buffers, filled now."""
+        seen, held = self._fill(inputs), self._fill_noise(noise)
+        return lambda: self._flow(self._prefix(seen, self._views(seen.images)), held)
 
     def prompt_lengths(self, longest: int) -> tuple[int, ...]:
         """See Backend.prompt_lengths."""
