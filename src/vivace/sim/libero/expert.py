@@ -34,12 +34,13 @@ BESIDE_M, DEEP_M = 0.01, 0.003
 """How near the hand has to be: sideways before it goes down, and in height before it closes. Flat boxes are 18 mm high."""
 IN_HAND_M = 0.06
 """A thing farther from the hand than this was lost."""
-BLOCKED_M = 0.015
-"""A hand that ends so much too high stands on something: nothing is there to close around."""
 ASIDE_M = (0.0, -0.022, 0.022)
 """Where along x the thing is taken, try after try: in the middle, or aside where the palm landed on a neighbour."""
+RELIEF_M = 0.008
+"""A hand that was stopped higher than this above the middle goes up by as much before it closes."""
 STALL_M, STALL_TICKS = 0.002, 6
-"""A descent that gains less than this in so many ticks is blocked."""
+"""A move that gains less than this in so many ticks is blocked: the palm lies on a tall thing, which is well, or on a
+neighbour, which the next try avoids."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,11 @@ def _grasp(sight: Sight, thing: str, aside_m: float) -> Plan:
 
     sight = yield from _move(sight, lambda s: there(s) + over, OPEN, near=(BESIDE_M, 0.05))
     sight = yield from _move(sight, there, OPEN, near=(BESIDE_M, DEEP_M))
-    if sight.eef_m[2] - there(sight)[2] > BLOCKED_M:
-        return sight
+    if (
+        sight.eef_m[2] - there(sight)[2] > RELIEF_M
+    ):  # pressing has pushed the hand aside: off, and over the middle again
+        height_m = float(sight.eef_m[2]) + RELIEF_M
+        sight = yield from _move(sight, lambda s: _at(there(s), height_m), OPEN, near=(BESIDE_M / 2, np.inf))
     return (yield from _stay(sight, CLOSE, ticks=10))
 
 
