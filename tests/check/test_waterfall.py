@@ -93,6 +93,41 @@ def test_the_report_shows_table_plot_marks_and_what_was_missed():
     assert "1000 / 1000" in page
 
 
+def test_the_report_shows_coverage_and_what_was_left_to_torch():
+    part = {"part": "prefix mlp.down", "operation": "linear_residual_norm", "layers": 18, "kernel": "triton",
+            "precision": "e4m3", "flops_share": 0.25, "bytes_share": 0.5, "fallback": "it <b>fell"}  # fmt: skip
+    mark = {
+        "what": "layers that did not run as the plan says",
+        "got": 1,
+        "must": 0,
+        "must_met": False,
+        "stretch_met": None,
+    }
+    row = {"setting": "3,200,50", "engine": "cuda_graph fp8-all", "parts": [part], "by_torch": ["projector linear"],
+           "targets": [mark]}  # fmt: skip
+    page = build([("hopper.json", document(coverage=[row]))])
+    assert "Coverage: what ran where" in page
+    assert "coverage, (3,200,50) cuda_graph fp8-all" in page
+    assert "25.00 %" in page
+    assert "By plain torch: projector linear." in page
+    assert "it &lt;b&gt;fell" in page
+    assert 'bad">layers that did not run as the plan says 1' in page
+    assert "Coverage" not in build([("hopper.json", document())])
+
+
+def test_the_report_shows_what_a_proof_missed():
+    mark = {"what": "replays over poisoned memory", "got": 2, "must": 3, "must_met": False, "stretch_met": None}
+    proof = {"setting": "3,200,50", "engine": "cuda_graph bf16", "passed": False, "targets": [mark]}
+    page = build([("hopper.json", document(proof=[proof]))])
+    assert 'bad">replays over poisoned memory 2' in page
+
+
+def test_replays_of_one_stage_are_no_row_of_the_waterfall():
+    made = document()
+    made["rows"] += [row("cuda_graph bf16", 1.0, boundary="B0 reuse")]
+    assert waterfall(made, "3,200,50")[2].p50_ms == 14.0
+
+
 def test_an_incomplete_result_is_an_error():
     with pytest.raises(ConfigError, match="incomplete"):
         build([("h.json", {"schema": 1, "kind": "hopper"})])

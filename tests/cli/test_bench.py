@@ -128,12 +128,13 @@ def test_the_preset_runs_the_full_size_benchmark_with_its_own_options(vivace, tm
     out = tmp_path / "h.json"
     code, document, _ = vivace(
         "bench", "--preset", "hopper", "-o", out, "--full.settings", "1,48,50", "2,0,63", "--full.plans", "bf16", "fp8-all",
-        "--full.phases", "rows", "--full.calls", "7",
+        "--full.phases", "rows", "--full.calls", "7", "--full.host-calls", "1000",
     )  # fmt: skip
     assert code == 1, "a must was missed"
     assert document["kind"] == "hopper"
     assert [size.name for size in seen["sizes"]] == ["1,48,50", "2,0,63"]
     assert (seen["plans"], seen["phases"], seen["calls"], seen["out"]) == (("bf16", "fp8-all"), ["rows"], 7, out)
+    assert seen["host_calls"] == 1000
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def start_marks(row: dict[str, Any]) -> list[targets.Target]:
 
 
 def _median_s(work: Callable[[], Any], *, repeats: int = 10) -> float:
-    timer, times = bench.CudaTimer(), []
+    timer, times = bench.CudaTimer(spin_ms=bench.SPIN_MS), []
     for _ in range(3):
         work()
     for _ in range(repeats):

@@ -42,6 +42,8 @@ class PresetArgs:
     """rows, accuracy, rivals, soak, proof, memory, start; default: all."""
     calls: int = 1000
     """Calls of our engines at B0."""
+    host_calls: int = 200
+    """Calls of our engines at B1 and at B2; with 1000 not all phases fit into the time."""
     seconds: float = 560.0
     """What would begin later is not run, and the result says so."""
 
@@ -118,6 +120,7 @@ def _preset(args: Args) -> int:
             "the preset makes its own weights and writes a file", got=got, wanted="--preset hopper -o FILE"
         )
     command = ["--out", str(args.output), "--calls", str(args.full.calls), "--seconds", str(args.full.seconds)]
+    command += ["--host-calls", str(args.full.host_calls)]
     for name, values, between in (
         ("--settings", args.full.settings, ";"), ("--plans", args.full.plans, ","), ("--phases", args.full.phases, ","),
     ):  # fmt: skip
