@@ -147,7 +147,7 @@ def test_an_episode_begins_settled_with_the_no_op(chosen):
     process = Process()
     env = LiberoEnv("libero_object", 3, convention=chosen, process=process)
     env.reset(seed=17)
-    assert process.scene.resets == [(17, 7, 10, (0, 0, 0, 0, 0, 0, -1))]
+    assert process.scene.resets == [(17, 24, 10, (0, 0, 0, 0, 0, 0, -1))]
     assert process.scene.settled == 10
 
 

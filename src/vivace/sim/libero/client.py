@@ -5,6 +5,7 @@ Every wait is bounded. When the process ends by itself, its last words (stderr) 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import subprocess
@@ -108,7 +109,8 @@ class LiberoProcess:
         """End the process: its input ends, and after a while it is killed. Twice is fine."""
         process = self._process
         if process.stdin is not None and not process.stdin.closed:
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # a command that it never read
+                process.stdin.close()
         try:
             process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:

@@ -36,12 +36,13 @@ class Convention:
 
     image_px       cameras are rendered at image_px x image_px; the policy's own preprocessing makes 224 of it
     rotate         both images by 180 degrees
-    state_dtype    of the 8 numbers and of the arithmetic that makes them
+    state_dtype    of the 8 numbers
     gripper_sign   multiplies the policy's last action: 1 where the policy says -1 open, 1 close, as robosuite does
     settle_ticks   no-op ticks after an initial state is set, because objects start a little above the table
     max_ticks      {suite: control ticks, settling not counted}
     execute_ticks  actions of a chunk that are executed before the next look, unless the caller says otherwise
-    env_seed       robosuite's own seed; initial states are files, so it does not choose the scene
+    env_seed       robosuite's own seed of initial state 0, the others follow. Initial states hold all that moves, but
+                   fixtures (a stove, a cabinet) are placed by this seed. openpi seeds once a task, LeRobot at each reset
     """
 
     name: str

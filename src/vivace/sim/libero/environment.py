@@ -96,13 +96,9 @@ class LiberoEnv:
                 f"initial state of {self.name}", got=number, wanted=f"0 to {self.initial_states - 1}",
                 do="lower --seed or --episodes-per-task",
             )  # fmt: skip
-        setting = self.convention
+        setting, idle = self.convention, self.convention.idle.tolist()
         self._state, _ = self._process.ask(
-            "reset",
-            initial_state=number,
-            seed=setting.env_seed,
-            settle=setting.settle_ticks,
-            idle=setting.idle.tolist(),
+            "reset", initial_state=number, seed=setting.env_seed + number, settle=setting.settle_ticks, idle=idle
         )
         self._ticks = 0
         return self.feel(), self.info()

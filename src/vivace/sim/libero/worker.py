@@ -15,8 +15,8 @@ The state: eef_m, eef_quat_xyzw, fingers_m, success, objects {name: [position m 
 wrong here is not caught: the traceback goes to stderr, and the caller sees the pipe end.
 
 robosuite samples its observations in the first of the 25 physics steps of a control tick, so state and images show the
-world 50 ms before the tick's end, in training data as in every evaluation. Cameras are rendered later here, and seldom, so
-the physics is copied at the moment of sampling: `look` gives the pixels that the stock environment would have given.
+world 50 ms before the tick's end, in every evaluation that uses them. Cameras are rendered later here, and seldom, so the
+physics is copied at the moment of sampling: `look` gives the pixels that the stock environment would have given.
 """
 
 from __future__ import annotations
