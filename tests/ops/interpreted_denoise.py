@@ -86,7 +86,7 @@ def products():
         made, x, rope = layer((N + 2 * K) * head_dim, D), rand(2, 5, D), tables(5, head_dim // 2)
         flat = (rope[0].flatten(0, 1), rope[1].flatten(0, 1))
         wanted = torch.cat([part.flatten(2) for part in reference.qkv_rope(x, made, rope, heads)], -1)
-        for cut in (Tile(8, 16), Tile(8, 16, ahead=True)):
+        for cut in (Tile(8, 16), Tile(8, 16, ahead=True), Tile(32, 16)):  # the last is wider than half a head
             close(denoise_gemm.qkv(x.flatten(0, 1), made, flat, heads, cut), wanted.flatten(0, 1))
     for out, inside in [(32, 100), (100, 32), (7, 16)]:
         made, x = layer(out, inside, bias=True), rand(6, inside)
@@ -154,6 +154,37 @@ def attention():
         neighbours(got, reference.attention(q, k, v, mask, past, small))
 
 
+def strides():
+    """Tensors from outside may lie in memory as they like: noise in Fortran order gives what a plain copy of it gives."""
+    into, leave, enter = layer(24, 48), layer(32, 48, "action_out", bias=True), layer(48, 32, "action_in", bias=True)
+    n, norm = RmsNorm(48, name="n", modulated=True), rand(1, 144)
+    ran = []
+    ops = denoise.denoise_ops(reference_ops(), SMALL, record=lambda *what: ran.append(what))
+    x, h = fortran(rand(1, 50, 32)), fortran(rand(1, 50, 48))
+    assert x.stride()[1:] == (1, 50), "the noise of this test is not strided"
+    close(denoise_gemm.narrow(x[0], enter), reference.linear(x[0], enter))
+    close(ops.linear(x, enter), reference.linear(x, enter))
+    close(ops.rms_norm(h, n, norm, into), reference.rms_norm(h, n, norm, into))
+    gate_up = layer(32, 48)
+    close(ops.geglu(h, gate_up, layer(8, 16)), reference.geglu(h, gate_up, layer(8, 16)))
+    got = ops.step_boundary(h, leave, x, -0.1, enter, n, norm, into)
+    for mine, wanted in zip(got, reference.step_boundary(h, leave, x, -0.1, enter, n, norm, into), strict=True):
+        close(mine, wanted)
+    assert ("action_out", "step_boundary", "triton") in ran
+    T, S, tile = 5, 40, AttentionTile(rows=16, keys=16)
+    q, k, v = (rand(2, T, heads, 16) for heads in (8, 1, 1))
+    past, o = (rand(2, S, 1, 16), rand(2, S, 1, 16)), layer(8, 128)
+    mask = rand(2, S + T) > 0
+    strided = torch.empty_strided(mask.shape, (1, 2), dtype=torch.bool).copy_(mask)
+    got = denoise_attention.attention(q, k, v, strided, past, o, tile)
+    close(got, reference.attention(q, k, v, mask, past, o))
+
+
+def fortran(x):
+    """The same numbers, the last but one axis dense."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
 SMALL = Tiles(
     qkv=Tile(8, 16), o=Tile(16, 32, split_k=2), gate_up=Tile(16, 16), down=Tile(16, 16, split_k=2),
     attention=AttentionTile(rows=16, keys=16),
@@ -206,6 +237,6 @@ def poison():
 if __name__ == "__main__":
     assert launch.INTERPRET, "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
-    groups = {"products": products, "norms": norms, "attention": attention, "boundary": boundary}
+    groups = {"products": products, "norms": norms, "attention": attention, "boundary": boundary, "strides": strides}
     {**groups, "policy": policy, "poison": poison}[sys.argv[1]]()
     print(f"checked {COUNT[0]} comparisons")

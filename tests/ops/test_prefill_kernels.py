@@ -152,7 +152,9 @@ def test_scales_multiply_the_sum_and_an_output_scale_divides_and_clamps(tile, ep
     torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-3)
 
 
-@pytest.mark.parametrize("heads", [(4, 1, 32), (4, 2, 32), (0, 1, 32)], ids=["mqa", "gqa", "keys-values"])
+@pytest.mark.parametrize(
+    "heads", [(4, 1, 32), (4, 2, 32), (0, 1, 32), (4, 1, 16)], ids=["mqa", "gqa", "keys-values", "half-a-tile"]
+)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_projection_with_rotation(heads, batch):
     from vivace.ops import reference

@@ -134,6 +134,53 @@ def test_gelu_without_bias_does_not_go_to_cublas(model):
     assert launched == [("no bias", "linear_gelu", "triton, untuned")]
 
 
+@pytest.mark.parametrize("rows", [256, 257])
+def test_row_scales_grow_with_the_product(model, monkeypatch, rows):
+    """More rows than were prepared for are no less right: cuBLAS is handed one scale for each."""
+    handed = []
+
+    def product(x, weight, *, scale_a, scale_b, bias, out_dtype, use_fast_accum):
+        handed.append(scale_a)
+        return torch.zeros(x.shape[0], weight.shape[1], dtype=out_dtype, device=x.device)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    layer = quantise_layer(Linear(32, 48, name="projector").to(DEVICE).bfloat16(), amax=1.0)
+    ops = prefill.Prefill(prefill.fp8_constants(layer), torch.ones(256, 1, device=DEVICE), tuning=Blas())
+    x = torch.zeros(1, rows, 32, dtype=torch.float8_e4m3fn, device=DEVICE)
+    assert ops.linear(x, layer).shape == (1, rows, 48)
+    assert [scale.shape for scale in handed] == [(rows, 1)]
+    assert bool((handed[0] == 1.0).all())
+
+
+def test_strided_activations_are_read_as_what_they_are(model):
+    ops, layer, norm = (
+        table(model, EverythingTriton()),
+        Linear(32, 32, name="l").to(DEVICE),
+        RmsNorm(32, name="n").to(DEVICE),
+    )
+    for parameter in (layer.weight, norm.weight):
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, old = (
+        torch.randn(1, 32, 5, generator=torch.Generator().manual_seed(seed)).to(DEVICE).transpose(1, 2)
+        for seed in (0, 1)
+    )
+    wanted = reference_ops().linear_residual_norm(x, layer, old, None, norm, None, layer)
+    got = ops.linear_residual_norm(x, layer, old, None, norm, None, layer)
+    for mine, want in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rule_of_thumb_is_no_measurement(model):
+    launched = []
+    layer = Linear(32, 64, name="odd").to(DEVICE)
+    ops = table(model, Tuning(), record=lambda *row: launched.append(row))
+    x = torch.zeros(1, 5, 32, device=DEVICE)
+    ops._choose("plain", layer, x[0], "linear_residual_norm")
+    ops._choose("geglu", layer, x[0], "geglu")
+    assert [row[2] for row in launched] == ["cublas, untuned", "triton, untuned"]
+    assert TUNED.choose("geglu", rows=304, shape=(32768, 2048), fp8=True).measured
+
+
 def test_why_not_names_device_alignment_and_capability():
     assert "NVIDIA" in prefill_limits.why_not(device="cpu")
     odd = Linear(36, 40, name="odd").bfloat16()
