@@ -138,8 +138,6 @@ def _run_suite(args: Args) -> int:
     from ..sim import campaign
     from ..sim.libero import campaign as libero
 
-    if args.store or args.video is not None or args.rerun is not None:
-        raise ConfigError("--store, --video and --rerun", got=f"--suite {args.suite}", wanted="the conveyor")
     suite = _suite(args)
     arms = _arms(args, suite)
     work = libero.jobs(arms, suite)
@@ -166,6 +164,18 @@ def _run_suite(args: Args) -> int:
         write_result(args.output, document)
     emit(document)
     return OK if passed else FAILED
+
+
+def _check_suite(args: Args) -> None:
+    """No option is ignored: some are for the conveyor only, some for suites only."""
+    conveyor = "task", "episodes", "store", "video", "rerun"
+    suites = "convention", "suite_task", "episodes_per_task", "libero_python"
+    for name in suites if args.suite is None else conveyor:
+        if getattr(args, name) != getattr(Args, name):
+            where = "a suite: pass --suite" if args.suite is None else "the conveyor: leave it out, or --suite"
+            raise ConfigError(
+                f"--{name.replace('_', '-')}", got=getattr(args, name), wanted=f"nothing; it is for {where}"
+            )
 
 
 def _suite(args: Args) -> Suite:
@@ -198,6 +208,7 @@ def _check(args: Args) -> None:
         raise ConfigError("execute_ticks", got=args.execute_ticks, wanted="at least 1")
     if args.store and set(args.policy) == {"expert"}:
         raise ConfigError("nothing to store", got="--policy expert", wanted="--store with a checkpoint folder")
+    _check_suite(args)
     for policy in args.policy:
         if policy != "expert" and not Path(policy).is_dir():
             raise ConfigError("--policy", got=repr(policy), wanted="expert, or a checkpoint folder")

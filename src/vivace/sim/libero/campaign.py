@@ -29,6 +29,8 @@ from .expert import Expert, ExpertChunk
 
 UNITS = Units(1000.0 / CONTROL_HZ, None, None)
 """An action moves and turns the goal of a controller: no velocity."""
+INITIAL_STATES = 50
+"""Official ones of every task of every suite."""
 SCRIPTED = "libero_object"
 """The suite that the expert is for."""
 BLOCK = 10
@@ -54,9 +56,12 @@ class Suite:
 
     def __post_init__(self) -> None:
         convention(self.convention).limit(self.name)
-        if self.episodes_per_task < 1 or self.first_state < 0:
-            got = f"{self.episodes_per_task} from {self.first_state} on"
-            raise ConfigError("initial states of a LIBERO campaign", got=got, wanted="at least 1, from 0 or later on")
+        last = self.first_state + self.episodes_per_task - 1
+        if not 0 <= self.first_state <= last < INITIAL_STATES:
+            raise ConfigError(
+                "initial states of a task of LIBERO", got=f"{self.first_state} to {last}",
+                wanted=f"some of 0 to {INITIAL_STATES - 1}", do="change --seed or --episodes-per-task",
+            )  # fmt: skip
         if any(not 0 <= task < tasks_of(self.name) for task in self.tasks):
             raise ConfigError(f"tasks of {self.name}", got=self.tasks, wanted=f"0 to {tasks_of(self.name) - 1}")
 
