@@ -22,6 +22,7 @@ from vivace.ops import (
     launch,
     prefill_attention,
     prefill_gemm,
+    prefill_limits,
     prefill_pointwise,
     prefill_tail,
     prefill_tuning,
@@ -164,6 +165,20 @@ def narrow_heads():
     return count
 
 
+def largest_attention():
+    """What `why_not` compares with the GPU's shared memory is what the tuned tile takes."""
+    q, k = zeros(1, 968, 8, 256), zeros(1, 968, 1, 256)
+    tile = prefill_tuning.TUNED.attention_tile(rows=968 * 8)
+    prefill_attention.attention(q, k, k, zeros(1, 968, 2048), tile=tile, mask=torch.ones(1, 968, dtype=torch.bool))
+    assert prefill_attention._attention_kernel.made.metadata.shared <= prefill_limits.SHARED_BYTES
+    tiles, rows = denoise.TILES[denoise.MAX_ROWS, False], 50
+    q, k, past = zeros(1, rows, 8, 256), zeros(1, rows, 1, 256), (zeros(1, 968, 1, 256),) * 2
+    denoise_attention.attention(q, k, k, None, past, layer("o", False), tiles.attention)
+    assert denoise_attention._split_kernel.made.metadata.shared <= denoise.LONG_CACHE_BYTES
+    denoise_attention.attention(q, k, k, None, past, layer("o", False), tiles.attention_mid)
+    assert denoise_attention._split_kernel.made.metadata.shared <= 99 * 1024
+
+
 def replace_weight(made, rows):
     """The layer with its first `rows` rows."""
     made.weight.data = made.weight.data[:rows].contiguous()
@@ -188,6 +203,7 @@ def main():
     vars(launch)["share"] = lambda launched, percent: None
     driver.set_active(Hopper())
     negative_control()
+    largest_attention()
     print(f"checked {clamps()} clamps and {narrow_heads()} products of narrow heads")
 
 

@@ -191,6 +191,8 @@ def test_heads_are_judged_with_the_model():
 def test_why_not_looks_at_the_heads_of_the_network(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    room = {"bytes": 232_448}
+    monkeypatch.setattr(launch, "shared_bytes", lambda device: room["bytes"])
     network = torch.nn.Module()
     network.config = ModelConfig()
     assert prefill_limits.why_not(device="cuda", model=network) is None
@@ -198,3 +200,15 @@ def test_why_not_looks_at_the_heads_of_the_network(monkeypatch):
     assert prefill_limits.why_not(device="cuda", model=network).startswith("vision: 144 heads in 1152 columns")
     network.config = replace(ModelConfig(), prefix=replace(ModelConfig().prefix, head_dim=512))
     assert prefill_limits.why_not(device="cuda", model=network).startswith("prefix: head size 512")
+    room["bytes"] = 101_376  # RTX 50
+    assert "this GPU has 101376" in prefill_limits.why_not(device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert prefill_limits.why_not(device="cuda") is None
+
+
+def test_little_shared_memory_keeps_the_middle_attention_for_long_caches():
+    tiles = denoise.TILES[denoise.MAX_ROWS, False]
+    for room, wanted in ((None, tiles.attention), (232_448, tiles.attention), (101_376, tiles.attention_mid)):
+        assert denoise._attention_tile(tiles, 968, room) is wanted
+        assert denoise._attention_tile(tiles, 560, room) is tiles.attention_mid
+        assert denoise._attention_tile(tiles, 304, room) is tiles.attention_short

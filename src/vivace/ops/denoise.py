@@ -27,6 +27,8 @@ MAX_ROWS = 128
 MAX_HEAD_DIM = 256  # larger heads do not fit into shared memory with the tiles that there are
 MEASURED = frozenset({(2560, 1024), (1024, 2048), (8192, 1024), (1024, 4096)})  # weights that `TILES` was chosen for
 MIN_MID_KEYS, MAX_MID_KEYS = 400, 640
+# shared memory of the largest attention cut, as compiled for 8.0 to 12.0; the middle one takes 98,304
+LONG_CACHE_BYTES = 147_456
 Recorder = Callable[[str, str, str], None]  # layer name, operation, kernel
 
 
@@ -255,7 +257,8 @@ class Denoise:
             return self.base.attention(q, k, v, mask, past, into)
         chosen = self._chosen(rows, into)
         self._note(into.name, "attention")
-        return denoise_attention.attention(q, k, v, mask, past, into, _attention_tile(chosen, past[0].shape[1]))
+        tile = _attention_tile(chosen, past[0].shape[1], launch.shared_bytes(q.device))
+        return denoise_attention.attention(q, k, v, mask, past, into, tile)
 
     def step_boundary(
         self, n: Tensor, action_out: Linear, x: Tensor, dt: float, action_in: Linear, norm: RmsNorm,
@@ -306,10 +309,12 @@ def _ahead(tiles: Tiles, field: str, x: Tensor, layer: AnyLinear) -> AheadTile |
     return tile
 
 
-def _attention_tile(tiles: Tiles, cached_keys: int) -> AttentionTile:
+def _attention_tile(tiles: Tiles, cached_keys: int, shared_bytes: int | None) -> AttentionTile:
+    """By the length of the cache; GPUs with little shared memory (RTX 30 and 40) keep the middle one for long caches."""
     if cached_keys <= MIN_MID_KEYS:
         return tiles.attention_short or tiles.attention
-    return (tiles.attention_mid if cached_keys <= MAX_MID_KEYS else None) or tiles.attention
+    small = shared_bytes is not None and shared_bytes < LONG_CACHE_BYTES
+    return (tiles.attention_mid if small or cached_keys <= MAX_MID_KEYS else None) or tiles.attention
 
 
 def denoise_ops(

@@ -46,6 +46,15 @@ def programmatic(x: Tensor) -> bool:
     return x.is_cuda and not INTERPRET and _programmatic(x.device.index)
 
 
+@functools.cache
+def shared_bytes(device: torch.device) -> int | None:
+    """Shared memory that one program on this device may have; None on a CPU, which has no such bound."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stubs lack it
+
+
 def options(x: Tensor, *, warps: int, stages: int = 1, early: int = LATE) -> dict[str, Any]:
     """Launch keywords of one kernel; `PDL`, `EARLY` and `INTERPRET` are its compile-time switches."""
     if INTERPRET:
