@@ -119,8 +119,8 @@ class EngineConfig:
     precision: str = "auto"
     """float32, bfloat16, auto = what the checkpoint declares, or the file of a precision plan (`vivace calibrate`).
 
-    bfloat16 keeps in float32 what the checkpoint's own software keeps there; of a LeRobot checkpoint that is the vision tower,
-    which the GPU kernels do not take: "bfloat16+vision" rounds it too.
+    bfloat16 keeps in float32 what the checkpoint's own software keeps there; of a LeRobot checkpoint that is the vision
+    tower, which the GPU kernels do not take: "bfloat16+vision" rounds it too.
     """
     num_denoise_steps: int | None = None
     """Euler steps of the flow; None = what the checkpoint says, else 10 (openpi's and LeRobot's default)."""

@@ -65,9 +65,10 @@ def why_not_model(model: Pi) -> str | None:
             in_block = isinstance(layer, Linear) and layer is not model.vision.patch and ".modulation" not in layer.name
             if in_block and layer.dtype != torch.bfloat16:
                 return f"{layer.name} is {layer.dtype}, the kernels take bfloat16 and E4M3{_remedy(str(layer.name))}"
-    return denoise.why_not(head_dim=model.config.expert.head_dim, device=model.device) or prefill_limits.why_not(
-        device=str(model.device), model=model
-    )
+    rows = model.config.horizon if model.config.kind == "pi05" else None
+    return denoise.why_not(
+        head_dim=model.config.expert.head_dim, device=model.device, rows=rows
+    ) or prefill_limits.why_not(device=str(model.device), model=model)
 
 
 def _remedy(name: str) -> str:
