@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from wanted import Subject
+from wanted import Subject, make_checkpoint_tensors
 
 from vivace.backends.tensorrt import skeleton
 from vivace.config import GemmaConfig, VisionConfig
@@ -36,6 +36,13 @@ def test_fp16(subject, part):
     plain.outlined = skeleton.outline(subject.config, base="fp16")
     plain.numbers = skeleton.values(subject.model, plain.outlined)
     assert plain.worst(plain.write(part)) >= 0.9999
+
+
+@pytest.mark.parametrize(("plan", "part"), [("fp8-full", "prefix"), ("fp8-all", "vision"), ("fp8-all", "step")])
+def test_everything_in_fp8_with_weights_as_make_checkpoint_draws_them(rtx, plan, part):
+    """Without loud channels; with 16 of them E4M3 leaves 0.9988 in the prefix and 0.998 in the tower (docs/log.md)."""
+    subject = Subject(rtx, base="fp16", plan=plan, changes=SIZES, draw=make_checkpoint_tensors)
+    assert subject.worst(subject.write(part)) >= 0.999
 
 
 def test_fp8_full_loses_what_e4m3_loses(rtx):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from vivace.backends.eager import EagerBackend
 from vivace.backends.tensorrt import evaluate, networks, skeleton
 from vivace.backends.tensorrt.networks import Network, Shapes
-from vivace.config import EngineConfig
+from vivace.checkpoints import random_values
+from vivace.config import EngineConfig, ModelConfig
 from vivace.model import weights
 from vivace.model.pi import Pi
 from vivace.ops.reference import MASKED_LOGIT
@@ -30,11 +32,19 @@ def cosine(got: Tensor, wanted: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(got.double().flatten(), wanted.double().flatten(), dim=0))
 
 
+def make_checkpoint_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """Weights in the distribution of `vivace make-checkpoint`, without loud channels."""
+    shapes = {name: tuple(value.shape) for name, value in quick_tensors(config).items()}
+    return {name: random_values.random_tensor(name, shape, seed=0, outliers=0) for name, shape in shapes.items()}
+
+
 @dataclass
 class Subject:
     """A model, its network's outline, and one observation of two views and `tokens` prompt tokens, some of them masked.
 
-    plan  name of a preset; ranges are measured on the observation itself
+    plan   name of a preset; ranges are measured on the observation itself
+    quick  large random weights drawn in pieces
+    draw   config -> tensors, in place of the usual random ones
     """
 
     module: object
@@ -47,11 +57,13 @@ class Subject:
     tokens: int = 7
     hidden: int = 2
     quick: bool = False
+    draw: Callable[[ModelConfig], dict[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         torch.set_grad_enabled(False)
         config = tiny_config(self.kind, **self.changes)
-        tensors = quick_tensors(config) if self.quick else random_tensors(config)
+        draw = self.draw or (quick_tensors if self.quick else random_tensors)
+        tensors = draw(config)
         self.model = build(config, tensors)
         self.config = config
         case = case_of(config, tokens=self.tokens, views=2)
