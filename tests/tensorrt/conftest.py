@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vivace.backends.tensorrt import module
 from vivace.errors import Unsupported
@@ -14,6 +15,13 @@ from vivace.errors import Unsupported
 TESTS = Path(__file__).resolve().parents[1]
 for folder in ("model", "conformance", "tensorrt"):
     sys.path.insert(0, str(TESTS / folder))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_gradients():
+    """For models made by fixtures too; ends with the module, because others do train."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="session")

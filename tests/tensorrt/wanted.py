@@ -60,7 +60,6 @@ class Subject:
     draw: Callable[[ModelConfig], dict[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
-        torch.set_grad_enabled(False)
         config = tiny_config(self.kind, **self.changes)
         draw = self.draw or (quick_tensors if self.quick else random_tensors)
         tensors = draw(config)

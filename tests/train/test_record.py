@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -149,3 +151,17 @@ def test_closed_loop_counts_and_collects_what_the_expert_would_do():
     assert len(one.piece.ticks) == 5  # looks at 0, 50, ..., 200
     assert not one.piece.joined
     env.close()
+
+
+def test_each_thread_may_record():
+    """OpenGL contexts belong to threads: what one run opened may not be in the way of the next one's."""
+    plan = Plan((Source("static", 1),), image_px=PX, horizon=2, stride=25, seed=3)
+
+    def run():
+        return [demo.views for demo in record(plan)]
+
+    with ThreadPoolExecutor(1) as first:
+        once = first.submit(run).result()
+    with ThreadPoolExecutor(1) as second:
+        again = second.submit(run).result()
+    assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))

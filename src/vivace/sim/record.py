@@ -212,6 +212,9 @@ def record_episode(env: ConveyorEnv, *, seed: int, sigma: tuple[float, ...], hor
     )  # fmt: skip
 
 
+Environments = dict[tuple[str, str, int], ConveyorEnv]
+
+
 def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = lambda count: None) -> Iterator[Demo]:
     """All demonstrations of a plan in order, failed ones included (`Demo.success`); not more than a few are held.
 
@@ -221,9 +224,14 @@ def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = 
         raise ConfigError("processes", got=processes, wanted="at least 1")
     jobs = plan.jobs()
     if processes == 1:
-        for job in jobs:
-            yield _run(plan, job)
-            progress(1)
+        here: Environments = {}  # a context of OpenGL belongs to one thread: closed by the one that made it
+        try:
+            for job in jobs:
+                yield _run(plan, job, here)
+                progress(1)
+        finally:
+            for env in here.values():
+                env.close()
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context)
@@ -234,7 +242,7 @@ def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = 
         for index in range(len(jobs)):
             while index not in done:
                 while sent < len(jobs) and sent < index + 4 * processes:
-                    waiting[pool.submit(_run, plan, jobs[sent])] = sent
+                    waiting[pool.submit(_run_in_process, plan, jobs[sent])] = sent
                     sent += 1
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     done[waiting.pop(future)] = future.result()
@@ -244,13 +252,18 @@ def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = 
         pool.shutdown(cancel_futures=True)
 
 
-_environments: dict[tuple[str, str, int], ConveyorEnv] = {}
+_of_this_process: Environments = {}
 
 
-def _run(plan: Plan, job: tuple[Source, int]) -> Demo:
+def _run_in_process(plan: Plan, job: tuple[Source, int]) -> Demo:
+    """In a worker process, which keeps its environments for the next episode and ends with them."""
+    return _run(plan, job, _of_this_process)
+
+
+def _run(plan: Plan, job: tuple[Source, int], environments: Environments) -> Demo:
     source, seed = job
     key = (source.task, source.belt, plan.image_px)
-    if key not in _environments:
+    if key not in environments:
         belt = SPEEDS_M_S[source.belt] if source.belt else None
-        _environments[key] = ConveyorEnv(source.task, belt_m_s=belt, image_px=plan.image_px)
-    return record_episode(_environments[key], seed=seed, sigma=plan.sigma, horizon=plan.horizon, stride=plan.stride)
+        environments[key] = ConveyorEnv(source.task, belt_m_s=belt, image_px=plan.image_px)
+    return record_episode(environments[key], seed=seed, sigma=plan.sigma, horizon=plan.horizon, stride=plan.stride)
