@@ -114,6 +114,53 @@ def test_the_audit_names_what_differs(rtx, monkeypatch, fault):
         audit.check(subject.write("prefix"), subject.chosen.quantises)
 
 
+def exchanged(monkeypatch, what, *, first="prefix.layers.0.gate_up", second="prefix.layers.1.gate_up"):
+    """The writer gets two layers' parameters under each other's names; products keep the names of their layers."""
+    plain = networks._Given.__init__
+
+    def init(self, names, numbers, baked):
+        swap = {f"{first}.{what}": f"{second}.{what}", f"{second}.{what}": f"{first}.{what}"}
+        plain(self, {key: swap.get(name, name) for key, name in names.items()}, numbers, baked)
+
+    monkeypatch.setattr(networks._Given, "__init__", init)
+
+
+@pytest.mark.parametrize("baked", [False, True], ids=["inputs", "baked"])
+@pytest.mark.parametrize("what", ["weight", "weight_scale", "input_scale"])
+def test_a_product_with_the_numbers_of_another_layer(rtx, monkeypatch, what, baked):
+    subject = Subject(rtx, base="fp16", plan="fp8-mlp", baked=baked)
+    exchanged(monkeypatch, what)
+    network = subject.write("prefix")
+    with pytest.raises(NumericsError, match=rf"layers.0.mlp.gate_up geglu reads .*prefix.layers.1.gate_up.{what}"):
+        audit.check(network, subject.chosen.quantises)
+    problems = audit.mismatches(network, audit.products(network), subject.chosen.quantises)
+    assert [line.partition(" reads ")[0] for line in problems] == [
+        f"prefix.layers.{index}.mlp.gate_up geglu" for index in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["pi05", "pi0"])
+def test_a_plain_product_with_the_weight_of_another_layer(rtx, monkeypatch, kind):
+    """Unquantised linears too; pi0's cut one is known by its whole."""
+    first, second = ("action_time_out", "action_time_in") if kind == "pi0" else ("action_in", "time_in")
+    subject = Subject(rtx, kind=kind, base="fp16")
+    if kind == "pi0":
+        cut = [p for p in audit.check(subject.write("step"), subject.chosen.quantises) if p.layer == second]
+        assert [p.reads for p in cut] == [("action_time_in.weight",)]
+    exchanged(monkeypatch, "weight", first=first, second=second)
+    network = subject.write("step")
+    with pytest.raises(NumericsError, match=f"{first}.* reads {second}.weight"):
+        audit.check(network, subject.chosen.quantises)
+
+
+def test_a_scale_that_is_computed(rtx, monkeypatch):
+    plain = Operations._scale
+    monkeypatch.setattr(Operations, "_scale", lambda self, layer: plain(self, layer) * 1.0)
+    subject = Subject(rtx, base="fp16", plan="fp8-mlp")
+    with pytest.raises(NumericsError, match="the result of prod"):
+        audit.check(subject.write("prefix"), subject.chosen.quantises)
+
+
 def test_the_table_is_that_of_the_other_engines(rtx, capsys):
     """Same rows, same operations as the model's own record of an eager run; attention and linears alike."""
     subject = Subject(rtx, base="fp16", plan="fp8-all")

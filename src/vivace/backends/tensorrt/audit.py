@@ -5,17 +5,21 @@ out of a DequantizeLinear with a float32 scale whose own input is E4M3: one side
 the other a stored weight with a scale per output channel. Anything else runs in the type of its operands. Types
 are binding in a strongly typed network, so what is written here is what is built.
 
+A product says in its name which linear it is. That label is not believed: the inputs and constants that its weight and
+scales come from are, by their names, under which their numbers are given. They must be this linear's own.
+
 Every mismatch is an error: a layer in another type than the plan or the checkpoint's flavour says, operands that differ, a
-product that is missing, one that nobody asked for. `record` fills the table that the Triton engine reports in too.
+weight or scale of another layer, a product that is missing, one that nobody asked for. `record` fills the table that the
+Triton engine reports in too.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -27,6 +31,9 @@ from .evaluate import torch_dtype, walk
 from .module import Definition
 from .networks import Network, Part
 
+Makers: TypeAlias = Mapping[str, tuple[str, Any]]
+"""{tensor: (kind of the layer that makes it, the layer)}."""
+
 MOVES = ("SHUFFLE", "IDENTITY", "SLICE")
 ATTENTION = ("attention_scores", "attention_mix", "attention")
 
@@ -37,6 +44,7 @@ class Product:
 
     layer      the linear, or for the two products of attention the linear that reads their result
     precision  "e4m3", "float16", ... or what is wrong with its operands
+    reads      inputs and constants that its weight, its weight's scale and its input's scale come from, in this order
     """
 
     layer: str
@@ -44,6 +52,7 @@ class Product:
     precision: str
     flops: float
     moved_bytes: float
+    reads: tuple[str, ...] = ()
 
     @property
     def is_attention(self) -> bool:
@@ -63,8 +72,9 @@ def products(network: Network) -> tuple[Product, ...]:
         operation, _, rest = layer.name.rpartition(" #")[0].partition("|")
         operands = [layer.get_input(index) for index in range(2)]
         precision = _precision([_source(tensor, makers) for tensor in operands], makers)
-        tensors = [*operands, layer.get_output(0)]
-        found.append(Product(rest, operation, precision, _flops(kind, operands), _bytes(tensors, precision)))
+        moved = _bytes([*operands, layer.get_output(0)], precision)
+        reads = () if operation in ATTENTION else _reads(operands, makers)
+        found.append(Product(rest, operation, precision, _flops(kind, operands), moved, reads))
     return tuple(found)
 
 
@@ -83,8 +93,11 @@ def check(network: Network, quantises: Callable[[str], bool]) -> tuple[Product, 
 
 
 def mismatches(network: Network, found: Sequence[Product], quantises: Callable[[str], bool]) -> list[str]:
-    """One line per product that differs from the plan, is missing, or is one too many."""
+    """One line per product that differs from the plan, reads another layer's numbers, is missing, or is one too many."""
     problems = []
+    paths = {
+        layer.name: path for path, layer in network.outlined.named_modules() if isinstance(layer, Linear | Fp8Linear)
+    }
     wanted = {layer.name: layer for layer in network.outlined.modules() if isinstance(layer, Linear | Fp8Linear)}
     for product in found:
         layer = wanted.get(product.layer)
@@ -96,6 +109,11 @@ def mismatches(network: Network, found: Sequence[Product], quantises: Callable[[
                 planned = _name(_compute(network, product.layer))
         if product.precision != planned:
             problems.append(f"{product.layer} {product.operation} in {product.precision}, planned {planned}")
+        own = () if layer is None or product.is_attention else _parameters(paths[product.layer], planned)
+        if layer is not None and product.reads != own:
+            problems.append(
+                f"{product.layer} {product.operation} reads {_list(product.reads)}, its own are {_list(own)}"
+            )
     counts = Counter(product.layer for product in found if not product.is_attention)
     times = network.shapes.steps if network.part == "loop" else 1
     expected = dict.fromkeys(linears(network.part, network.outlined), times)
@@ -103,6 +121,16 @@ def mismatches(network: Network, found: Sequence[Product], quantises: Callable[[
         if counts[name] != expected.get(name, 0):
             problems.append(f"{name}: {counts[name]} products, wanted {expected.get(name, 0)}")
     return problems
+
+
+def _parameters(path: str, precision: str) -> tuple[str, ...]:
+    """What a product of the linear at `path` must read, as in `Product.reads`."""
+    names = ("weight", "weight_scale", "input_scale") if precision == E4M3 else ("weight",)
+    return tuple(f"{path}.{name}" for name in names)
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names) or "nothing"
 
 
 def linears(part: Part, outlined: Pi) -> Iterator[str]:
@@ -145,21 +173,46 @@ def record(seen: Coverage, found: Sequence[Product], *, part: Part, kernel: str)
 # --- how an operand came about --------------------------------------------------------------------------------------
 
 
-def _source(tensor: Definition, makers: dict[str, tuple[str, Any]]) -> Definition:
+def _source(tensor: Definition, makers: Makers, *, through: Sequence[str] = MOVES) -> Definition:
     """The tensor before layers that only move values."""
-    while tensor.name in makers and makers[tensor.name][0] in MOVES:
+    while tensor.name in makers and makers[tensor.name][0] in through:
         tensor = makers[tensor.name][1].get_input(0)
     return tensor
 
 
-def _precision(sources: Sequence[Definition], makers: dict[str, tuple[str, Any]]) -> str:
+def _reads(operands: Sequence[Definition], makers: Makers) -> tuple[str, ...]:
+    """See `Product.reads`."""
+    found: list[str] = []
+    for operand in (operands[1], operands[0]):
+        source = _source(operand, makers)
+        kind, layer = makers.get(source.name, ("INPUT", None))
+        if kind == "DEQUANTIZE" and operand is operands[1]:
+            found += [_origin(layer.get_input(0), makers), _origin(layer.get_input(1), makers)]
+        elif kind == "DEQUANTIZE":
+            found += [_origin(layer.get_input(1), makers)]
+        elif operand is operands[1]:
+            found += [_origin(source, makers)]
+    return tuple(found)
+
+
+def _origin(tensor: Definition, makers: Makers) -> str:
+    """Name of the input or constant that holds a tensor's numbers; of what computed it, if it is neither."""
+    source = _source(tensor, makers, through=(*MOVES, "CAST"))
+    kind, layer = makers.get(source.name, ("INPUT", None))
+    if kind == "INPUT":
+        return str(source.name)
+    name = str(layer.name).rpartition(" #")[0]
+    return name if kind == "CONSTANT" else f"the result of {name}"
+
+
+def _precision(sources: Sequence[Definition], makers: Makers) -> str:
     sides = [_side(source, makers) for source in sources]
     if sides == ["e4m3 value", "e4m3 weight"]:
         return E4M3
     return sides[0] if sides[0] == sides[1] else " x ".join(sides)
 
 
-def _side(tensor: Definition, makers: dict[str, tuple[str, Any]]) -> str:
+def _side(tensor: Definition, makers: Makers) -> str:
     kind, layer = makers.get(tensor.name, ("INPUT", None))
     if kind != "DEQUANTIZE" or layer is None:
         return _name(torch_dtype(tensor))
