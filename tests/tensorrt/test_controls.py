@@ -7,6 +7,7 @@ import torch
 from wanted import Subject
 
 from vivace.backends.tensorrt import audit, evaluate
+from vivace.backends.tensorrt.identity import network_hash
 from vivace.backends.tensorrt.operations import Operations
 from vivace.backends.tensorrt.symbols import Writer
 from vivace.errors import NumericsError, ShapeError
@@ -17,6 +18,11 @@ FP8 = 0.999
 @pytest.fixture(scope="module")
 def subject(rtx):
     return Subject(rtx, base="fp16", plan="fp8-mlp")
+
+
+@pytest.fixture(scope="module")
+def fused(rtx):
+    return Subject(rtx, fused=True)
 
 
 def missing_mask(monkeypatch):
@@ -87,6 +93,88 @@ def test_swapped_scales(subject, scale):
     network = subject.write("prefix")
     got = evaluate.run(network, subject.feeds("prefix"), numbers=swapped)
     assert subject.alike(got, subject.wanted("prefix")) < FP8
+
+
+def attention_told(**told):
+    """Every fused attention of the network told something else."""
+
+    def fault(monkeypatch):
+        plain = Writer.wrap
+
+        def wrap(self, layer, dtype, name):
+            if name.startswith("attention"):
+                for key, value in told.items():
+                    setattr(layer, key, getattr(getattr(self.module.api, value[0]), value[1]))
+            return plain(self, layer, dtype, name)
+
+        monkeypatch.setattr(Writer, "wrap", wrap)
+
+    return fault
+
+
+def rotary_told(**told):
+    """Every fused rotation of the network told something else."""
+
+    def fault(monkeypatch):
+        plain = Writer.wrap
+
+        def wrap(self, layer, dtype, name):
+            if name == "rotate":
+                for key, value in told.items():
+                    setattr(layer, key, value)
+            return plain(self, layer, dtype, name)
+
+        monkeypatch.setattr(Writer, "wrap", wrap)
+
+    return fault
+
+
+TOLD = {
+    "interleaved": ("prefix", rotary_told(interleaved=True), "interleaved': 'True"),
+    "causal": ("vision", attention_told(causal_kind=("CausalMaskKind", "UPPER_LEFT")), "UPPER_LEFT"),
+    "causal from the end": ("vision", attention_told(causal_kind=("CausalMaskKind", "LOWER_RIGHT")), "LOWER_RIGHT"),
+    "no softmax": ("prefix", attention_told(norm_op=("AttentionNormalizationOp", "NONE")), "norm_op': 'NONE"),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_fused_layer_told_otherwise_is_refused_and_another_engine(fused, monkeypatch, name):
+    part, fault, says = TOLD[name]
+    sound, again = fused.write(part), fused.write(part)
+    evaluate.look(sound.definition, sound.module.api)
+    fault(monkeypatch)
+    broken = fused.write(part)
+    with pytest.raises(ShapeError, match=says):
+        fused.evaluate(broken)
+    assert network_hash(broken) != network_hash(sound) == network_hash(again)
+
+
+@pytest.mark.parametrize(("size", "refused"), [(4, True), (8, False), (0, False)])
+def test_a_rotation_of_a_part_of_the_head_is_refused(rtx, size, refused):
+    builder = rtx.api.Builder(rtx.api.Logger())
+    definition, kind = builder.create_network(0), rtx.api.DataType.FLOAT
+    x = definition.add_input("x", kind, (1, 2, 3, 8))
+    cos, sin = (definition.add_input(name, kind, (1, 3, (size or 8) // 2)) for name in ("cos", "sin"))
+    layer = definition.add_rotary_embedding(x, cos, sin, interleaved=False, rotary_embedding_dim=size)
+    definition.mark_output(layer.get_output(0))
+    if refused:
+        with pytest.raises(ShapeError, match="rotary_embedding_dim': '4"):
+            evaluate.look(definition, rtx.api)
+    else:
+        assert len(evaluate.look(definition, rtx.api).steps) == 1
+
+
+def test_decomposable_is_part_of_the_hash(fused, monkeypatch):
+    """Same numbers, another kernel."""
+    sound = network_hash(fused.write("prefix"))
+
+    def wrap(self, layer, dtype, name, plain=Writer.wrap):
+        if name.startswith("attention"):
+            layer.decomposable = False
+        return plain(self, layer, dtype, name)
+
+    monkeypatch.setattr(Writer, "wrap", wrap)
+    assert network_hash(fused.write("prefix")) != sound
 
 
 def quantised_under_another_scale(monkeypatch):

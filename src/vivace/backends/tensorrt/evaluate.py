@@ -28,6 +28,13 @@ Layer: TypeAlias = Any
 Declared: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 Rule: TypeAlias = Callable[[Layer, Sequence[Tensor]], Tensor]
 
+ATTENTION: dict[str, str] = {
+    "norm_op": "SOFTMAX", "causal": "False", "causal_kind": "NONE", "query_form": "PADDED_BHND",
+    "key_value_form": "PADDED_BHND", "query_lengths": "None", "key_value_lengths": "None",
+    "normalization_quantize_scale": "None",
+}  # fmt: skip
+"""Attributes of the attention that the rule computes; one without lengths or a scale has no such fact."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -72,6 +79,7 @@ def look(definition: Definition, api: Any) -> Walked:
     for kind, layer in walk(definition, api):
         if kind != "CONSTANT" and kind not in RULES:
             raise ShapeError("a layer that the evaluator has no rule for", got=f"{kind} {layer.name}")
+        _refuse(kind, layer)
         out = layer.get_output(0)
         steps.append(Step(kind, layer, tuple(inputs_of(layer)), out.name, declared(out)))
     return Walked({tensor.name: declared(tensor) for tensor in inputs}, tuple(steps), outputs)
@@ -120,6 +128,35 @@ def inputs_of(layer: Layer) -> list[str]:
     """Names of the tensors that a layer reads."""
     found = (layer.get_input(index) for index in range(layer.num_inputs))
     return [tensor.name for tensor in found if tensor is not None]
+
+
+def fused_facts(kind: str, layer: Layer) -> dict[str, str]:
+    """What a fused layer is told beside its tensors, {attribute: value}; {} for every other kind.
+
+    An attribute that came with a later TensorRT is left out where the module does not know it.
+    """
+    if kind == "ROTARY_EMBEDDING":
+        return {"interleaved": str(layer.interleaved), "rotary_embedding_dim": str(layer.rotary_embedding_dim)}
+    if kind != "ATTENTION_INPUT":
+        return {}
+    attention = layer.attention
+    found = {name: getattr(attention, name, None) for name in (*ATTENTION, "decomposable")}
+    return {name: str(getattr(value, "name", value)) for name, value in found.items() if value is not None}
+
+
+def _refuse(kind: str, layer: Layer) -> None:
+    """Raises ShapeError for a fused layer that does something else than the rule computes."""
+    facts = fused_facts(kind, layer)
+    if kind == "ROTARY_EMBEDDING":
+        whole = ("0", str(layer.get_output(0).shape[-1]))
+        wrong = facts["interleaved"] != "False" or facts["rotary_embedding_dim"] not in whole or layer.num_inputs != 3
+        wanted = f"interleaved False, rotary_embedding_dim {' or '.join(whole)}, no position ids"
+    else:
+        wrong = any(facts.get(name, value) != value for name, value in ATTENTION.items())
+        wrong = wrong or (layer.num_inputs > 3 and torch_dtype(layer.get_input(3)) != torch.bool)
+        wanted = ", ".join(f"{name} {value}" for name, value in ATTENTION.items()) + ", a mask of booleans"
+    if facts and wrong:
+        raise ShapeError(f"{layer.name} does what the evaluator does not compute", got=facts, wanted=wanted)
 
 
 def torch_dtype(tensor: Definition) -> torch.dtype:
@@ -274,5 +311,6 @@ CLASSES: dict[str, str] = {
     "UNARY": "IUnaryLayer", "ACTIVATION": "IActivationLayer", "REDUCE": "IReduceLayer", "SOFTMAX": "ISoftMaxLayer",
     "SLICE": "ISliceLayer", "SHUFFLE": "IShuffleLayer", "CONCATENATION": "IConcatenationLayer",
     "MATRIX_MULTIPLY": "IMatrixMultiplyLayer", "QUANTIZE": "IQuantizeLayer", "DEQUANTIZE": "IDequantizeLayer",
-    "GATHER": "IGatherLayer", "SELECT": "ISelectLayer",
+    "GATHER": "IGatherLayer", "SELECT": "ISelectLayer", "ATTENTION_INPUT": "IAttentionInputLayer",
+    "ROTARY_EMBEDDING": "IRotaryEmbeddingLayer",
 }  # fmt: skip

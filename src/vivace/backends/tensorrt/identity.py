@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .evaluate import inputs_of, walk
+from .evaluate import fused_facts, inputs_of, walk
 from .networks import Network
 from .skeleton import digest
 from .targets import Target
@@ -71,6 +71,7 @@ def network_hash(network: Network) -> str:
         whole.update(_tensor(definition.get_input(index)).encode())
     for kind, layer in walk(definition, api):
         values = [str(getattr(layer, name)) for name in ATTRIBUTES.get(kind, ())]
+        values += [f"{name}={value}" for name, value in fused_facts(kind, layer).items()]
         outputs = [_tensor(layer.get_output(index)) for index in range(layer.num_outputs)]
         whole.update(f"{kind} {layer.name} {inputs_of(layer)} {values} {outputs}\n".encode())
         if kind == "CONSTANT" and layer.name.rpartition(" #")[0] not in network.parameters:
