@@ -147,6 +147,8 @@ def fused_facts(kind: str, layer: Layer) -> dict[str, str]:
 def _refuse(kind: str, layer: Layer) -> None:
     """Raises ShapeError for a fused layer that does something else than the rule computes."""
     facts = fused_facts(kind, layer)
+    if not facts:
+        return
     if kind == "ROTARY_EMBEDDING":
         whole = ("0", str(layer.get_output(0).shape[-1]))
         wrong = facts["interleaved"] != "False" or facts["rotary_embedding_dim"] not in whole or layer.num_inputs != 3
@@ -155,7 +157,7 @@ def _refuse(kind: str, layer: Layer) -> None:
         wrong = any(facts.get(name, value) != value for name, value in ATTENTION.items())
         wrong = wrong or (layer.num_inputs > 3 and torch_dtype(layer.get_input(3)) != torch.bool)
         wanted = ", ".join(f"{name} {value}" for name, value in ATTENTION.items()) + ", a mask of booleans"
-    if facts and wrong:
+    if wrong:
         raise ShapeError(f"{layer.name} does what the evaluator does not compute", got=facts, wanted=wanted)
 
 
