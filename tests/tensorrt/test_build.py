@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from wanted import Subject
 
 from vivace.backends.tensorrt import audit, module, networks, skeleton, targets
-from vivace.backends.tensorrt.build import build
+from vivace.backends.tensorrt import build as builder
+from vivace.backends.tensorrt.build import Log, build, types_of
 from vivace.backends.tensorrt.networks import PARTS, Shapes
+from vivace.backends.tensorrt.symbols import Writer
 from vivace.config import GemmaConfig, ModelConfig, VisionConfig
-from vivace.errors import ConfigError, Unsupported
+from vivace.errors import ConfigError, ShapeError, Unsupported
 from vivace.model.pi import Pi
 from vivace.precision.fit import all_layers
 from vivace.precision.plan import preset
@@ -123,15 +127,105 @@ def test_no_float32_products_on_turing(rtx):
 
 
 def test_a_plan_that_quantises_nothing_here_needs_no_fp8(rtx):
-    """The vision tower of fp8-mlp is plain FP16: fine on an RTX 30."""
-    assert build(Subject(rtx, base="fp16", plan="bf16").write("vision"), targets.parse("sm86")).engine
+    """The vision tower of fp8-mlp is plain FP16: fine on an RTX 30, other than the prefix of the same policy."""
+    subject = Subject(rtx, base="fp16", plan="fp8-mlp", changes=SMALL)
+    vision = subject.write("vision")
+    assert torch.float8_e4m3fn not in types_of(vision)
+    assert torch.float8_e4m3fn in types_of(subject.write("prefix"))
+    assert build(vision, targets.parse("sm86")).engine
+
+
+@pytest.mark.parametrize("baked", [False, True])
+def test_types_are_those_of_each_network(rtx, baked):
+    subject = Subject(rtx, base="bf16", baked=baked, changes={**SMALL, "flavour": "lerobot"})
+    found = {part: torch.bfloat16 in types_of(subject.write(part)) for part in ("vision", "prefix", "step")}
+    assert found == {"vision": False, "prefix": True, "step": True}  # LeRobot's vision tower is float32 throughout
+
+
+@pytest.mark.parametrize(("number", "base", "plan", "part", "says"), [
+    (86, "fp16", "fp8-mlp", "prefix", "sm86 .RTX 30. has no FP8"),
+    (75, "bf16", "bf16", "prefix", "sm75 .RTX 20. has no BF16"),
+    (75, "fp16", "bf16", "step", "sm75 .RTX 20. has no float32 products"),
+    (90, "fp16", "bf16", "prefix", "no target sm90"),
+])  # fmt: skip
+def test_the_gpu_of_this_machine_is_judged_like_a_named_one(rtx, monkeypatch, number, base, plan, part, says):
+    asked = []
+    monkeypatch.setattr(builder, "here", lambda device: asked.append(device) or targets.Target(number))
+    with pytest.raises(Unsupported, match=says):
+        build(Subject(rtx, base=base, plan=plan, changes=SMALL).write(part), (), device=torch.device("cuda:1"))
+    assert asked == [torch.device("cuda:1")]
+
+
+def test_the_gpu_that_was_asked_for_is_current_during_the_build(rtx, monkeypatch):
+    network, current = Subject(rtx, base="fp16").write("prefix"), []
+
+    @contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Watched(FakeBuilder):
+        def build_serialized_network(self, definition, config):
+            seen.extend(current)
+            return b"plan"
+
+    seen: list = []
+    monkeypatch.setattr(builder, "on", on)
+    monkeypatch.setattr(builder, "here", lambda device: targets.Target(89))
+    network.owner.builder = Watched(network.owner.builder, network.owner.log, None)
+    assert build(network, (), device=torch.device("cuda:1")).engine == b"plan"
+    assert (seen, current) == ([torch.device("cuda:1")], [])
+
+
+def test_only_a_gpu_is_made_current(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: ("current", device))
+    assert targets.on(torch.device("cuda:1")) == ("current", torch.device("cuda:1"))
+    for none in (None, torch.device("cpu")):
+        with targets.on(none):
+            pass
+
+
+def test_a_refused_layer_quotes_tensorrt(rtx):
+    said = ["Error Code 3: axis is out of range"]
+    writer = Writer(rtx, None, None, said=said)
+    with pytest.raises(ShapeError, match=r"refused the layer cast.*axis is out of range"):
+        writer.wrap(None, torch.float32, "cast")
+    said.clear()
+    with pytest.raises(ShapeError, match="no reason given"):
+        writer.wrap(None, torch.float32, "cast")
+
+
+def test_a_network_gives_its_messages_to_its_writer(rtx, monkeypatch):
+    class Refusing(networks.Writer):
+        def input(self, name, dtype, shape):
+            self.said.append("said by the builder")
+            return self.wrap(None, dtype, name)
+
+    monkeypatch.setattr(networks, "Writer", Refusing)
+    with pytest.raises(ShapeError, match="said by the builder"):
+        Subject(rtx, base="fp16").write("prefix")
+
+
+def test_errors_and_no_warnings_are_kept(rtx):
+    log = Log.of(rtx)
+    severity = rtx.api.ILogger.Severity
+    log.log(severity.WARNING, "slow")
+    log.log(severity.ERROR, "wrong")
+    assert log.messages == ["wrong"]
+
+
+def test_advice_fits_both_ways_to_ask():
+    text = targets.option("base", "fp16")
+    assert text == "--base fp16 (serve, check, bench: --tensorrt base=fp16)"
+    assert all(targets.option("base", "fp16") in advice for advice in targets.INSTEAD.values())
 
 
 def test_this_machine_has_no_gpu(rtx):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     network = Subject(rtx, base="fp16").write("prefix")
-    with pytest.raises(Unsupported, match=r"cannot build for the GPU of this machine.*--target sm89"):
+    with pytest.raises(Unsupported, match=r"no CUDA device is visible.*--target sm89"):
         build(network, ())
 
 
@@ -159,6 +253,7 @@ class FakeBuilder:
 @pytest.mark.parametrize(("error", "says"), [
     (MemoryError, "no memory left while building prefix.*--weights inputs"),
     ("Error Code 2: OutOfMemory (no further information)", "no memory left"),
+    ("CUDA initialization failure: is the driver too old?", "cannot build for the GPU of this machine.*--target sm89"),
     ("Error Code 9: something else", "could not build prefix, 39 tokens for sm89, sm120; got Error Code 9"),
 ])  # fmt: skip
 def test_what_a_builder_says_is_quoted(rtx, error, says):

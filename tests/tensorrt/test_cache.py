@@ -58,6 +58,43 @@ def test_engines_of_other_networks_are_not_even_candidates(tmp_path):
         cache.load(path, other)
 
 
+FULL = {"gpu": "NVIDIA Thor", "driver": "580.00"}
+
+
+@pytest.mark.parametrize(("here", "says"), [
+    ({**FULL, "driver": "590.10"}, "built with driver 580.00, here is 590.10"),
+    ({**FULL, "gpu": "NVIDIA H100"}, "built with gpu NVIDIA Thor, here is NVIDIA H100"),
+])  # fmt: skip
+def test_full_tensorrt_builds_for_one_gpu_and_driver(tmp_path, here, says):
+    path = cache.store(tmp_path, WHO, ENGINE, facts={}, machine=FULL)
+    assert cache.find(tmp_path, WHO, machine=FULL).engine == ENGINE
+    found = cache.find(tmp_path, WHO, machine=here)
+    assert found.engine is None
+    assert says in found.refused[0]
+    assert cache.store(tmp_path, WHO, ENGINE, facts={}, machine=here) != path, "one must not overwrite the other"
+
+
+def test_engines_of_another_format(tmp_path, monkeypatch):
+    path = cache.store(tmp_path, WHO, ENGINE, facts={})
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    assert f"format {cache.FORMAT - 1}, wanted {cache.FORMAT}" in cache.find(tmp_path, WHO).refused[0]
+    assert cache.store(tmp_path, WHO, ENGINE, facts={}) != path
+
+
+def test_what_the_machine_is(tmp_path, monkeypatch):
+    said = tmp_path / "version"
+    said.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n")
+    assert cache.driver(path=said) == "580.65.06"
+    assert cache.driver(path=tmp_path / "none") == "unknown"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
+    monkeypatch.setattr(cache, "driver", lambda: "580.65.06")
+    rtx, full = modules.Module("tensorrt_rtx", "1", None), modules.Module("tensorrt", "11", None)
+    assert cache.machine(rtx, torch.device("cuda:1")) == {}
+    assert cache.machine(full, torch.device("cuda:1")) == {"gpu": "GPU of cuda:1", "driver": "580.65.06"}
+    assert cache.runtime_cache("tensorrt_rtx", "1", "sm89").name == "tensorrt_rtx-1-sm89-580.65.06.runtime"
+
+
 def test_damage_is_noticed(tmp_path):
     path = cache.store(tmp_path, WHO, ENGINE, facts={})
     whole = path.read_bytes()
@@ -149,3 +186,70 @@ def test_numbers_keep_their_memory_where_types_agree(rtx):
     model = build_model(config, random_tensors(config), dtype_of=lambda name: torch.float32)
     plan = run.recipe(model, rtx, TensorRTConfig(), base="fp32")
     assert plan.numbers["prefix.layers.0.qkv.weight"].data_ptr() == model.prefix.block(0).qkv.weight.data_ptr()
+
+
+def test_only_numbers_that_a_network_uses_are_converted(rtx):
+    """The prompt's embedding is a gigabyte at full size, and stays where it is."""
+    for kind in ("pi05", "pi0"):
+        subject = Subject(rtx, kind=kind, base="fp16")
+        used = {name for part in ("vision", "prefix", "step") for name in subject.write(part).parameters}
+        assert set(subject.numbers) == used
+        assert "embedding" not in used
+
+
+class Refusing:
+    """Stands in for `Engine`: refuses plans of `bad`."""
+
+    def __init__(self, bad):
+        self.bad, self.plans = bad, []
+
+    def __call__(self, module, plan, **options):
+        self.plans.append(plan)
+        if plan in self.bad:
+            raise Unsupported("refuses the engine", got="built by another driver")
+        return plan
+
+
+@pytest.mark.parametrize("second", [b"new", b"old"])
+def test_a_cached_engine_that_the_run_time_refuses_is_built_again_once(tmp_path, monkeypatch, caplog, second):
+    stored, asked = tmp_path / "prefix.engine", []
+    stored.write_bytes(b"old")
+
+    def make(plan, part, shapes, *, anew=False, **options):
+        asked.append((anew, stored.exists()))
+        return run.Made(None, second if anew else b"old", stored, 1.0 if anew else 0.0, ())
+
+    engine = Refusing({b"old"})
+    monkeypatch.setattr(run, "make", make)
+    monkeypatch.setattr(run, "Engine", engine)
+    monkeypatch.setattr(run.audit, "record", lambda *_, **__: None)
+    full = modules.Module("tensorrt", "11", None)
+    runner = run.EngineRunner(run.Recipe(full, None, {}, frozenset(), False, False), torch.device("cpu"), None)
+    if second == b"new":
+        assert runner._make("prefix", Shapes(keys=40), None) == b"new"
+    else:
+        with pytest.raises(Unsupported, match="another driver"):
+            runner._make("prefix", Shapes(keys=40), None)
+    assert engine.plans == [b"old", second]
+    assert asked == [(False, True), (True, False)]
+    assert "prefix.engine is deleted and built again" in caplog.text
+
+
+def test_a_fresh_engine_that_is_refused_is_not_built_again(tmp_path, monkeypatch):
+    engine = Refusing({b"new"})
+    monkeypatch.setattr(run, "make", lambda *_, **__: run.Made(None, b"new", tmp_path / "x.engine", 1.0, ()))
+    monkeypatch.setattr(run, "Engine", engine)
+    full = modules.Module("tensorrt", "11", None)
+    runner = run.EngineRunner(run.Recipe(full, None, {}, frozenset(), False, False), torch.device("cpu"), None)
+    with pytest.raises(Unsupported, match="another driver"):
+        runner._make("prefix", Shapes(keys=40), None)
+    assert engine.plans == [b"new"]
+
+
+def test_anew_does_not_look_on_disk(rtx, tmp_path):
+    config = tiny_config("pi05")
+    plan = run.recipe(build_model(config, random_tensors(config)), rtx, TensorRTConfig(), base="fp16")
+    first = run.make(plan, "vision", Shapes(batch=2), targets=SM89, where=tmp_path)
+    again = run.make(plan, "vision", Shapes(batch=2), targets=SM89, where=tmp_path, anew=True)
+    assert first.path == again.path
+    assert again.seconds > 0.0

@@ -119,6 +119,11 @@ def test_build_with_weights_inside(rtx, vivace, checkpoint, plan, tmp_path):
     (("--target", "sm99"), "unknown target"),
     (("--target", "sm89", "--parts", "vision,suffix"), "unknown part"),
     (("--target", "sm89", "--prompts", "long"), "prompt lengths are numbers"),
+    (("--target", "sm89", "--prompts", "0"), "prompt lengths are numbers from 1"),
+    (("--target", "sm89", "--prompts", "64,"), "prompt lengths are numbers from 1"),
+    (("--target", "sm89", "--parts", ","), "unknown part of a policy"),
+    (("--target", "sm89", "--views", "0"), "views per observation"),
+    (("--target", "sm89", "--views=-1"), "views per observation"),
     (("--target", "sm89", "--module", "tensorrt"), "TensorRT is installed"),
 ])  # fmt: skip
 def test_refusals_are_one_message_and_exit_code_2(rtx, vivace, checkpoint, tmp_path, options, says):

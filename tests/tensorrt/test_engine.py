@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from enum import Enum
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 
 from vivace.backends import base
 from vivace.backends import tensorrt as backend
+from vivace.backends.tensorrt import engine as running
 from vivace.backends.tensorrt import module as modules
 from vivace.backends.tensorrt import targets
 from vivace.backends.tensorrt.build import build
 from vivace.backends.tensorrt.engine import Engine
+from vivace.config import EngineConfig, TensorRTConfig
 from vivace.errors import NumericsError, ShapeError, Unsupported
+from vivace.runtime import choice
 
 CPU = torch.device("cpu")
 
@@ -193,6 +197,37 @@ def test_full_tensorrt_compiles_nothing_at_run_time(api, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+class Nothing(CudaEngine):
+    """An engine without inputs and outputs: no memory of a GPU is needed."""
+
+    TENSORS = ()
+    num_io_tensors = 0
+
+
+def test_its_gpu_is_current_when_an_engine_is_made_and_run(api, monkeypatch):
+    current, seen = [], []
+
+    @contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Watched(Nothing):
+        def create_execution_context(self, config=None):
+            seen.append(("made", *current))
+            context = super().create_execution_context(config)
+            context.execute_async_v3 = lambda stream: seen.append(("run", *current)) or True
+            return context
+
+    monkeypatch.setattr(running, "on", on)
+    monkeypatch.setattr(running.Engine, "_stream", lambda self: 0)
+    monkeypatch.setitem(globals(), "CudaEngine", Watched)
+    gpu = torch.device("cuda:1")
+    assert Engine(modules.Module("tensorrt", "11.4", api), b"plan", weights={}, device=gpu)({}) == {}
+    assert seen == [("made", gpu), ("run", gpu)]
+
+
 USED = {
     "Runtime": ["deserialize_cuda_engine"],
     "ICudaEngine": [
@@ -236,6 +271,23 @@ def test_why_not_without_a_module(monkeypatch):
 
     monkeypatch.setattr(modules, "load", missing)
     assert "vivace[tensorrt]" in base.why_not("tensorrt", device="cuda")
+
+
+def test_why_not_looks_at_the_module_that_was_asked_for(monkeypatch):
+    """Full TensorRT is installed and wanted by default; the person asked for RTX, which refuses Hopper."""
+    asked = []
+
+    def load(wanted="auto"):
+        asked.append(wanted)
+        raise Unsupported(f"{wanted} is not installed")
+
+    monkeypatch.setattr(modules, "load", load)
+    config = EngineConfig(backend="tensorrt", tensorrt=TensorRTConfig(module="tensorrt_rtx"))
+    assert "tensorrt_rtx is not installed" in base.why_not("tensorrt", device="cuda", config=config)
+    with pytest.raises(Unsupported, match="tensorrt_rtx is not installed"):
+        choice.refuse_early(config, CPU)
+    base.why_not("tensorrt", device="cuda")
+    assert asked == ["tensorrt_rtx", "tensorrt_rtx", "auto"]
 
 
 def test_hopper_is_refused_by_rtx_and_not_by_full_tensorrt(rtx):

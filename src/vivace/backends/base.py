@@ -69,11 +69,13 @@ class BackendEntry:
     """One row of the registry: the module is imported only when the backend is asked for.
 
     judges_model  the module also has `why_not_model(model)`: not every network that fits the device fits its kernels
+    reads_options its `why_not` also takes `config`: an option decides whether it can run
     """
 
     module: str
     summary: str
     judges_model: bool = False
+    reads_options: bool = False
 
 
 BACKENDS: dict[str, BackendEntry] = {
@@ -83,18 +85,22 @@ BACKENDS: dict[str, BackendEntry] = {
         "vivace.backends.cuda_graph", "Triton kernels, captured as CUDA graphs per shape bucket"
     ),
     "tensorrt": BackendEntry(
-        "vivace.backends.tensorrt", "TensorRT or TensorRT-RTX engines, built from the model", judges_model=True
+        "vivace.backends.tensorrt",
+        "TensorRT or TensorRT-RTX engines, built from the model",
+        judges_model=True,
+        reads_options=True,
     ),
 }
 
 
-def why_not(name: str, *, device: str, model: Pi | None = None) -> str | None:
+def why_not(name: str, *, device: str, model: Pi | None = None, config: EngineConfig | None = None) -> str | None:
     """Return why backend `name` cannot run on `device`, or cannot run `model` there; None if it can.
 
     Raises ConfigError for an unknown name.
     """
     module = _load(name)
-    reason: str | None = module.why_not(device=device)
+    options = {"config": config} if BACKENDS[name].reads_options else {}
+    reason: str | None = module.why_not(device=device, **options)
     if reason is None and model is not None and BACKENDS[name].judges_model:
         reason = module.why_not_model(model)
     return reason
@@ -103,7 +109,7 @@ def why_not(name: str, *, device: str, model: Pi | None = None) -> str | None:
 def build(name: str, model: Pi, config: EngineConfig) -> Backend:
     """Construct a backend around a loaded model, or raise Unsupported with the reason."""
     device = str(model.device)
-    if reason := why_not(name, device=device, model=model):
+    if reason := why_not(name, device=device, model=model, config=config):
         raise Unsupported(f"backend {name!r} cannot run on {device}", got=reason, do="choose another --backend")
     backend: Backend = _load(name).create(model, config)
     return backend

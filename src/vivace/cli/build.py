@@ -71,6 +71,10 @@ def run(args: Args) -> int:
     from ..backends.tensorrt import module as modules
     from ..checkpoints.open import open_checkpoint
 
+    _chosen_parts(args.parts)
+    _chosen_prompts(args.prompts)
+    if args.views is not None and args.views < 1:
+        raise ConfigError("views per observation", got=args.views, wanted="1 or more")
     wanted = targets.parse(args.target)
     module = modules.load("tensorrt_rtx" if wanted and args.tensorrt.module == "auto" else args.tensorrt.module)
     if not wanted:
@@ -221,13 +225,9 @@ def _networks(args: Args, opened: Checkpoint, *, baked: bool) -> Iterator[tuple[
     from ..backends.tensorrt.networks import PARTS, Shapes
     from ..backends.tensorrt.run import prompt_bucket
 
-    parts = [part.strip() for part in args.parts.split(",") if part.strip()]
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise ConfigError("unknown part of a policy", got=", ".join(unknown), wanted=f"some of {', '.join(PARTS)}")
+    parts = _chosen_parts(args.parts)
     views, longest = _sizes(args, opened)
-    if args.prompts and not all(part.strip().isdigit() for part in args.prompts.split(",")):
-        raise ConfigError("prompt lengths are numbers", got=repr(args.prompts), wanted="for instance 64,128")
-    lengths = [int(part) for part in args.prompts.split(",")] if args.prompts else range(1, longest + 1)
+    lengths = _chosen_prompts(args.prompts) or range(1, longest + 1)
     size = prompt_bucket(baked)
     buckets = sorted({-(-length // size) * size for length in lengths})
     steps = opened.num_denoise_steps or 10
@@ -238,6 +238,26 @@ def _networks(args: Args, opened: Checkpoint, *, baked: bool) -> Iterator[tuple[
             for bucket in buckets:
                 keys = views * opened.model.vision.tokens + bucket
                 yield part, Shapes(keys=keys, steps=steps if part == "loop" else 0)
+
+
+def _chosen_parts(text: str) -> list[str]:
+    from ..backends.tensorrt.networks import PARTS
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise ConfigError(
+            "unknown part of a policy", got=", ".join(unknown) or repr(text), wanted=f"some of {', '.join(PARTS)}"
+        )
+    return parts
+
+
+def _chosen_prompts(text: str) -> list[int]:
+    """Prompt lengths; "" = []."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError("prompt lengths are numbers from 1", got=repr(text), wanted="for instance 64,128")
+    return [int(part) for part in parts]
 
 
 def _sizes(args: Args, opened: Checkpoint) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def device(config: EngineConfig) -> torch.device:
 
 def refuse_early(config: EngineConfig, device: torch.device) -> None:
     """Say that a named backend cannot run on this machine before gigabytes are loaded for it."""
-    if config.backend != "auto" and (reason := base.why_not(config.backend, device=str(device))):
+    if config.backend != "auto" and (reason := base.why_not(config.backend, device=str(device), config=config)):
         raise Unsupported(
             f"backend {config.backend!r} cannot run on {device}", got=reason, do="choose another --backend"
         )

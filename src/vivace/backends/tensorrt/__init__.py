@@ -28,10 +28,10 @@ from .stages import EnginePolicy
 from .targets import FIRST, Target, here
 
 
-def why_not(*, device: str) -> str | None:
-    """None if it can run on `device`."""
+def why_not(*, device: str, config: EngineConfig | None = None) -> str | None:
+    """None if it can run on `device` with the module that `config` asks for."""
     try:
-        module = modules.load()
+        module = modules.load(config.tensorrt.module if config is not None else "auto")
     except Unsupported as error:
         return str(error)
     if not device.startswith("cuda"):

@@ -11,10 +11,10 @@ import torch
 
 from ...errors import Unsupported
 from . import audit
+from .evaluate import torch_dtype
 from .module import Module
 from .networks import Network
-from .skeleton import quantised
-from .targets import Target, check_types
+from .targets import Target, check_types, here, on, option
 
 Progress = Callable[[str, float], None]
 """Called with a phase of the builder and the fraction of it that is done."""
@@ -31,7 +31,7 @@ class Built:
 
 
 class Log:
-    """TensorRT's messages: errors and warnings are kept, so that a failed build can say why."""
+    """TensorRT's messages: errors are kept, so that a failed build can say why; warnings and below are dropped."""
 
     messages: list[str]
 
@@ -52,14 +52,18 @@ class Log:
         return Kept()
 
 
-def build(network: Network, targets: Sequence[Target], *, progress: Progress | None = None) -> Built:
-    """Build one engine for all of `targets`; [] = for the GPU of this machine.
+def build(
+    network: Network, targets: Sequence[Target], *, progress: Progress | None = None,
+    device: torch.device | None = None,
+) -> Built:  # fmt: skip
+    """Build one engine for all of `targets`; [] = for the GPU of this machine (device: which; None = the current one).
 
     Raises Unsupported: a type that a target lacks, a target that the module lacks, no memory, whatever the builder says.
     """
     module = network.module
-    check_types(targets, types=types_of(network), module=module)
-    _check_products(network, targets)
+    judged = targets or [here(device)]
+    check_types(judged, types=types_of(network), module=module)
+    _check_products(network, judged)
     config = network.owner.builder.create_builder_config()
     config.clear_flag(module.api.BuilderFlag.TF32)  # float32 parts of a checkpoint's flavour stay float32
     _aim(config, targets, module)
@@ -68,7 +72,8 @@ def build(network: Network, targets: Sequence[Target], *, progress: Progress | N
         config.progress_monitor = monitor
     begin = time.perf_counter()
     try:
-        memory = network.owner.builder.build_serialized_network(network.definition, config)
+        with on(device):  # "current" means torch's current GPU, and tactics are timed there
+            memory = network.owner.builder.build_serialized_network(network.definition, config)
     except MemoryError as error:
         raise _no_memory(network, str(error)) from error
     seconds = time.perf_counter() - begin
@@ -78,11 +83,11 @@ def build(network: Network, targets: Sequence[Target], *, progress: Progress | N
 
 
 def types_of(network: Network) -> set[torch.dtype]:
-    """Types that a network holds values in, as far as targets differ in them."""
-    found = {parameter.dtype for parameter in network.outlined.parameters()}
-    if not quantised(network.outlined):
-        found.discard(torch.float8_e4m3fn)
-    return found
+    """Types of a network's inputs, outputs and parameters: its own, not those of the policy that it is a part of."""
+    known, definition = dict(network.outlined.named_parameters()), network.definition
+    found = {known[name].dtype for name in network.parameters}
+    found |= {torch_dtype(definition.get_input(index)) for index in range(definition.num_inputs)}
+    return found | {torch_dtype(definition.get_output(index)) for index in range(definition.num_outputs)}
 
 
 def _check_products(network: Network, targets: Sequence[Target]) -> None:
@@ -101,7 +106,7 @@ def _aim(config: Any, targets: Sequence[Target], module: Module) -> None:
         if targets:
             raise Unsupported(
                 f"{module.name} builds for the GPU it runs on only", got=f"--target {','.join(map(str, targets))}",
-                do="use --target current on the device itself, or --module tensorrt_rtx",
+                do=f"use --target current on the device itself, or {option('module', 'tensorrt_rtx')}",
             )  # fmt: skip
         return
     known = module.api.ComputeCapability
@@ -150,5 +155,5 @@ def _explained(network: Network, targets: Sequence[Target]) -> Unsupported:
 def _no_memory(network: Network, text: str) -> Unsupported:
     return Unsupported(
         f"no memory left while building {network.label}", got=text or "MemoryError",
-        do="use --weights inputs (engines without weights build in about 1 GB), or a machine with more memory",
+        do=f"use {option('weights', 'inputs')}: engines without weights build in about 1 GB; or more memory",
     )  # fmt: skip

@@ -18,6 +18,7 @@ from ...errors import NumericsError, ShapeError, Unsupported
 from .build import Log
 from .evaluate import torch_dtype
 from .module import Module
+from .targets import on
 
 
 class Engine:
@@ -32,6 +33,15 @@ class Engine:
         compiled: Path | None = None,
     ) -> None:  # fmt: skip
         self._device, self._log = device, Log.of(module)
+        with on(device):  # an engine lives on the GPU that is current when it is made
+            self._open(module, plan, compiled)
+        self._inputs, self._outputs = self._tensors(module)
+        self._bound: dict[str, Tensor] = {}
+        for name in [name for name in self._inputs if name in weights]:
+            self._bind(name, weights[name])
+            self._bound[name] = weights[name]
+
+    def _open(self, module: Module, plan: bytes, compiled: Path | None) -> None:
         self._runtime = module.api.Runtime(self._log)
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
@@ -41,11 +51,6 @@ class Engine:
         self._engine = engine
         self._cache: Any = None
         self._context = self._create(module, compiled)
-        self._inputs, self._outputs = self._tensors(module)
-        self._bound: dict[str, Tensor] = {}
-        for name in [name for name in self._inputs if name in weights]:
-            self._bind(name, weights[name])
-            self._bound[name] = weights[name]
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Enqueue one run.  {input: contiguous tensor on the device} -> {output: new tensor}."""
@@ -58,7 +63,9 @@ class Engine:
         for name, (shape, dtype) in self._outputs.items():
             outputs[name] = torch.empty(shape, dtype=dtype, device=self._device)
             self._address(name, outputs[name])
-        if not self._context.execute_async_v3(self._stream()):
+        with on(self._device):
+            works = self._context.execute_async_v3(self._stream())
+        if not works:
             raise NumericsError("the engine did not run", got="; ".join(self._log.messages[-2:]) or "no reason given")
         return outputs
 

@@ -93,7 +93,7 @@ def write(
     owner = _Owner(module)
     names = {id(parameter): name for name, parameter in outlined.named_parameters()}
     given = _Given(names, numbers or {}, baked)
-    writer = Writer(module, owner.definition, given)
+    writer = Writer(module, owner.definition, given, said=owner.log.messages)
     with torch.no_grad():
         _WRITERS[part](outlined, writer, shapes, fused)
     return Network(part, module, shapes, owner.definition, given.used, writer.constants, outlined, baked, owner)

@@ -81,23 +81,26 @@ def is_baked(options: TensorRTConfig, module: Module) -> bool:
 def make(
     plan: Recipe, part: Part, shapes: Shapes, *, targets: Sequence[Target], where: Path,
     facts: Mapping[str, Any] | None = None, progress: Progress | None = None, device: torch.device | None = None,
+    anew: bool = False,
 ) -> Made:  # fmt: skip
     """Write and audit a network; take its engine from `where`, or build and store it there.
 
     targets  [] = the GPU of this machine (device: which)
+    anew     build even if `where` has it
     Raises   NumericsError if the audit fails, Unsupported if it cannot be built
     """
     network = plan.write(part, shapes)
     found_products = audit.check(network, plan.e4m3.__contains__)
     who = identify(network, plan.numbers, targets or [here(device)])
-    found = cache.find(where, who)
+    machine = cache.machine(plan.module, device)
+    found = cache.Found(None, None, ()) if anew else cache.find(where, who, machine=machine)
     for reason in found.refused:
         logger.warning("not used: %s", reason)
     if found.engine is not None and found.path is not None:
         return Made(network, found.engine, found.path, 0.0, found_products, found.refused)
-    built = build(network, targets, progress=progress)
+    built = build(network, targets, progress=progress, device=device)
     more = {"part": part, "label": network.label, "seconds": round(built.seconds, 3), **(facts or {})}
-    path = cache.store(where, who, built.engine, facts=more)
+    path = cache.store(where, who, built.engine, facts=more, machine=machine)
     logger.info("built %s in %.1f s, %.1f MB", network.label, built.seconds, len(built.engine) / 1e6)
     return Made(network, built.engine, path, built.seconds, found_products, found.refused)
 
@@ -127,9 +130,21 @@ class EngineRunner:
         return outputs
 
     def _make(self, part: Part, shapes: Shapes, compiled: Path | None) -> Engine:
-        module = self.recipe.module
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise Unsupported("an engine cannot be made while a graph is recorded", got=f"{part} {shapes}")
         made = make(self.recipe, part, shapes, targets=[], device=self.device, where=cache.folder())
-        audit.record(self.seen, made.products, part=part, kernel=module.name)
-        return Engine(module, made.engine, weights=self.recipe.numbers, device=self.device, compiled=compiled)
+        try:
+            engine = self._open(made, compiled)
+        except Unsupported as error:
+            if made.seconds > 0.0:
+                raise  # fresh: another build would be refused too
+            logger.warning("%s is deleted and built again: %s", made.path.name, error)
+            made.path.unlink(missing_ok=True)
+            made = make(self.recipe, part, shapes, targets=[], device=self.device, where=cache.folder(), anew=True)
+            engine = self._open(made, compiled)
+        audit.record(self.seen, made.products, part=part, kernel=self.recipe.module.name)
+        return engine
+
+    def _open(self, made: Made, compiled: Path | None) -> Engine:
+        numbers = self.recipe.numbers
+        return Engine(self.recipe.module, made.engine, weights=numbers, device=self.device, compiled=compiled)

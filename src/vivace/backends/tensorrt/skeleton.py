@@ -22,6 +22,8 @@ from ...precision import quantize
 from ...precision.flavours import Dtype, parameter_dtype
 
 DTYPES: dict[TensorRTBase, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+OUTSIDE = ("embedding", "expert.modulation.", "time_in.", "time_out.", "action_time_in.bias")
+"""Parameters that no network has: the look-up of the prompt (a gigabyte) and what depends on flow time alone."""
 
 
 def outline(
@@ -68,12 +70,12 @@ def quantised(model: nn.Module) -> frozenset[str]:
 
 
 def values(model: Pi, outlined: Pi) -> dict[str, Tensor]:
-    """{parameter: the model's numbers in the outline's type}; a parameter of that type already is not copied."""
+    """{parameter: the model's numbers in the outline's type} of what networks use; of that type already: not copied."""
     wanted = dict(outlined.named_parameters())
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if lost := sorted(set(wanted) ^ set(found)):
         raise ConfigError("the model is not quantised as its outline is", got=", ".join(lost[:4]))
-    return {name: found[name].to(wanted[name].dtype) for name in wanted}
+    return {name: found[name].to(wanted[name].dtype) for name in wanted if not name.startswith(OUTSIDE)}
 
 
 def digest(numbers: dict[str, Tensor], names: Collection[str]) -> str:

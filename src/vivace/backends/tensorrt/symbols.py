@@ -137,10 +137,11 @@ class Writer:
 
     given      turns a parameter of the outline into a value: an input of the network, or a constant
     constants  {layer name: its numbers}: what TensorRT does not hand back of FP8 and BF16 constants
+    said       TensorRT's messages so far, for the error of a layer that it refuses
     """
 
-    def __init__(self, module: Module, definition: Definition, given: Given) -> None:
-        self.module, self.definition = module, definition
+    def __init__(self, module: Module, definition: Definition, given: Given, *, said: Sequence[str] = ()) -> None:
+        self.module, self.definition, self.said = module, definition, said
         self.constants: dict[str, Tensor] = {}
         self.known: dict[Any, Sym] = {}
         self._given = given
@@ -276,7 +277,8 @@ class Writer:
 
     def _only(self, layer: Definition, dtype: torch.dtype, name: str) -> Sym:
         if layer is None:
-            raise ShapeError(f"{self.module.label} refused the layer {name}", do="see its message above")
+            text = "; ".join(message.strip() for message in self.said[-2:]) or "no reason given"
+            raise ShapeError(f"{self.module.label} refused the layer {name}", got=text)
         return Sym(self, self._named(layer, name).get_output(0), dtype)
 
     def _named(self, layer: Definition, name: str) -> Definition:

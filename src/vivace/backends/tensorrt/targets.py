@@ -8,6 +8,7 @@ written here is which types a target computes in, and the sentence for a target 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,16 @@ KNOWN: dict[str, str] = {
     "sm121": "GB10",
 }  # fmt: skip
 FIRST: dict[torch.dtype, tuple[int, str]] = {torch.float8_e4m3fn: (89, "FP8"), torch.bfloat16: (80, "BF16")}
+
+
+def option(name: str, value: str) -> str:
+    """How a person asks for a TensorRT option: `vivace build` has flags, the verbs that run engines have one text."""
+    return f"--{name} {value} (serve, check, bench: --tensorrt {name}={value})"
+
+
 INSTEAD = {
-    torch.float8_e4m3fn: "use --precision bfloat16 with --base fp16 there, or leave this target out",
-    torch.bfloat16: "use --base fp16",
+    torch.float8_e4m3fn: f"use --precision bfloat16, below 8.0 with {option('base', 'fp16')}, or leave this target out",
+    torch.bfloat16: f"use {option('base', 'fp16')}",
 }
 CURRENT = "current"
 
@@ -49,8 +57,9 @@ class Target:
         if found is None:
             names = ", ".join(name.lower() for name in known.__members__ if name.startswith("SM"))
             raise Unsupported(
-                f"TensorRT-RTX has no target {self.label}", got=f"--target {self}", wanted=names,
-                do="there full TensorRT is the way: build on the device with --module tensorrt --target current",
+                f"TensorRT-RTX has no target {self.label}", got=str(self), wanted=names,
+                do="there full TensorRT is the way: on the device, vivace build --module tensorrt --target current, or "
+                "--tensorrt module=tensorrt of serve, check and bench",
             )  # fmt: skip
         return found
 
@@ -74,6 +83,11 @@ def here(device: torch.device | str | None = None) -> Target:
         raise Unsupported("no CUDA device is visible to torch", do="name targets: --target sm89,sm120")
     major, minor = torch.cuda.get_device_capability(device)
     return Target(10 * major + minor)
+
+
+def on(device: torch.device | None) -> AbstractContextManager[Any]:
+    """Make `device` the current GPU of CUDA, which is what TensorRT builds for and runs on; not a GPU, nothing to do."""
+    return torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext()
 
 
 def check_types(targets: Sequence[Target], *, types: Collection[torch.dtype], module: Module) -> None:
