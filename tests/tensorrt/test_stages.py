@@ -123,8 +123,8 @@ def test_the_runner_makes_each_engine_once(rtx, monkeypatch, tmp_path):
     """Write, audit, build, store, bind, run: everything but TensorRT's builder and run time is real."""
     Recorded.made, Recorded.networks = [], []
 
-    def build_here(network, targets, *, progress=None):
-        assert targets == [], "for the GPU at hand"
+    def build_here(network, targets, *, progress=None, device=None):
+        assert (targets, device) == ([], torch.device("cpu")), "for the GPU at hand"
         Recorded.networks.append(network)
         return Built(b"plan", 0.1)
 
