@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,18 +18,8 @@ CHILD = Path(__file__).with_name("compiled_ahead.py")
 WIDTHS = {"qkv": (2560, 1024), "o": (1024, 2048), "gate_up": (8192, 1024), "down": (1024, 4096)}
 
 
-def test_compiles_for_hopper(tmp_path):
-    """In a process of its own, because other tests of this one choose the interpreter, which Gluon does not have."""
-    run = subprocess.run(
-        [sys.executable, str(CHILD)],
-        env={**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "checked 33 kernels" in run.stdout
+def test_compiles_for_hopper(compiled_alone):
+    assert "checked 33 kernels" in compiled_alone(CHILD)
 
 
 class OnHopper(torch.Tensor):

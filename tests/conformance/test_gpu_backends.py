@@ -1,4 +1,4 @@
-"""The graph backend passes the suite on a GPU, in bfloat16, with a network whose sizes its kernels take.
+"""Backends for GPUs pass the suite there, in bfloat16, with a network whose sizes the kernels take.
 
 The bound says "this is the same network", no more: bfloat16 keeps 8 bits, and an action passes some fifty roundings. That
 it loses no more than plain bfloat16 is held by tests/backends/test_cuda_graph.py, and bits by the suite itself.
@@ -28,16 +28,18 @@ def bfloat16(name):
 
 @pytest.fixture(scope="module")
 def subjects():
-    """One backend per kind of policy, kept for the module: captures take time."""
-    built: dict[str, Subject] = {}
+    """One backend per name and kind of policy, kept for the module: captures and engines take time."""
+    built: dict[tuple[str, str], Subject] = {}
 
-    def get(kind: str) -> Subject:
-        if kind not in built:
-            built[kind] = Subject(
-                lambda model, config: base.build("cuda_graph", model, config), kind,
+    def get(name: str, kind: str) -> Subject:
+        if reason := base.why_not(name, device="cuda"):
+            pytest.skip(f"{name}: {reason}")
+        if (name, kind) not in built:
+            built[name, kind] = Subject(
+                lambda model, config: base.build(name, model, config), kind,
                 tolerance=BFLOAT16_BOUND, device="cuda", dtype_of=bfloat16, config_changes=SIZES,
             )  # fmt: skip
-        return built[kind]
+        return built[name, kind]
 
     return get
 
@@ -46,5 +48,6 @@ def subjects():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
-def test_graph_backend(subjects, kind, check):
-    CHECKS[check](subjects(kind))
+@pytest.mark.parametrize("name", ["cuda_graph", "tensorrt"])
+def test_backend_on_a_gpu(subjects, name, kind, check):
+    CHECKS[check](subjects(name, kind))
