@@ -19,21 +19,26 @@ _PLACES = ("on the plate", "to the left", "into the basket", "of the cabinet", "
 
 def train_toy_tokenizer(vocab_size: int) -> bytes:
     """Train a `.model` file with at most `vocab_size` pieces. Deterministic; takes about 0.1 s."""
+    return train_like_paligemma(_corpus(), vocab_size=min(vocab_size, MAX_PIECES), symbols=["\n"])
+
+
+def train_like_paligemma(corpus: Iterator[str], *, vocab_size: int, symbols: list[str]) -> bytes:
+    """A `.model` file that splits text and numbers its special pieces as PaliGemma's does; `symbols` become pieces."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_corpus(),
+        sentence_iterator=corpus,
         model_writer=model,
         model_type="bpe",
-        vocab_size=min(vocab_size, MAX_PIECES),
+        vocab_size=vocab_size,
         hard_vocab_limit=False,
         byte_fallback=True,
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         split_digits=True,
-        user_defined_symbols=["\n"],
+        user_defined_symbols=symbols,
         pad_id=0,
         eos_id=1,
         bos_id=2,

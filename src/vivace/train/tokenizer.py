@@ -7,7 +7,7 @@ one length, and the table has 600 rows instead of 257 152. Other text still enco
 
 from __future__ import annotations
 
-import io
+from ..checkpoints.toy_tokenizer import train_like_paligemma
 
 SPACE = "\u2581"
 WORDS = (
@@ -18,31 +18,13 @@ WORDS = (
 
 def conveyor_tokenizer() -> bytes:
     """The `.model` file, always the same bytes for one version of sentencepiece."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    pieces = [word if word in ":,;\n" else SPACE + word for word in WORDS] + ["Task", "Action"]
+    words = [word if word in ":,;\n" else SPACE + word for word in WORDS] + ["Task", "Action"]
     numbers = [f"{SPACE}{number}" for number in range(-1, 256)]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["Task: pick up the red cube, State: 12 240 7;", "Action: "]),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=len(pieces) + len(numbers) + 4 + 256 + 24,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        user_defined_symbols=list(dict.fromkeys(pieces + numbers)),
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        num_threads=1,
-        minloglevel=2,
+    return train_like_paligemma(
+        iter(["Task: pick up the red cube, State: 12 240 7;", "Action: "]),
+        vocab_size=len(words) + len(numbers) + 4 + 256 + 24,
+        symbols=list(dict.fromkeys(words + numbers)),
     )
-    return model.getvalue()
 
 
 def pieces(model: bytes) -> int:
