@@ -795,7 +795,10 @@ def old_table(path: str) -> Tuning:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     old: Tuning = module.TUNED
-    products = {Key(*dataclasses.astuple(key)): rows for key, rows in old.products.items()}
+    products = {
+        Key(*dataclasses.astuple(key)): tuple((most, Choice(choice.tile)) for most, choice in rows)
+        for key, rows in old.products.items()
+    }
     return Tuning(products, old.attention, old.vision_tile, old.patch_tile, old.early, getattr(old, "ahead_bytes", 0))
 
 

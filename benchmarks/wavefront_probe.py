@@ -41,8 +41,13 @@ def compare(model: Pi, name: str, truth: dict[str, Tensor], report: dict[str, An
     for setting, shape in gpu_probe.SETTINGS.items():
         inputs, noise = gpu_probe.request(shape, model.config, 7)
         other = gpu_probe.request(shape, model.config, 8)
-        made = {kind: backend(model, wavefront=ahead, early=early) for kind, (ahead, early) in WAYS.items()}
-        replays = {kind: b.graph_of(inputs, noise) for kind, b in made.items()}
+        made, replays = {}, {}
+        for kind, (
+            ahead,
+            early,
+        ) in WAYS.items():  # a backend makes the model's operations its own: capture it before the next
+            made[kind] = backend(model, wavefront=ahead, early=early)
+            replays[kind] = made[kind].graph_of(inputs, noise)
         answers = {kind: b.infer(inputs, noise) for kind, b in made.items()}
         others = {kind: b.infer(*other) for kind, b in made.items()}
         same = {
@@ -52,6 +57,8 @@ def compare(model: Pi, name: str, truth: dict[str, Tensor], report: dict[str, An
         row: dict[str, Any] = {
             "equal": torch.equal(answers["serial"], answers["wavefront"]),
             "equal_other": torch.equal(others["serial"], others["wavefront"]), "bit_identical_of_300": same,
+            "equal_early": torch.equal(answers["early"], answers["early, serial"]),
+            "early_is_another_sum": not torch.equal(answers["early"], answers["serial"]),
             "error": {kind: gpu_probe.error(x, truth[setting]) for kind, x in answers.items()},
             "changes_with_input": not torch.equal(answers["early"], others["early"]),
         }  # fmt: skip

@@ -19,12 +19,12 @@ if not torch.cuda.is_available():
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXTRAS = {
-    "OpenGL", "PIL", "beartype", "gymnasium", "hypothesis", "imageio", "jaxtyping", "matplotlib", "msgpack", "mujoco",
+    "OpenGL", "PIL", "av", "beartype", "gymnasium", "hypothesis", "imageio", "jaxtyping", "matplotlib", "msgpack", "mujoco",
     "openpi_client", "prometheus_client", "psutil", "rich", "safetensors", "sentencepiece", "tensorstore", "tokenizers",
     "transformers", "tyro", "websockets",
 }  # fmt: skip
 """What a GPU machine may lack without losing the GPU tests of the other modules."""
-MISSING = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
+MISSING = re.compile(r"(?:ModuleNotFoundError: No module named '|vivace\.sim needs )(\w+)")
 
 
 class MissingExtras:

@@ -43,7 +43,7 @@ def test_sleep_on_the_host_is_no_device_work():
 
 
 def test_the_launch_is_hidden_behind_the_spin():
-    """Of many tiny kernels, of which an idle device waits for the first: shorter with the spin, and no launch was late."""
+    """The spin is over only after the launch: the timer counts no late launch, and without a spin it counts none at all."""
     x = torch.zeros(8, device="cuda")
     graph = torch.cuda.CUDAGraph()
     x.add_(1)
@@ -51,12 +51,18 @@ def test_the_launch_is_hidden_behind_the_spin():
         for _ in range(200):
             x.add_(1)
     plain, spinning = bench.CudaTimer(), bench.CudaTimer(spin_ms=bench.SPIN_MS)
-    medians = []
     for timer in (plain, spinning):
-        times = bench.measure({"g": graph.replay}, samples=200, device=timer)["g"]
-        medians.append(bench.summary(times.device_ms).p50_ms)
-    assert medians[1] < medians[0]
+        bench.measure({"g": graph.replay}, samples=200, device=timer)
+    assert plain.calls >= 200
+    assert plain.exposed == 0
+    assert spinning.calls >= 200
     assert spinning.exposed <= spinning.calls // 50
+
+
+def test_a_launch_that_outlasts_the_spin_is_counted():
+    timer = bench.CudaTimer(spin_ms=0.01)
+    bench.measure({"late": lambda: time.sleep(0.005)}, samples=10, warmup=bench.WarmUp(max_calls=2), device=timer)
+    assert timer.exposed == timer.calls >= 10
 
 
 def test_environment_names_the_gpu():

@@ -77,7 +77,10 @@ def poison(monkeypatch):
 def test_parts(monkeypatch, T, fp8, shape):
     made, x, wide_layer, wide_x = inputs(T, layer(*shape, 1), fp8)
     poison(monkeypatch)
-    for tile in (AheadTile(32, 4), AheadTile(64, 8, warps=8, each=1), AheadTile(32, 4, early=False, bars=2)):
+    tiles = (AheadTile(32, 4), AheadTile(64, 8, warps=8, each=1), AheadTile(32, 4, early=False, bars=2))
+    fit = [tile for tile in tiles if denoise_ahead.why_not(made, tile, rows=T, pairs=1) is None]
+    assert len(fit) >= 2
+    for tile in fit:
         got = denoise_ahead.parts(x, made, tile)
         truth = wide_x @ wide_layer.weight.T
         assert distance(got.sum(0), truth) < 1e-3 if fp8 else distance(got.sum(0), truth) < 1e-5

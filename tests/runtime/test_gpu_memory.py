@@ -17,6 +17,7 @@ def test_the_error_says_what_got_wanted_and_do():
     with pytest.raises(Unsupported) as caught, gpu_memory.explained("loading the weights", device=CPU):
         raise torch.OutOfMemoryError(TORCHS)
     error = caught.value
+    assert error.got == "Tried to allocate 2.00 GiB"
     assert error.what == "the memory of cpu does not suffice for loading the weights"
     assert "weights of the plan" in error.wanted
     assert "FP8 plan" in error.do

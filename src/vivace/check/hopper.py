@@ -56,6 +56,7 @@ NUMBERS = (
     "calls", "host_calls", "few_calls", "few_settings", "few_observations", "reuse_calls", "rival_calls",
     "rival_settings", "soak_calls", "observations", "draws", "calibration", "seed", "outliers",
 )  # fmt: skip
+AT_MOST_RIVALS = 5
 NEEDS_GPU = ("rivals", "soak", "memory", "start")
 
 
@@ -75,7 +76,7 @@ def run(
     if sum(estimated.values()) > options.seconds:
         tell(f"about {sum(estimated.values()):.0f} s of work in {options.seconds:g} s: what does not fit is not run")
     with torch.no_grad():
-        warm = size == "full" and ("rows" in phases or "rivals" in phases)
+        warm = [name for name in ("rows", "rivals") if name in phases and size == "full"]
         made = _prepared(options, size=size, device=torch.device(device), tell=tell, warm=warm)
         made.document["setup"] |= {"phases": list(phases), "estimated_s": estimated}
         for name in (name for name in PHASES if name in phases):
@@ -89,8 +90,10 @@ def run(
     return made.document
 
 
-def _prepared(options: Options, *, size: str, device: torch.device, tell: Callable[[str], None], warm: bool) -> Run:
-    """Weights, plans with ranges, float32 truth and plain bfloat16 of every setting."""
+def _prepared(
+    options: Options, *, size: str, device: torch.device, tell: Callable[[str], None], warm: Sequence[str]
+) -> Run:
+    """Weights, plans with ranges, float32 truth and plain bfloat16 of every setting; kernels of the phases `warm`."""
     begin, config = time.perf_counter(), network(size, "pi05", horizon=options.sizes[0].horizon)  # type: ignore[arg-type]
     checkpoint = random_checkpoint(config, seed=options.seed, outliers=options.outliers)
     count = options.calibration + options.observations
@@ -104,7 +107,7 @@ def _prepared(options: Options, *, size: str, device: torch.device, tell: Callab
     made.plans = _plans(made)
     tell(f"ranges: {time.perf_counter() - begin:.0f} s")
     _tidy(device)
-    helpers = _compiling(made) if warm and device.type == "cuda" else []
+    helpers = _compiling(made, warm) if device.type == "cuda" else []
     _truth(made)
     made.document["remarks"] = hopper_warm.finish(helpers, tell=tell)
     tell(f"float32 and plain bfloat16 actions of {len(options.sizes)} settings: {time.perf_counter() - begin:.0f} s")
@@ -159,13 +162,17 @@ def _calibration(made: Run) -> list[Any]:
     return found
 
 
-def _compiling(made: Run) -> list[hopper_warm.Helper]:
-    """Processes that fill the kernel caches while float32 actions are computed here."""
+def _compiling(made: Run, phases: Sequence[str]) -> list[hopper_warm.Helper]:
+    """Processes that fill the kernel caches while float32 actions are computed here.
+
+    Each holds a network, so beside ours there is room for one rival; a rival's setting takes longer than all of ours.
+    """
     o = made.options
     headline = next((plan for plan in made.plans if plan is not None and plan.name == o.headline), None)
-    rivals = o.sizes[: min(1, o.rival_settings)]  # memory: each holds a network
+    ours = o.sizes if "rows" in phases else ()
+    rivals = o.sizes[: min(1 if ours else AT_MOST_RIVALS, o.rival_settings)] if "rivals" in phases else ()
     return hopper_warm.begin(
-        o.sizes, headline, rivals=rivals, seed=o.seed, outliers=o.outliers, compile_mode=o.compile_mode
+        ours, headline, rivals=rivals, seed=o.seed, outliers=o.outliers, compile_mode=o.compile_mode
     )
 
 

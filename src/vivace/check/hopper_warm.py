@@ -25,7 +25,7 @@ from .hopper_robot import Scenes, pipeline, request, toy_tokenizer
 from .hopper_weights import load, random_checkpoint
 from .targets import Size, parse_size
 
-LONGEST_S = 150.0
+LONGEST_S = 200.0
 AT_ONCE = 3
 """Processes for our engines: each holds a network of 7 GB beside the run's own two, of 7 and 13 GB, on a GPU of 80."""
 

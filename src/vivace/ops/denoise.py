@@ -145,7 +145,7 @@ def _small(x: Tensor) -> bool:
 class Denoise:
     """The operations as methods, contracts in `ops.reference`; what is too large for them goes to `base`.
 
-    tiles          replaces the tuned table
+    tiles          replaces the tuned table, early weights included
     record         called with (layer, operation, kernel) whenever one of these kernels is launched: "triton", or
                    "gluon early weights" where its product is one of `denoise_ahead`; with ", untuned" behind it at a shape
                    that nobody measured. What goes to `base` is `base`'s to report
@@ -155,7 +155,7 @@ class Denoise:
     base: OpTable
     tiles: Tiles | None = None
     record: Recorder | None = None
-    early_weights: bool = False
+    early_weights: bool = True
 
     def rms_norm(self, x: Tensor, norm: RmsNorm, modulation: Tensor | None, into: AnyLinear) -> Tensor:
         """`reference.rms_norm`."""
@@ -296,7 +296,9 @@ class Denoise:
 
     def _chosen(self, rows: int, layer: AnyLinear) -> Tiles:
         """The cuts for this call."""
-        tiles = self.tiles if self.tiles is not None else tiles_for(rows, layer)
+        if self.tiles is not None:
+            return self.tiles
+        tiles = tiles_for(rows, layer)
         return with_early_weights(tiles, rows, layer) if self.early_weights else tiles
 
 
@@ -318,7 +320,7 @@ def _attention_tile(tiles: Tiles, cached_keys: int, shared_bytes: int | None) ->
 
 
 def denoise_ops(
-    base: OpTable, tiles: Tiles | None = None, *, record: Recorder | None = None, early_weights: bool = False
+    base: OpTable, tiles: Tiles | None = None, *, record: Recorder | None = None, early_weights: bool = True
 ) -> OpTable:
     """`base`, with calls of at most MAX_ROWS rows taken by the kernels of this file; see `Denoise`."""
     ops = Denoise(base, tiles, record, early_weights)

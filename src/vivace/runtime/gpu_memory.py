@@ -24,7 +24,7 @@ def explained(step: str, *, device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        asked = str(error).split(". ")[0].removeprefix("CUDA out of memory").strip(". ")
+        asked = next((part for part in str(error).split(". ") if part.startswith("Tried to allocate")), "")
         raise Unsupported(
             f"the memory of {device} does not suffice for {step}", got=f"{_free(device)}{asked}",
             wanted="room for the weights of the plan, keys and values, and the graphs of every bucket", do=DO,

@@ -38,7 +38,7 @@ from . import choice, coverage, gpu_memory
 from . import noise as noise_source
 from . import precision as precisions
 from . import previous as previous_chunk
-from .collate import collate
+from .collate import collate, sent
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class Policy:
         previous = previous_chunk.checked(previous, shape=noise.shape, device=device)
         with gpu_memory.explained("an inference", device=device):
             inputs = collate(rows, kind=self.model.config.kind, device=device)
-            start = torch.from_numpy(noise).to(device)
+            start = sent(torch.from_numpy(noise), device)
             if trace is None:
                 x = self.backend.infer(inputs, start, previous=previous, spans=spans)
             else:
