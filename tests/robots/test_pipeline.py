@@ -19,7 +19,7 @@ def test_a_right_request(pipeline: RobotPipeline, request_of) -> None:
     prepared = pipeline.prepare(request_of())
     assert prepared.images.shape == (2, 3, 224, 224)
     assert prepared.images.dtype == np.uint8
-    assert prepared.images.flags.c_contiguous
+    assert prepared.images.transpose(0, 2, 3, 1).flags.c_contiguous, "stored as cameras give it"
     assert prepared.views == ("base_0_rgb", "left_wrist_0_rgb")
     assert prepared.state_robot.tolist() == [*np.linspace(-0.4, 0.4, 5), 0.25]
     assert prepared.prompt_text.startswith("Task: stack, State: ")

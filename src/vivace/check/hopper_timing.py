@@ -114,7 +114,10 @@ def _replays(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.
     o, inputs, drawn = run.options, samples.inputs[0], samples.noise[0, :1]
     timed = [
         Timed(
-            e, e.backend.graph_of(inputs, drawn), o.calls if o.is_headline(e.precision) else min(o.few_calls, o.calls)
+            e,
+            e.backend.graph_of(inputs, drawn),
+            o.calls if o.is_headline(e.precision) else min(o.few_calls, o.calls),
+            judged=o.is_headline(e.precision),
         )
         for e in engines
     ]

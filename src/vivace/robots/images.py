@@ -162,18 +162,21 @@ def check_image(value: Any, *, key: str, chw: bool = False) -> NDArray[Any]:
     wanted = "uint8 or float in [0, 1], " + ("[3, h, w]" if chw else "[h, w, 3] (or [3, h, w])")
     if not isinstance(value, np.ndarray):
         raise ObservationError(f"image {key!r} is not an array", got=type(value).__name__, wanted=wanted)
-    got = f"{value.dtype} {list(value.shape)}"
     if value.dtype != np.uint8 and value.dtype.kind != "f":
-        raise ObservationError(f"image {key!r} has the wrong dtype", got=got, wanted=wanted)
+        raise ObservationError(f"image {key!r} has the wrong dtype", got=_described(value), wanted=wanted)
     channels_first = value.ndim == 3 and value.shape[0] == 3
     channels_last = value.ndim == 3 and value.shape[2] == 3 and not chw
     if not channels_first and not channels_last:
-        raise ObservationError(f"image {key!r} has the wrong shape", got=got, wanted=wanted)
+        raise ObservationError(f"image {key!r} has the wrong shape", got=_described(value), wanted=wanted)
     if 0 in value.shape:
-        raise ObservationError(f"image {key!r} is empty", got=got, wanted="at least one pixel per side")
+        raise ObservationError(f"image {key!r} is empty", got=_described(value), wanted="at least one pixel per side")
     if value.dtype.kind == "f":
         _check_float_range(value, key=key)
     return value
+
+
+def _described(value: NDArray[Any]) -> str:
+    return f"{value.dtype} {list(value.shape)}"
 
 
 def _check_float_range(value: NDArray[Any], *, key: str) -> None:
@@ -203,9 +206,14 @@ def to_uint8(image: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def view_pil(image: NDArray[Any], *, size: int = 224) -> NDArray[np.uint8]:
-    """One checked camera image to uint8 [3, size, size], openpi's way; `/255*2-1` is left to the model."""
-    pixels = resize_pil(np.ascontiguousarray(to_hwc(to_uint8(image))), height=size, width=size)
-    return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+    """One checked camera image to uint8 [3, size, size], openpi's way; `/255*2-1` is left to the model.
+
+    What needs no resizing comes back as a view of `image`.
+    """
+    pixels = to_hwc(to_uint8(image))
+    if pixels.shape[:2] != (size, size):
+        pixels = resize_pil(np.ascontiguousarray(pixels), height=size, width=size)
+    return pixels.transpose(2, 0, 1)
 
 
 def view_torch(image: NDArray[Any], *, size: int = 224, pad: float = 0.0) -> NDArray[np.float32]:

@@ -93,11 +93,21 @@ class RobotPipeline:
         return adapt_actions(wide[:, : robot.action_dim], robot)
 
     def _views(self, images: list[NDArray[Any]]) -> NDArray[Any]:
-        """Camera images to [V, 3, size, size]. A view that needs no resizing is not worth a thread."""
+        """Camera images to [V, 3, size, size], each copied once. A view that needs no resizing is not worth a thread.
+
+        uint8 stays stored as it came, channels last: `collate` leaves the turning of axes to the device.
+        """
         io = self.io
         small = all(max(image.shape) <= io.image_size for image in images)
         each = map if small or len(images) < 2 else self.workers.map
-        return np.stack(list(each(lambda image: prepare_image(image, io), images)))
+        V, size = len(images), io.image_size
+        if io.image == "pil":
+            out: NDArray[Any] = np.empty((V, size, size, 3), np.uint8).transpose(0, 3, 1, 2)
+        else:
+            out = np.empty((V, 3, size, size), np.float32)
+        for place, view in zip(out, each(lambda image: prepare_image(image, io), images), strict=True):
+            place[...] = view
+        return out
 
     def _state(self, parts: Gathered) -> NDArray[Any]:
         if parts.state is not None:

@@ -66,7 +66,8 @@ def segments(
     if flavour not in FLAVOURS:
         raise ConfigError("unknown prompt flavour", got=repr(flavour), wanted=f"one of {list(FLAVOURS)}")
     values = state if flavour == "openpi_pi05" else state.astype(np.float32)
-    values = np.pad(values, (0, max(0, pad_state_to - len(values))))
+    if len(values) < pad_state_to:
+        values = np.concatenate([values, np.zeros(pad_state_to - len(values), values.dtype)])
     numbers = " ".join(str(bin_) for bin_ in discretise(values))
     return (Segment(f"Task: {clean(task)}, State: {numbers};\nAction: ", True),)
 

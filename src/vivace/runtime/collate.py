@@ -7,6 +7,7 @@ missing views are padded and masked; masked tokens get exactly zero attention, s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,34 +21,48 @@ def collate(rows: Sequence[PreparedObservation], *, kind: PolicyKind, device: to
     """Batch prepared observations. Masks are None where all rows have the same size."""
     images, view_mask = _stack([_same_dtype(row.images, rows) for row in rows])
     tokens, token_mask = _stack([row.tokens.astype(np.int64) for row in rows])
-    state = torch.from_numpy(np.stack([row.state for row in rows])) if kind == "pi0" else None
     return ModelInputs(
         images=sent(images, device),
         tokens=sent(tokens, device),
         view_mask=None if view_mask is None else sent(view_mask, device),
         token_mask=None if token_mask is None else sent(token_mask, device),
-        state=None if state is None else sent(state, device),
+        state=sent(np.stack([row.state for row in rows]), device) if kind == "pi0" else None,
     )
 
 
-def sent(value: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device. To a GPU by way of page-locked memory, so that the host need not wait for the copy.
+def sent(value: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A host array on the device, contiguous. To a GPU by way of page-locked memory: the host need not wait for the copy.
 
-    torch keeps the page-locked block until the copy is over, and then for the next request.
+    torch keeps the page-locked block until the copy is over, and then for the next request. numpy fills it: torch would
+    wake all of its threads for a few hundred kilobytes. Axes stored in another order are turned on the device.
     """
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+    if device.type != "cuda":
+        return torch.from_numpy(np.ascontiguousarray(value)).to(device)
+    stored, axes = as_stored(value)
+    plain = torch.from_numpy(stored)
+    locked = torch.empty(plain.shape, dtype=plain.dtype, pin_memory=True)
+    np.copyto(locked.numpy(), stored)
+    return locked.to(device, non_blocking=True).permute(axes).contiguous()
 
 
-def _stack(arrays: Sequence[NDArray[np.generic]]) -> tuple[Tensor, Tensor | None]:
+def as_stored(value: NDArray[Any]) -> tuple[NDArray[Any], tuple[int, ...]]:
+    """The array with its axes in the order of memory, and the permutation that brings them back."""
+    order = sorted(range(value.ndim), key=lambda axis: -value.strides[axis])
+    return value.transpose(order), tuple(order.index(axis) for axis in range(value.ndim))
+
+
+def _stack(arrays: Sequence[NDArray[np.generic]]) -> tuple[NDArray[np.generic], NDArray[np.bool_] | None]:
     """Pad the first axis to the longest; return the stack and bool [B, longest], None if nothing was padded."""
     counts = [len(array) for array in arrays]
     longest = max(counts)
+    if len(arrays) == 1:
+        return arrays[0][None], None
     if min(counts) == longest:
-        return torch.from_numpy(np.stack(arrays)), None
+        return np.stack(arrays), None
     padded = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
     for row, array in enumerate(arrays):
         padded[row, : len(array)] = array
-    return torch.from_numpy(padded), torch.arange(longest)[None] < torch.tensor(counts)[:, None]
+    return padded, np.arange(longest)[None] < np.array(counts)[:, None]
 
 
 def _same_dtype(images: NDArray[np.generic], rows: Sequence[PreparedObservation]) -> NDArray[np.generic]:

@@ -181,7 +181,7 @@ class Policy:
         previous = previous_chunk.checked(previous, shape=noise.shape, device=device)
         with gpu_memory.explained("an inference", device=device):
             inputs = collate(rows, kind=self.model.config.kind, device=device)
-            start = sent(torch.from_numpy(noise), device)
+            start = sent(noise, device)
             if trace is None:
                 x = self.backend.infer(inputs, start, previous=previous, spans=spans)
             else:
