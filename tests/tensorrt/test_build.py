@@ -35,7 +35,7 @@ def test_all_networks_build_for_both_targets(rtx, kind, plan, options):
     subject = Subject(rtx, kind=kind, base="fp16", plan=plan, changes=SMALL, **options)
     for part in PARTS if kind == "pi05" and not options else PARTS[:3]:
         network = subject.write(part)
-        audit.check(network, subject.chosen.quantises)
+        audit.check(network, subject.chosen.format_of)
         engine = build(network, BOTH).engine
         assert 100_000 < len(engine) < 20 * MIB, (part, len(engine))
 
@@ -50,7 +50,7 @@ def test_a_flavour_that_keeps_vision_in_float32(rtx):
     """LeRobot's: its E4M3 layers read and give float32 then."""
     subject = Subject(rtx, base="bf16", plan="fp8-all", changes={**SMALL, "flavour": "lerobot"})
     network = subject.write("vision")
-    found = audit.check(network, subject.chosen.quantises)
+    found = audit.check(network, subject.chosen.format_of)
     assert {p.precision for p in found if p.is_attention} == {"float32"}
     assert subject.worst(network, wanted=subject.wanted("vision", simulated=True)) > 0.9999
     assert build(network, BOTH).engine
@@ -64,13 +64,13 @@ def full() -> ModelConfig:
 def outline(config: ModelConfig, plan: str) -> Pi:
     with torch.device("meta"):
         names = all_layers(Pi(config))
-    return skeleton.outline(config, base="fp16", e4m3=[name for name in names if preset(plan).quantises(name)])
+    return skeleton.outline(config, base="fp16", formats=preset(plan).formats(names))
 
 
 def test_the_full_prefix_builds_in_seconds_without_weights(rtx, full):
     """18 layers of Gemma-2B, 968 tokens, MLPs in FP8: an engine of a few MB, and no gigabyte anywhere."""
     network = networks.write("prefix", outline(full, "fp8-mlp"), rtx, Shapes(keys=968))
-    products = audit.check(network, preset("fp8-mlp").quantises)
+    products = audit.check(network, preset("fp8-mlp").format_of)
     assert len(products) == 17 * 6 + 1
     assert sum(product.precision == "e4m3" for product in products) == 17 * 2
     seen = []
@@ -86,7 +86,7 @@ def test_the_other_full_networks_pass_the_audit(rtx, full, part):
     shapes = Shapes(batch=3) if part == "vision" else Shapes(keys=968)
     network = networks.write(part, outline(full, "fp8-all"), rtx, shapes)
     count = {"vision": 27 * 6 + 2, "step": 18 * 6 + 2}[part]
-    assert len(audit.check(network, preset("fp8-all").quantises)) == count
+    assert len(audit.check(network, preset("fp8-all").format_of)) == count
 
 
 def test_baked_weights_are_in_the_engine(rtx):
@@ -317,7 +317,7 @@ def test_full_tensorrt_wants_scales_when_it_builds(rtx):
     stored = {name.rpartition(" #")[0] for name in written.constants}
     assert {name for name in subject.numbers if name.endswith("_scale")} <= stored
     assert "prefix.layers.0.gate_up.weight" not in stored
-    audit.check(written, subject.chosen.quantises)
+    audit.check(written, subject.chosen.format_of)
 
 
 def test_fused_layers_only_where_the_module_has_them(rtx):

@@ -16,6 +16,7 @@ from vivace.backends.tensorrt.identity import Identity, identify
 from vivace.backends.tensorrt.networks import Shapes
 from vivace.config import TensorRTConfig
 from vivace.errors import Unsupported
+from vivace.precision.plan import preset
 
 SM89, BOTH = targets.parse("sm89"), targets.parse("sm89,sm120")
 WHO = Identity("tensorrt_rtx", "1.7.1.116", ("sm89", "sm120"), "0123456789abcdef", "inputs")
@@ -215,7 +216,7 @@ def test_a_cached_engine_that_the_run_time_refuses_is_built_again_once(tmp_path,
     stored, asked = tmp_path / "prefix.engine", []
     stored.write_bytes(b"old")
 
-    def make(plan, part, shapes, *, anew=False, **options):
+    def make(recipe, part, shapes, *, anew=False, **options):
         asked.append((anew, stored.exists()))
         return run.Made(None, second if anew else b"old", stored, 1.0 if anew else 0.0, ())
 
@@ -224,7 +225,7 @@ def test_a_cached_engine_that_the_run_time_refuses_is_built_again_once(tmp_path,
     monkeypatch.setattr(run, "Engine", engine)
     monkeypatch.setattr(run.audit, "record", lambda *_, **__: None)
     full = modules.Module("tensorrt", "11", None)
-    runner = run.EngineRunner(run.Recipe(full, None, {}, frozenset(), False, False), torch.device("cpu"), None)
+    runner = run.EngineRunner(run.Recipe(full, None, {}, preset("bf16"), False, False), torch.device("cpu"), None)
     if second == b"new":
         assert runner._make("prefix", Shapes(keys=40), None) == b"new"
     else:
@@ -240,7 +241,7 @@ def test_a_fresh_engine_that_is_refused_is_not_built_again(tmp_path, monkeypatch
     monkeypatch.setattr(run, "make", lambda *_, **__: run.Made(None, b"new", tmp_path / "x.engine", 1.0, ()))
     monkeypatch.setattr(run, "Engine", engine)
     full = modules.Module("tensorrt", "11", None)
-    runner = run.EngineRunner(run.Recipe(full, None, {}, frozenset(), False, False), torch.device("cpu"), None)
+    runner = run.EngineRunner(run.Recipe(full, None, {}, preset("bf16"), False, False), torch.device("cpu"), None)
     with pytest.raises(Unsupported, match="another driver"):
         runner._make("prefix", Shapes(keys=40), None)
     assert engine.plans == [b"new"]

@@ -89,9 +89,9 @@ def test_the_backend_finds_what_build_wrote(rtx, vivace, checkpoint, plan, tmp_p
     precision = str(plan) if precision == "plan" else precision
     options = ("--target", "sm89", "--precision", precision, "--prompts", 64, "--engines", tmp_path)
     assert vivace("build", checkpoint, *options)[0] == 0
-    model = load_policy(checkpoint, config=EngineConfig(precision=precision)).model
-    recipe = run.recipe(model, rtx, TensorRTConfig(), base="bf16")
-    views = 2 * model.config.vision.tokens
+    loaded = load_policy(checkpoint, config=EngineConfig(precision=precision))
+    recipe = run.recipe(loaded.model, rtx, TensorRTConfig(), base="bf16", plan=loaded.plan)
+    views = 2 * loaded.model.config.vision.tokens
     for part, shapes in (
         ("vision", Shapes(batch=2)),
         ("prefix", Shapes(keys=views + 64)),

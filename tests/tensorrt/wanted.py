@@ -72,8 +72,8 @@ class Subject:
         self.chosen = self._plan()
         self.quantised = copy.deepcopy(self.model)
         quantize.apply(self.quantised, self.chosen)
-        self.e4m3 = skeleton.quantised(self.quantised)
-        self.outlined = skeleton.outline(config, base=self.base, e4m3=self.e4m3)
+        formats = skeleton.formats(self.quantised)
+        self.outlined = skeleton.outline(config, base=self.base, formats=formats)
         self.numbers = skeleton.values(self.quantised, self.outlined)
 
     def _plan(self) -> PrecisionPlan:

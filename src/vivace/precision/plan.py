@@ -13,7 +13,7 @@ import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -64,10 +64,18 @@ class PrecisionPlan:
         """The rule that decides about `layer`, or None."""
         return next((rule for rule in self.rules if fnmatch.fnmatchcase(layer, rule.pattern)), None)
 
-    def quantises(self, layer: str) -> bool:
-        """Whether `layer` runs in E4M3."""
+    def format_of(self, layer: str) -> Format:
+        """The format in which `layer` runs; "keep" where no rule names it."""
         rule = self.rule(layer)
-        return rule is not None and rule.format == "e4m3"
+        return "keep" if rule is None else rule.format
+
+    def quantises(self, layer: str) -> bool:
+        """Whether `layer` runs in another format than the one that it was loaded in."""
+        return self.format_of(layer) != "keep"
+
+    def formats(self, layers: Iterable[str]) -> dict[str, Format]:
+        """{layer: format} of those `layers` that it quantises."""
+        return {name: self.format_of(name) for name in layers if self.quantises(name)}
 
     def to_json(self) -> str:
         """The plan as a JSON document."""

@@ -27,12 +27,16 @@ from ...errors import NumericsError
 from ...model.pi import Pi
 from ...ops.layers import Fp8Linear, Linear
 from ...precision.coverage import E4M3, Coverage, Seen
+from ...precision.plan import Format
 from .evaluate import torch_dtype, walk
 from .module import Definition
 from .networks import Network, Part
 
 Makers: TypeAlias = Mapping[str, tuple[str, Any]]
 """{tensor: (kind of the layer that makes it, the layer)}."""
+
+FormatOf: TypeAlias = Callable[[str], Format]
+"""Name of a linear -> the format in which it shall run."""
 
 MOVES = ("SHUFFLE", "IDENTITY", "SLICE")
 ATTENTION = ("attention_scores", "attention_mix", "attention")
@@ -78,21 +82,22 @@ def products(network: Network) -> tuple[Product, ...]:
     return tuple(found)
 
 
-def check(network: Network, quantises: Callable[[str], bool]) -> tuple[Product, ...]:
+def check(network: Network, format_of: FormatOf) -> tuple[Product, ...]:
     """The products, if each is what the plan says. Raises NumericsError naming every one that is not.
 
-    quantises  layer name -> whether it shall run in E4M3 (`PrecisionPlan.quantises`)
+    format_of  the plan's: `PrecisionPlan.format_of`
     """
     found = products(network)
-    if problems := mismatches(network, found, quantises):
+    if problems := mismatches(network, found, format_of):
         raise NumericsError(
             f"{network.label} would not run as planned", got="; ".join(problems[:6]),
-            wanted="every matrix product as the plan says", do="report this: it is a fault of vivace",
+            wanted="every matrix product as the plan says",
+            do="give the plan that the model was quantised by; if that was done, report this: it is a fault of vivace",
         )  # fmt: skip
     return found
 
 
-def mismatches(network: Network, found: Sequence[Product], quantises: Callable[[str], bool]) -> list[str]:
+def mismatches(network: Network, found: Sequence[Product], format_of: FormatOf) -> list[str]:
     """One line per product that differs from the plan, reads another layer's numbers, is missing, or is one too many."""
     problems = []
     paths = {
@@ -101,12 +106,13 @@ def mismatches(network: Network, found: Sequence[Product], quantises: Callable[[
     wanted = {layer.name: layer for layer in network.outlined.modules() if isinstance(layer, Linear | Fp8Linear)}
     for product in found:
         layer = wanted.get(product.layer)
-        planned = "no product"
+        planned: str = "no product"
         if layer is not None:
-            kept = _name(layer.dtype)
-            planned = E4M3 if quantises(product.layer) and not product.is_attention else kept
+            planned = format_of(product.layer)
             if product.is_attention:
                 planned = _name(_compute(network, product.layer))
+            elif planned == "keep":
+                planned = _name(layer.dtype)
         if product.precision != planned:
             problems.append(f"{product.layer} {product.operation} in {product.precision}, planned {planned}")
         own = () if layer is None or product.is_attention else _parameters(paths[product.layer], planned)
