@@ -36,16 +36,25 @@ def vivace(capsys):
 
 
 @pytest.fixture(scope="module")
-def plan(checkpoint, tmp_path_factory):
+def recorded(checkpoint, tmp_path_factory):
     import numpy as np
 
     folder = tmp_path_factory.mktemp("data")
     for index, request in enumerate(synthetic(load_policy(checkpoint).io, 2)):
         np.savez(folder / f"{index}.npz", **request)
-    path = folder / "plan.json"
-    arguments = ["calibrate", checkpoint, "--data", folder, "--preset", "fp8-mlp", "--steps", 2, "-o", path]
+    return folder
+
+
+def calibrated(checkpoint, recorded, preset):
+    path = recorded / f"{preset}.json"
+    arguments = ["calibrate", checkpoint, "--data", recorded, "--preset", preset, "--steps", 2, "-o", path]
     assert main([str(argument) for argument in arguments]) == 0
     return path
+
+
+@pytest.fixture(scope="module")
+def plan(checkpoint, recorded):
+    return calibrated(checkpoint, recorded, "fp8-mlp")
 
 
 def test_build(rtx, vivace, checkpoint, plan, tmp_path):
@@ -144,6 +153,21 @@ def test_options_as_text():
     ):
         with pytest.raises(ConfigError, match=says):
             tensorrt_options(text)
+
+
+def test_int8_for_a_target_without_fp8(rtx, vivace, checkpoint, recorded, tmp_path):
+    """Calibrate, build for an RTX 30, and simulate the same plan on this CPU: one table says INT8 in both."""
+    plan = calibrated(checkpoint, recorded, "int8-full")
+    options = ("--target", "sm86", "--parts", "prefix", "--prompts", 64, "--engines", tmp_path)
+    code, built, _ = vivace("build", checkpoint, "--precision", plan, *options)
+    assert code == 0
+    code, checked, _ = vivace("check", checkpoint, "--precision", plan, "--observations", 1, "--steps", 2)
+    assert code == 0, checked
+    for result in (built, checked):
+        eight = {row["layer"] for row in result["coverage"] if row["precision"] == "int8"}
+        assert {f"prefix.layers.0.{name}" for name in ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")} <= eight
+        assert not any(row["fallback"] for row in result["coverage"])
+        assert not any(row["precision"] == "e4m3" for row in result["coverage"])
 
 
 def test_fp8_for_a_target_without_fp8(rtx, vivace, checkpoint, plan, tmp_path):

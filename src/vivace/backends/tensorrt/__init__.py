@@ -58,8 +58,9 @@ def refused_gpu(module: modules.Module, target: Target) -> str | None:
 def why_not_model(model: Pi) -> str | None:
     """None if this machine's GPU computes in the types of the network."""
     (first, name), target = FIRST[torch.float8_e4m3fn], here(model.device)
-    if skeleton.formats(model) and target.number < first:
-        return f"{target.label} has no {name}: use --precision bfloat16"
+    if "e4m3" in skeleton.formats(model).values() and target.number < first:
+        instead = "an INT8 plan (vivace calibrate --preset int8-mlp), or --precision bfloat16"
+        return f"{target.label} has no {name}: use {instead}"
     return None
 
 

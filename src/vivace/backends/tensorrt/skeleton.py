@@ -17,7 +17,7 @@ from ...config import ModelConfig, TensorRTBase
 from ...errors import ConfigError
 from ...model import weights
 from ...model.pi import Pi
-from ...ops.layers import Fp8Linear
+from ...ops.layers import QuantisedLinear
 from ...precision import quantize
 from ...precision.flavours import Dtype, parameter_dtype
 from ...precision.plan import Format
@@ -34,7 +34,7 @@ def outline(
     """A `Pi` on the meta device.
 
     base   type of everything that the checkpoint's flavour serves in bfloat16; what it keeps in float32 stays float32
-    formats  {layer: "e4m3"} of those that a precision plan quantises
+    formats  {layer: format} of those that a precision plan quantises
     precision  which parts "bfloat16" means, see `precision.flavours`
     Raises ConfigError for a name that no layer has.
     """
@@ -46,8 +46,8 @@ def outline(
         _retype(model, slot.parameter, torch.float32 if wide else compute)
     unknown = dict(formats or {})
     for owner, attribute, layer in list(quantize.linears(model)):
-        if unknown.pop(layer.name, "keep") != "keep":
-            setattr(owner, attribute, quantize.quantise_layer(layer, amax=1.0))
+        if (wanted := unknown.pop(layer.name, "keep")) != "keep":
+            setattr(owner, attribute, quantize.quantise_layer(layer, amax=1.0, format=wanted))
     if unknown:
         raise ConfigError("the plan names layers that this network lacks", got=", ".join(sorted(unknown)[:4]))
     return model.requires_grad_(False).eval()
@@ -67,7 +67,7 @@ def precision_of(model: Pi) -> Dtype:
 
 def formats(model: nn.Module) -> dict[str, Format]:
     """{layer: format} of the quantised layers of a model."""
-    return {layer.name: "e4m3" for layer in model.modules() if isinstance(layer, Fp8Linear)}
+    return {layer.name: quantize.format_of(layer) for layer in model.modules() if isinstance(layer, QuantisedLinear)}
 
 
 def values(model: Pi, outlined: Pi) -> dict[str, Tensor]:
