@@ -12,6 +12,7 @@ from wanted import Subject
 
 from vivace.backends.tensorrt import cache, identity, run, targets
 from vivace.backends.tensorrt import module as modules
+from vivace.backends.tensorrt.engine import NoMemory
 from vivace.backends.tensorrt.identity import Identity, identify
 from vivace.backends.tensorrt.networks import Shapes
 from vivace.config import TensorRTConfig
@@ -234,6 +235,26 @@ def test_a_cached_engine_that_the_run_time_refuses_is_built_again_once(tmp_path,
     assert engine.plans == [b"old", second]
     assert asked == [(False, True), (True, False)]
     assert "prefix.engine is deleted and built again" in caplog.text
+
+
+def test_a_sound_engine_without_memory_is_neither_deleted_nor_built_again(tmp_path, monkeypatch):
+    stored, asked = tmp_path / "prefix.engine", []
+    stored.write_bytes(b"old")
+
+    def make(recipe, part, shapes, **options):
+        asked.append(options.get("anew", False))
+        return run.Made(None, b"old", stored, 0.0, ())
+
+    def engine(*_, **__):
+        raise NoMemory("no memory left", got="out of memory")
+
+    monkeypatch.setattr(run, "make", make)
+    monkeypatch.setattr(run, "Engine", engine)
+    full = modules.Module("tensorrt", "11", None)
+    runner = run.EngineRunner(run.Recipe(full, None, {}, preset("bf16"), False, False), torch.device("cpu"), None)
+    with pytest.raises(NoMemory):
+        runner._make("prefix", Shapes(keys=40), None)
+    assert (asked, stored.read_bytes()) == ([False], b"old")
 
 
 def test_a_fresh_engine_that_is_refused_is_not_built_again(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from ...precision.coverage import Coverage
 from ...precision.plan import PrecisionPlan, preset
 from . import audit, cache, networks, skeleton
 from .build import Progress, build
-from .engine import Engine
+from .engine import Engine, NoMemory
 from .identity import identify
 from .module import Module
 from .networks import Network, Part, Shapes
@@ -139,8 +139,8 @@ class EngineRunner:
         try:
             engine = self._open(made, compiled)
         except Unsupported as error:
-            if made.seconds > 0.0:
-                raise  # fresh: another build would be refused too
+            if made.seconds > 0.0 or isinstance(error, NoMemory):
+                raise  # fresh: another build would be refused too; no memory: another would need as much
             logger.warning("%s is deleted and built again: %s", made.path.name, error)
             made.path.unlink(missing_ok=True)
             made = make(self.recipe, part, shapes, targets=[], device=self.device, where=cache.folder(), anew=True)
