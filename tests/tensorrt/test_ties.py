@@ -1,10 +1,10 @@
 """A whole quantised policy through the evaluator differs from the model by rounding ties alone.
 
-Two sums in another order differ in the last bit of float32. Where such a sum, divided by its scale, lies between two numbers
-of E4M3, that bit decides which one is stored: a difference of 1/16, which later layers carry on. So actions of equal networks
-can differ by 1e-2 although no layer is wrong (docs/log.md). Here the model's own codes are given to the evaluator: then
-actions agree to 1e-6, every quotient agrees with the model's to float32 rounding, and a code that was changed by it lies at a
-tie. A wrong mask or scale is none of these.
+Two sums in another order differ in the last bit of float32. Where such a sum, divided by its scale, lies between two
+numbers of E4M3, that bit decides which one is stored: a difference of 1/16, which later layers carry on. So actions of
+equal networks can differ by 1e-2 although no layer is wrong (docs/log.md). Here the model's own codes are given to the
+evaluator: then actions agree to 1e-6, every quotient agrees with the model's to float32 rounding, and a code that was
+changed by it lies at a tie. A wrong mask or scale is none of these.
 """
 
 from __future__ import annotations
