@@ -76,6 +76,7 @@ def test_build(rtx, vivace, checkpoint, plan, tmp_path):
     assert [row["part"] for row in result["engines"]] == ["vision", "prefix", "step"]
     assert result["kind"] == "build"
     assert result["module"] == rtx.label
+    assert result["environment"]["packages"]["tensorrt-rtx-cu13"] == rtx.version
     assert (result["base"], result["weights"]) == ("bf16", "inputs")
     assert all(row["build_seconds"] > 0 and not row["found_on_disk"] for row in result["engines"])
     e4m3 = {row["layer"] for row in result["coverage"] if row["precision"] == "e4m3"}
