@@ -193,3 +193,33 @@ def test_the_backend_where_it_cannot_run(rtx, vivace, checkpoint, verb):
     assert (code, result) == (2, None)
     assert "need an NVIDIA GPU, not cpu" in " ".join(text.split())
     assert "Traceback" not in text
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As torch sees an H100. Nothing may be loaded for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+@pytest.mark.parametrize("verb", ["check", "serve", "bench"])
+def test_a_gpu_that_the_module_does_not_support(rtx, vivace, checkpoint, hopper, monkeypatch, verb):
+    """One sentence, exit code 2, and no weight was read for it."""
+    from vivace.runtime import policy
+
+    monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    which = ("--engines", "tensorrt") if verb == "bench" else ("--backend", "tensorrt")
+    code, result, text = vivace(
+        verb, checkpoint, *which, "--device", "cuda", "--tensorrt", "module=tensorrt_rtx"
+    )  # fmt: skip
+    assert (code, result) == (2, None)
+    assert "TensorRT-RTX has no target sm90 (H100, H200)" in " ".join(text.split())
+    assert "Traceback" not in text
+
+
+def test_build_for_a_gpu_that_the_module_does_not_support(rtx, vivace, checkpoint, hopper, tmp_path):
+    code, result, text = vivace("build", checkpoint, "--module", "tensorrt_rtx", "--engines", tmp_path)
+    assert (code, result) == (2, None)
+    assert "TensorRT-RTX has no target sm90 (H100, H200)" in " ".join(text.split())
+    assert not list(tmp_path.iterdir())

@@ -101,6 +101,7 @@ def make(
         logger.warning("not used: %s", reason)
     if found.engine is not None and found.path is not None:
         return Made(network, found.engine, found.path, 0.0, found_products, found.refused)
+    logger.info("building %s: seconds, or minutes with baked weights or as one loop", network.label)
     built = build(network, targets, progress=progress, device=device)
     more = {"part": part, "label": network.label, "seconds": round(built.seconds, 3), **(facts or {})}
     path = cache.store(where, who, built.engine, facts=more, machine=machine)
