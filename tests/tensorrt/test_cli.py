@@ -45,16 +45,12 @@ def recorded(checkpoint, tmp_path_factory):
     return folder
 
 
-def calibrated(checkpoint, recorded, preset):
-    path = recorded / f"{preset}.json"
-    arguments = ["calibrate", checkpoint, "--data", recorded, "--preset", preset, "--steps", 2, "-o", path]
-    assert main([str(argument) for argument in arguments]) == 0
-    return path
-
-
 @pytest.fixture(scope="module")
 def plan(checkpoint, recorded):
-    return calibrated(checkpoint, recorded, "fp8-mlp")
+    path = recorded / "plan.json"
+    arguments = ["calibrate", checkpoint, "--data", recorded, "--preset", "fp8-mlp", "--steps", 2, "-o", path]
+    assert main([str(argument) for argument in arguments]) == 0
+    return path
 
 
 def test_build(rtx, vivace, checkpoint, plan, tmp_path):
@@ -158,7 +154,14 @@ def test_options_as_text():
 
 def test_int8_for_a_target_without_fp8(rtx, vivace, checkpoint, recorded, tmp_path):
     """Calibrate, build for an RTX 30, and simulate the same plan on this CPU: one table says INT8 in both."""
-    plan = calibrated(checkpoint, recorded, "int8-full")
+    plan = recorded / "int8.json"
+    options = ("--data", recorded, "--preset", "int8-full", "--steps", 2, "-o", plan)
+    code, document, _ = vivace("calibrate", checkpoint, *options)
+    assert code == 0
+    assert any("--percentile 99.99" in remark for remark in document["remarks"])
+    code, document, _ = vivace("calibrate", checkpoint, *options, "--percentile", 99.99)
+    assert code == 0
+    assert not any("--percentile 99.99" in remark for remark in document["remarks"])
     options = ("--target", "sm86", "--parts", "prefix", "--prompts", 64, "--engines", tmp_path)
     code, built, _ = vivace("build", checkpoint, "--precision", plan, *options)
     assert code == 0

@@ -329,6 +329,8 @@ def _remarks(found: Measured, *, passed: bool) -> list[str]:
     if (steps := _steps(found)) and steps["largest_over_smallest"] > 2.0:
         spread = f"{steps['largest_over_smallest']:.1f}x"
         remarks.append(f"ranges of the expert differ by up to {spread} between denoise steps ({steps['layer']})")
+    if found.plan.method == "amax" and "int8" in found.plan.formats(found.plan.amax).values():
+        remarks.append("INT8 has equal steps: one large value costs all others; compare with --percentile 99.99")
     if not passed:
         remarks.append("the plan misses its bound on the observations held out: not written")
     return remarks
