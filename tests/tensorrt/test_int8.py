@@ -47,10 +47,9 @@ def test_against_float32(rtx, plan, base):
     assert subject.worst(network) < ROUNDED, "nothing was rounded"
 
 
-@pytest.mark.parametrize("plan", ["int8-mlp", "int8-full"])
-def test_at_full_width(rtx, plan):
-    """Weights as make-checkpoint draws them, without loud channels; 0.99996 and 0.99985 when this was written."""
-    subject = Subject(rtx, base="fp16", plan=plan, changes=FULL, draw=make_checkpoint_tensors)
+def test_at_full_width(rtx):
+    """Weights as make-checkpoint draws them, without loud channels; 0.99985 when this was written, int8-mlp 0.99996."""
+    subject = Subject(rtx, base="fp16", plan="int8-full", changes=FULL, draw=make_checkpoint_tensors)
     network = subject.write("prefix")
     assert subject.worst(network) >= INT8
     assert build(network, targets.parse("sm86,sm89,sm120")).engine
