@@ -214,7 +214,7 @@ def test_check_fails_saturated_ranges(vivace, checkpoint, plan_file):
 
 def test_check_fails_a_wrong_scale(vivace, checkpoint, plan_file, monkeypatch):
     real = quantize.quantise_weight
-    monkeypatch.setattr(quantize, "quantise_weight", lambda *a: (real(*a)[0], 1.3 * real(*a)[1]))
+    monkeypatch.setattr(quantize, "quantise_weight", lambda *a, **o: (real(*a, **o)[0], 1.3 * real(*a, **o)[1]))
     assert check(vivace, checkpoint, plan_file)[0] == 1
 
 

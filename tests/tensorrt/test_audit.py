@@ -14,16 +14,18 @@ from vivace.precision.coverage import Coverage, as_json, rows, summary
 from vivace.precision.fit import all_layers
 from vivace.precision.plan import PRESETS, preset
 
+KEPT = {("keep", "16"), ("keep", "32")}  # the end of bfloat16, float32
+
 
 @pytest.mark.parametrize("plan", PRESETS)
 @pytest.mark.parametrize("kind", ["pi05", "pi0"])
 def test_every_plan(rtx, plan, kind):
     subject = Subject(rtx, kind=kind, base="bf16", plan=plan)
     for part in networks.PARTS:
-        found = audit.check(subject.write(part), subject.chosen.quantises)
+        found = audit.check(subject.write(part), subject.chosen.format_of)
         for product in found:
-            e4m3 = subject.chosen.quantises(product.layer) and not product.is_attention
-            assert (product.precision == "e4m3") == e4m3, product
+            planned = "keep" if product.is_attention else subject.chosen.format_of(product.layer)
+            assert product.precision == planned or (planned, product.precision[-2:]) in KEPT, product
 
 
 def test_one_prefix_layer_has_its_six_products(rtx):
@@ -37,7 +39,7 @@ def test_one_prefix_layer_has_its_six_products(rtx):
 
 def test_fused_attention_is_seen(rtx):
     subject = Subject(rtx, base="fp16", fused=True)
-    found = audit.check(subject.write("prefix"), subject.chosen.quantises)
+    found = audit.check(subject.write("prefix"), subject.chosen.format_of)
     assert sum(product.operation == "attention" for product in found) == subject.config.prefix.layers - 1
 
 
@@ -49,7 +51,7 @@ def test_fused_attention_is_seen(rtx):
 def test_another_plan_than_the_network_was_written_for(rtx, built, asked, says):
     network = Subject(rtx, base="fp16", plan=built).write("prefix")
     with pytest.raises(NumericsError, match=says):
-        audit.check(network, preset(asked).quantises)
+        audit.check(network, preset(asked).format_of)
 
 
 def left_in_float32(monkeypatch):
@@ -111,7 +113,7 @@ def test_the_audit_names_what_differs(rtx, monkeypatch, fault):
     subject = Subject(rtx, base="fp16", plan="fp8-mlp")
     says = fault(monkeypatch)
     with pytest.raises(NumericsError, match=says):
-        audit.check(subject.write("prefix"), subject.chosen.quantises)
+        audit.check(subject.write("prefix"), subject.chosen.format_of)
 
 
 def exchanged(monkeypatch, what, *, first="prefix.layers.0.gate_up", second="prefix.layers.1.gate_up"):
@@ -132,8 +134,8 @@ def test_a_product_with_the_numbers_of_another_layer(rtx, monkeypatch, what, bak
     exchanged(monkeypatch, what)
     network = subject.write("prefix")
     with pytest.raises(NumericsError, match=rf"layers.0.mlp.gate_up geglu reads .*prefix.layers.1.gate_up.{what}"):
-        audit.check(network, subject.chosen.quantises)
-    problems = audit.mismatches(network, audit.products(network), subject.chosen.quantises)
+        audit.check(network, subject.chosen.format_of)
+    problems = audit.mismatches(network, audit.products(network), subject.chosen.format_of)
     assert [line.partition(" reads ")[0] for line in problems] == [
         f"prefix.layers.{index}.mlp.gate_up geglu" for index in (0, 1)
     ]
@@ -145,12 +147,12 @@ def test_a_plain_product_with_the_weight_of_another_layer(rtx, monkeypatch, kind
     first, second = ("action_time_out", "action_time_in") if kind == "pi0" else ("action_in", "time_in")
     subject = Subject(rtx, kind=kind, base="fp16")
     if kind == "pi0":
-        cut = [p for p in audit.check(subject.write("step"), subject.chosen.quantises) if p.layer == second]
+        cut = [p for p in audit.check(subject.write("step"), subject.chosen.format_of) if p.layer == second]
         assert [p.reads for p in cut] == [("action_time_in.weight",)]
     exchanged(monkeypatch, "weight", first=first, second=second)
     network = subject.write("step")
     with pytest.raises(NumericsError, match=f"{first}.* reads {second}.weight"):
-        audit.check(network, subject.chosen.quantises)
+        audit.check(network, subject.chosen.format_of)
 
 
 def test_a_scale_that_is_computed(rtx, monkeypatch):
@@ -158,7 +160,7 @@ def test_a_scale_that_is_computed(rtx, monkeypatch):
     monkeypatch.setattr(Operations, "_scale", lambda self, layer: plain(self, layer) * 1.0)
     subject = Subject(rtx, base="fp16", plan="fp8-mlp")
     with pytest.raises(NumericsError, match="the result of prod"):
-        audit.check(subject.write("prefix"), subject.chosen.quantises)
+        audit.check(subject.write("prefix"), subject.chosen.format_of)
 
 
 def test_the_table_is_that_of_the_other_engines(rtx, capsys):
@@ -166,7 +168,7 @@ def test_the_table_is_that_of_the_other_engines(rtx, capsys):
     subject = Subject(rtx, base="fp16", plan="fp8-all")
     seen = Coverage(kernel="tensorrt_rtx")
     for part in ("vision", "prefix", "step"):
-        found = audit.check(subject.write(part), subject.chosen.quantises)
+        found = audit.check(subject.write(part), subject.chosen.format_of)
         audit.record(seen, found, part=part, kernel="tensorrt_rtx")
     table = rows(seen, steps=STEPS, plan=subject.chosen, layers=all_layers(subject.quantised))
     assert summary(table)["fallbacks"] == []

@@ -28,16 +28,37 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize(("kind", "plan", "options"), [
-    ("pi05", "fp8-all", {}), ("pi0", "fp8-full", {"baked": True}), ("pi05", "bf16", {"fused": True}),
-])  # fmt: skip
-def test_all_networks_build_for_both_targets(rtx, kind, plan, options):
-    subject = Subject(rtx, kind=kind, base="fp16", plan=plan, changes=SMALL, **options)
-    for part in PARTS if kind == "pi05" and not options else PARTS[:3]:
+PLANS = ("bf16", "fp8-mlp", "fp8-full", "fp8-all")
+
+
+def check_built(subject, parts, wanted=BOTH, *, largest=20 * MIB):
+    """Every part is written, audited against the plan, and built."""
+    for part in parts:
         network = subject.write(part)
-        audit.check(network, subject.chosen.quantises)
-        engine = build(network, BOTH).engine
-        assert 100_000 < len(engine) < 20 * MIB, (part, len(engine))
+        audit.check(network, subject.chosen.format_of)
+        engine = build(network, wanted).engine
+        assert 50_000 < len(engine) < largest, (part, len(engine))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("kind", ["pi05", "pi0"])
+def test_all_networks_build_for_both_targets(rtx, kind, plan):
+    """FP16 and every kind of FP8 plan; vision, prefix, one step and the unrolled loop."""
+    check_built(Subject(rtx, kind=kind, base="fp16", plan=plan, changes=SMALL), PARTS)
+
+
+@pytest.mark.parametrize("target", ["sm89", "sm120"])
+def test_all_networks_build_for_one_target(rtx, target):
+    """What `vivace build` and a machine with one GPU ask for."""
+    check_built(Subject(rtx, base="bf16", plan="fp8-all", changes=SMALL), PARTS, targets.parse(target))
+
+
+@pytest.mark.parametrize(("kind", "plan", "base", "options"), [
+    ("pi0", "fp8-full", "fp16", {"baked": True}), ("pi05", "bf16", "fp16", {"fused": True}),
+    ("pi05", "fp8-all", "bf16", {"fused": True, "baked": True}), ("pi05", "bf16", "fp32", {}),
+])  # fmt: skip
+def test_other_ways_to_write_them_build(rtx, kind, plan, base, options):
+    check_built(Subject(rtx, kind=kind, base=base, plan=plan, changes=SMALL, **options), PARTS[:3])
 
 
 def test_every_target_of_rtx_in_one_engine(rtx):
@@ -50,7 +71,7 @@ def test_a_flavour_that_keeps_vision_in_float32(rtx):
     """LeRobot's: its E4M3 layers read and give float32 then."""
     subject = Subject(rtx, base="bf16", plan="fp8-all", changes={**SMALL, "flavour": "lerobot"})
     network = subject.write("vision")
-    found = audit.check(network, subject.chosen.quantises)
+    found = audit.check(network, subject.chosen.format_of)
     assert {p.precision for p in found if p.is_attention} == {"float32"}
     assert subject.worst(network, wanted=subject.wanted("vision", simulated=True)) > 0.9999
     assert build(network, BOTH).engine
@@ -64,13 +85,13 @@ def full() -> ModelConfig:
 def outline(config: ModelConfig, plan: str) -> Pi:
     with torch.device("meta"):
         names = all_layers(Pi(config))
-    return skeleton.outline(config, base="fp16", e4m3=[name for name in names if preset(plan).quantises(name)])
+    return skeleton.outline(config, base="fp16", formats=preset(plan).formats(names))
 
 
 def test_the_full_prefix_builds_in_seconds_without_weights(rtx, full):
     """18 layers of Gemma-2B, 968 tokens, MLPs in FP8: an engine of a few MB, and no gigabyte anywhere."""
     network = networks.write("prefix", outline(full, "fp8-mlp"), rtx, Shapes(keys=968))
-    products = audit.check(network, preset("fp8-mlp").quantises)
+    products = audit.check(network, preset("fp8-mlp").format_of)
     assert len(products) == 17 * 6 + 1
     assert sum(product.precision == "e4m3" for product in products) == 17 * 2
     seen = []
@@ -82,11 +103,34 @@ def test_the_full_prefix_builds_in_seconds_without_weights(rtx, full):
 
 
 @pytest.mark.parametrize("part", ["vision", "step"])
-def test_the_other_full_networks_pass_the_audit(rtx, full, part):
+def test_the_other_full_networks_build_too(rtx, full, part):
+    """27 layers of SigLIP for three views, 18 layers of the expert over 968 keys, all linears in FP8."""
     shapes = Shapes(batch=3) if part == "vision" else Shapes(keys=968)
     network = networks.write(part, outline(full, "fp8-all"), rtx, shapes)
     count = {"vision": 27 * 6 + 2, "step": 18 * 6 + 2}[part]
-    assert len(audit.check(network, preset("fp8-all").quantises)) == count
+    assert len(audit.check(network, preset("fp8-all").format_of)) == count
+    built = build(network, BOTH)
+    assert MIB < len(built.engine) < 16 * MIB
+    assert built.seconds < 60.0
+
+
+ONE_LAYER = ModelConfig(
+    vision=VisionConfig(layers=1),
+    prefix=GemmaConfig(layers=2),  # the last one is keys and values alone
+    expert=GemmaConfig(width=1024, mlp_width=4096, layers=1),
+)
+
+
+@pytest.mark.parametrize("plan", [*PLANS, "int8-full"])
+@pytest.mark.parametrize("part", ["vision", "prefix", "step"])
+def test_one_layer_at_full_width_builds(rtx, plan, part):
+    """At the sizes of (3 views, 200 prompt tokens, 50 actions): tiles and heads are those of the real network."""
+    shapes = Shapes(batch=3) if part == "vision" else Shapes(keys=968)
+    network = networks.write(part, outline(ONE_LAYER, plan), rtx, shapes)
+    found = audit.check(network, preset(plan).format_of)
+    eight = {product.precision for product in found} & {"e4m3", "int8"}
+    assert bool(eight) == any(preset(plan).quantises(product.layer) for product in found)
+    assert build(network, BOTH).engine
 
 
 def test_baked_weights_are_in_the_engine(rtx):
@@ -317,7 +361,7 @@ def test_full_tensorrt_wants_scales_when_it_builds(rtx):
     stored = {name.rpartition(" #")[0] for name in written.constants}
     assert {name for name in subject.numbers if name.endswith("_scale")} <= stored
     assert "prefix.layers.0.gate_up.weight" not in stored
-    audit.check(written, subject.chosen.quantises)
+    audit.check(written, subject.chosen.format_of)
 
 
 def test_fused_layers_only_where_the_module_has_them(rtx):

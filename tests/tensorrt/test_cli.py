@@ -36,14 +36,19 @@ def vivace(capsys):
 
 
 @pytest.fixture(scope="module")
-def plan(checkpoint, tmp_path_factory):
+def recorded(checkpoint, tmp_path_factory):
     import numpy as np
 
     folder = tmp_path_factory.mktemp("data")
     for index, request in enumerate(synthetic(load_policy(checkpoint).io, 2)):
         np.savez(folder / f"{index}.npz", **request)
-    path = folder / "plan.json"
-    arguments = ["calibrate", checkpoint, "--data", folder, "--preset", "fp8-mlp", "--steps", 2, "-o", path]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(checkpoint, recorded):
+    path = recorded / "plan.json"
+    arguments = ["calibrate", checkpoint, "--data", recorded, "--preset", "fp8-mlp", "--steps", 2, "-o", path]
     assert main([str(argument) for argument in arguments]) == 0
     return path
 
@@ -67,6 +72,7 @@ def test_build(rtx, vivace, checkpoint, plan, tmp_path):
     assert [row["part"] for row in result["engines"]] == ["vision", "prefix", "step"]
     assert result["kind"] == "build"
     assert result["module"] == rtx.label
+    assert result["environment"]["packages"]["tensorrt-rtx-cu13"] == rtx.version
     assert (result["base"], result["weights"]) == ("bf16", "inputs")
     assert all(row["build_seconds"] > 0 and not row["found_on_disk"] for row in result["engines"])
     e4m3 = {row["layer"] for row in result["coverage"] if row["precision"] == "e4m3"}
@@ -89,9 +95,9 @@ def test_the_backend_finds_what_build_wrote(rtx, vivace, checkpoint, plan, tmp_p
     precision = str(plan) if precision == "plan" else precision
     options = ("--target", "sm89", "--precision", precision, "--prompts", 64, "--engines", tmp_path)
     assert vivace("build", checkpoint, *options)[0] == 0
-    model = load_policy(checkpoint, config=EngineConfig(precision=precision)).model
-    recipe = run.recipe(model, rtx, TensorRTConfig(), base="bf16")
-    views = 2 * model.config.vision.tokens
+    loaded = load_policy(checkpoint, config=EngineConfig(precision=precision))
+    recipe = run.recipe(loaded.model, rtx, TensorRTConfig(), base="bf16", plan=loaded.plan)
+    views = 2 * loaded.model.config.vision.tokens
     for part, shapes in (
         ("vision", Shapes(batch=2)),
         ("prefix", Shapes(keys=views + 64)),
@@ -146,6 +152,25 @@ def test_options_as_text():
             tensorrt_options(text)
 
 
+def test_int8_for_a_target_without_fp8(rtx, vivace, checkpoint, recorded, tmp_path):
+    """Calibrate, build for an RTX 30, and simulate the same plan on this CPU: one table says INT8 in both."""
+    plan = recorded / "int8.json"
+    options = ("--data", recorded, "--preset", "int8-full", "--steps", 2, "-o", plan)
+    code, document, _ = vivace("calibrate", checkpoint, *options)
+    assert code == 0
+    assert any("--percentile 99.99" in remark for remark in document["remarks"])
+    options = ("--target", "sm86", "--parts", "prefix", "--prompts", 64, "--engines", tmp_path)
+    code, built, _ = vivace("build", checkpoint, "--precision", plan, *options)
+    assert code == 0
+    code, checked, _ = vivace("check", checkpoint, "--precision", plan, "--observations", 1, "--steps", 2)
+    assert code == 0, checked
+    for result in (built, checked):
+        eight = {row["layer"] for row in result["coverage"] if row["precision"] == "int8"}
+        assert {f"prefix.layers.0.{name}" for name in ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")} <= eight
+        assert not any(row["fallback"] for row in result["coverage"])
+        assert not any(row["precision"] == "e4m3" for row in result["coverage"])
+
+
 def test_fp8_for_a_target_without_fp8(rtx, vivace, checkpoint, plan, tmp_path):
     code, _, text = vivace("build", checkpoint, "--target", "sm86", "--precision", plan, "--engines", tmp_path)
     assert code == 2
@@ -168,3 +193,33 @@ def test_the_backend_where_it_cannot_run(rtx, vivace, checkpoint, verb):
     assert (code, result) == (2, None)
     assert "need an NVIDIA GPU, not cpu" in " ".join(text.split())
     assert "Traceback" not in text
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As torch sees an H100. Nothing may be loaded for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+@pytest.mark.parametrize("verb", ["check", "serve", "bench"])
+def test_a_gpu_that_the_module_does_not_support(rtx, vivace, checkpoint, hopper, monkeypatch, verb):
+    """One sentence, exit code 2, and no weight was read for it."""
+    from vivace.runtime import policy
+
+    monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    which = ("--engines", "tensorrt") if verb == "bench" else ("--backend", "tensorrt")
+    code, result, text = vivace(
+        verb, checkpoint, *which, "--device", "cuda", "--tensorrt", "module=tensorrt_rtx"
+    )  # fmt: skip
+    assert (code, result) == (2, None)
+    assert "TensorRT-RTX has no target sm90 (H100, H200)" in " ".join(text.split())
+    assert "Traceback" not in text
+
+
+def test_build_for_a_gpu_that_the_module_does_not_support(rtx, vivace, checkpoint, hopper, tmp_path):
+    code, result, text = vivace("build", checkpoint, "--module", "tensorrt_rtx", "--engines", tmp_path)
+    assert (code, result) == (2, None)
+    assert "TensorRT-RTX has no target sm90 (H100, H200)" in " ".join(text.split())
+    assert not list(tmp_path.iterdir())

@@ -222,7 +222,7 @@ def test_a_value_dequantised_under_another_scale(subject, monkeypatch):
     network = subject.write("prefix")
     assert subject.worst(network) < FP8
     with pytest.raises(NumericsError, match="two scales"):
-        audit.check(network, subject.chosen.quantises)
+        audit.check(network, subject.chosen.format_of)
 
 
 def test_inputs_are_held_to_their_declaration(subject):

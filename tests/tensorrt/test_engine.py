@@ -119,6 +119,10 @@ class Api:
 
         class Runtime:
             def deserialize_cuda_engine(self, plan):
+                api.log = log
+                if plan == b"large":
+                    log.log(1, "CUDA error 2 in createEngine: out of memory")
+                    return None
                 if plan != b"plan":
                     log.log(1, "The engine cannot run on this GPU, which has compute capability 9.0")
                     return None
@@ -181,6 +185,34 @@ def test_a_failed_run_is_an_error(api):
         engine({"x": torch.zeros(2, 3)})
 
 
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("said", [["CUDA error 2: out of memory"], []])
+def test_no_memory_for_a_context(api, monkeypatch, tmp_path, name, said):
+    """TensorRT answers None then, on both ways to make one."""
+
+    class Poor(CudaEngine):
+        device_memory_size_v2 = 512 * 2**20
+
+        def create_execution_context(self, config=None):
+            for message in said:
+                api.log.log(1, message)
+
+    monkeypatch.setitem(globals(), "CudaEngine", Poor)
+    with pytest.raises(
+        running.NoMemory, match=rf"{name} 1 made no execution context.*512 MiB.*--weights inputs"
+    ) as caught:
+        Engine(modules.Module(name, "1", api), b"plan", weights=weights(), device=CPU, compiled=tmp_path / "x")
+    assert (said or ["no reason given"])[0] in str(caught.value)
+
+
+def test_no_memory_for_an_engine(api):
+    with pytest.raises(running.NoMemory, match=r"no memory left for an engine of 0 MB.*out of memory"):
+        Engine(modules.Module("tensorrt", "11", api), b"large", weights=weights(), device=CPU)
+    with pytest.raises(Unsupported, match="capability") as caught:
+        Engine(modules.Module("tensorrt", "11", api), b"foreign", weights=weights(), device=CPU)
+    assert not isinstance(caught.value, running.NoMemory)
+
+
 def test_what_rtx_compiled_is_kept(api, tmp_path):
     module, compiled = modules.Module("tensorrt_rtx", "1.7", api), tmp_path / "cache" / "sm89.runtime"
     Engine(module, b"plan", weights=weights(), device=CPU, compiled=compiled).save(compiled)
@@ -232,7 +264,7 @@ USED = {
     "Runtime": ["deserialize_cuda_engine"],
     "ICudaEngine": [
         "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_shape", "get_tensor_dtype",
-        "create_execution_context", "create_runtime_config",
+        "create_execution_context", "create_runtime_config", "device_memory_size_v2",
     ],
     "IRuntimeConfig": ["create_runtime_cache", "set_runtime_cache"],
     "IRuntimeCache": ["serialize", "deserialize"],

@@ -45,6 +45,7 @@ class Subject:
     plan   name of a preset; ranges are measured on the observation itself
     quick  large random weights drawn in pieces
     draw   config -> tensors, in place of the usual random ones
+    percentile  of |input| that sets ranges; None = the largest
     """
 
     module: object
@@ -58,6 +59,7 @@ class Subject:
     hidden: int = 2
     quick: bool = False
     draw: Callable[[ModelConfig], dict[str, Tensor]] | None = None
+    percentile: float | None = None
 
     def __post_init__(self) -> None:
         config = tiny_config(self.kind, **self.changes)
@@ -72,8 +74,8 @@ class Subject:
         self.chosen = self._plan()
         self.quantised = copy.deepcopy(self.model)
         quantize.apply(self.quantised, self.chosen)
-        self.e4m3 = skeleton.quantised(self.quantised)
-        self.outlined = skeleton.outline(config, base=self.base, e4m3=self.e4m3)
+        formats = skeleton.formats(self.quantised)
+        self.outlined = skeleton.outline(config, base=self.base, formats=formats)
         self.numbers = skeleton.values(self.quantised, self.outlined)
 
     def _plan(self) -> PrecisionPlan:
@@ -81,7 +83,9 @@ class Subject:
             self.cache  # noqa: B018
             ranges.begin_denoise()
             self.engine.denoise(self.cache, self.noise)
-        return calibrate.with_ranges(preset(self.plan), ranges, data="the observation itself")
+        return calibrate.with_ranges(
+            preset(self.plan), ranges, data="the observation itself", percentile=self.percentile
+        )
 
     @cached_property
     def views(self) -> Tensor:

@@ -20,6 +20,7 @@ from .spans import Spans
 
 if TYPE_CHECKING:
     from ..model.pi import Pi
+    from ..precision.plan import PrecisionPlan
 
 
 class Backend(Protocol):
@@ -70,12 +71,14 @@ class BackendEntry:
 
     judges_model  the module also has `why_not_model(model)`: not every network that fits the device fits its kernels
     reads_options its `why_not` also takes `config`: an option decides whether it can run
+    audits_plan   its `create` also takes `plan`, and refuses what it would build in other formats than the plan says
     """
 
     module: str
     summary: str
     judges_model: bool = False
     reads_options: bool = False
+    audits_plan: bool = False
 
 
 BACKENDS: dict[str, BackendEntry] = {
@@ -89,6 +92,7 @@ BACKENDS: dict[str, BackendEntry] = {
         "TensorRT or TensorRT-RTX engines, built from the model",
         judges_model=True,
         reads_options=True,
+        audits_plan=True,
     ),
 }
 
@@ -106,12 +110,16 @@ def why_not(name: str, *, device: str, model: Pi | None = None, config: EngineCo
     return reason
 
 
-def build(name: str, model: Pi, config: EngineConfig) -> Backend:
-    """Construct a backend around a loaded model, or raise Unsupported with the reason."""
+def build(name: str, model: Pi, config: EngineConfig, *, plan: PrecisionPlan | None = None) -> Backend:
+    """Construct a backend around a loaded model, or raise Unsupported with the reason.
+
+    plan  what `model` was quantised by; None = no layer of it is
+    """
     device = str(model.device)
     if reason := why_not(name, device=device, model=model, config=config):
         raise Unsupported(f"backend {name!r} cannot run on {device}", got=reason, do="choose another --backend")
-    backend: Backend = _load(name).create(model, config)
+    audited = {"plan": plan} if BACKENDS[name].audits_plan else {}
+    backend: Backend = _load(name).create(model, config, **audited)
     return backend
 
 

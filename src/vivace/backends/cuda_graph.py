@@ -24,7 +24,7 @@ from ..config import EngineConfig
 from ..errors import ConfigError, ShapeError, Unsupported
 from ..model import flow
 from ..model.pi import Pi, RopeTables
-from ..ops.layers import Linear
+from ..ops.layers import Int8Linear, Linear
 from ..ops.table import OpTable
 from ..precision.coverage import Coverage
 from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
@@ -62,6 +62,8 @@ def why_not_model(model: Pi) -> str | None:
 
     for stack in (model.vision, model.projector, model.prefix, model.expert):
         for layer in stack.modules():
+            if isinstance(layer, Int8Linear):
+                return f"{layer.name} is INT8, the kernels take bfloat16 and E4M3; INT8 runs on --backend tensorrt"
             in_block = isinstance(layer, Linear) and layer is not model.vision.patch and ".modulation" not in layer.name
             if in_block and layer.dtype != torch.bfloat16:
                 return f"{layer.name} is {layer.dtype}, the kernels take bfloat16 and E4M3{_remedy(str(layer.name))}"

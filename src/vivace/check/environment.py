@@ -37,7 +37,7 @@ EXTRAS = {
     "metrics": "prometheus_client",
     "report": "matplotlib",
 }
-GPU_PACKAGES = {"triton": "triton", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+GPU_PACKAGES = {"triton": "triton", "tensorrt": "tensorrt", "tensorrt-rtx-cu13": "tensorrt_rtx"}
 CHILD_TIMEOUT_S = 120.0
 
 _TORCH_PROBE = """

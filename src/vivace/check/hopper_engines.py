@@ -233,7 +233,7 @@ def make(
     elif name == COMPILED:
         backend = CompiledGraph(model, config, mode=compile_mode)
     else:
-        backend = base.build(name, model, config)  # type: ignore[assignment]
+        backend = base.build(name, model, config, plan=plan)  # type: ignore[assignment]
     label = f"{name} {plan.name if plan else 'bf16'}" if name == OURS else name
     return Engine(label, plan, model, backend, weight_bytes(model))
 

@@ -137,7 +137,8 @@ def needs_yardstick(engine: ResolvedEngine) -> bool:
 
 
 def marks_of(engine: ResolvedEngine) -> PassMarks:
-    """The stated marks of an engine: those of FP8 if it has a plan that quantises layers, else those of its dtype."""
+    """The stated marks of an engine: those of FP8 if it has a plan that quantises layers (INT8 is held to them too), else
+    those of its dtype."""
     return FP8_MARKS if engine.plan is not None and engine.plan["layers"] else marks_for(engine.precision)
 
 

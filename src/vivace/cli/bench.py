@@ -22,7 +22,7 @@ from ..check.results import result, write_result
 from ..check.setting import setting_of
 from ..errors import ConfigError, NumericsError
 from .output import FAILED, OK, console, emit, show_coverage
-from .policy_args import PolicyArgs, load
+from .policy_args import PolicyArgs, load, refuse_early
 
 if TYPE_CHECKING:
     from ..runtime.policy import Policy
@@ -83,6 +83,8 @@ def run(args: Args) -> int:
     if args.preset is not None:
         return _preset(args)
     names = _names(args.engines)
+    for name in names:
+        refuse_early(args.policy, name.partition(":")[0])
     wanted, request = _reference(args)
     policies = {name: _load(args, name) for name in names}
     outputs: dict[str, dict[str, float]] = {}

@@ -188,13 +188,14 @@ def _with_weights(args: Args, opened: Checkpoint, module: Module, base: TensorRT
     with console.status("loading the weights"):
         model = load_model(opened, device=torch.device("cpu"), precision=precision.dtype, seen=seen)
         precisions.quantise(model, precision, checkpoint_hash=seen.digest())
-    return run.recipe(model, module, args.tensorrt, base=base)
+    return run.recipe(model, module, args.tensorrt, base=base, plan=precision.plan)
 
 
 def _without(args: Args, opened: Checkpoint, module: Module, base: TensorRTBase, digest: str) -> Recipe:
     """Weights come when an engine runs: names, shapes and types are all that a network needs."""
     from ..backends.tensorrt import run, skeleton
     from ..precision.fit import all_layers, check_fit
+    from ..precision.plan import preset
     from ..runtime import precision as precisions
 
     names = all_layers(skeleton.outline(opened.model, base=base))
@@ -202,9 +203,9 @@ def _without(args: Args, opened: Checkpoint, module: Module, base: TensorRTBase,
     plan, parts = resolved.plan, "bfloat16" if resolved.dtype == "float32" else resolved.dtype
     if plan is not None:
         check_fit(plan, names, checkpoint_hash=digest)
-    e4m3 = frozenset(name for name in names if plan is not None and plan.quantises(name))
-    outlined = skeleton.outline(opened.model, base=base, e4m3=e4m3, precision=parts)
-    return run.Recipe(module, outlined, {}, e4m3, baked=False, fused=args.tensorrt.fused)
+    chosen = plan or preset("bf16")
+    outlined = skeleton.outline(opened.model, base=base, formats=chosen.formats(names), precision=parts)
+    return run.Recipe(module, outlined, {}, chosen, baked=False, fused=args.tensorrt.fused)
 
 
 def _base(args: Args, dtype: str, wanted: Sequence[Target]) -> TensorRTBase:

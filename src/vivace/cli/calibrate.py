@@ -1,4 +1,4 @@
-"""`vivace calibrate PATH`: a precision plan from recorded observations; which layers may be FP8, and what that costs."""
+"""`vivace calibrate PATH`: a precision plan from recorded observations; which layers may run in 8 bits, at what cost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HELD_OUT = 4  # every fourth observation
 
 @dataclass(frozen=True)
 class Args:
-    """Measure the activation ranges that an FP8 plan needs. Exit code 1: the plan misses --max-action-error.
+    """Measure the activation ranges that an FP8 or INT8 plan needs. Exit code 1: the plan misses --max-action-error.
 
     Example: vivace calibrate my_checkpoint --data recorded/ --preset fp8-full -o plan.json
     """
@@ -48,7 +48,7 @@ class Args:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write the plan here, for --precision of check, bench and serve."""
     preset: str = "fp8-mlp"
-    """fp8-mlp, fp8-full, fp8-prefix+vision, fp8-expert, fp8-all, or a plan file whose rules are taken."""
+    """fp8-mlp, fp8-full, fp8-prefix+vision, fp8-expert, fp8-all, int8-mlp, int8-full, or a plan file to take rules of."""
     base: Literal["bfloat16", "bfloat16+vision"] = "bfloat16"
     """What the model is loaded in first; a LeRobot checkpoint needs bfloat16+vision to run on the GPU kernels."""
     percentile: str = "amax"
@@ -58,9 +58,9 @@ class Args:
     synthetic: bool = False
     """Allow data that no robot saw; the plan is then named synthetic."""
     sensitivity: bool = False
-    """Also run every layer alone in FP8 and measure the error of the actions."""
+    """Also run every layer alone in 8 bits and measure the error of the actions."""
     max_action_error: float | None = None
-    """Keep the most FP8 work with which the actions stay within this relative L2 error of float32."""
+    """Keep the most 8-bit work with which the actions stay within this relative L2 error of float32."""
     sensitivity_observations: int = 4
     """Observations of each measurement of --sensitivity and --max-action-error."""
     policy: tyro.conf.OmitArgPrefixes[PolicyArgs] = field(default_factory=PolicyArgs)
@@ -144,7 +144,7 @@ def _measure(args: Args, base: PrecisionPlan, percentile: float | None, bar: Pro
         for request in data.used:
             _run(policy, request, between=(ranges.begin_prefill, ranges.begin_denoise))
             bar.advance(task)
-    table = ranges.measured(percentile)
+    table = ranges.measured(percentile, format_of=base.format_of)
     plan = calibrate.from_measured(
         base, table, data=data.source, checkpoint_hash=checkpoint_hash, data_hash=data.digest,
         method="amax" if percentile is None else f"percentile {percentile:g}",
@@ -161,7 +161,7 @@ def _measure(args: Args, base: PrecisionPlan, percentile: float | None, bar: Pro
 def _alone(
     args: Args, found: Measured, bar: Progress
 ) -> tuple[tuple[Alone, ...], list[NDArray[np.float32]], list[NDArray[np.float32]]]:
-    """Every layer alone in E4M3 in the float32 model; also the float32 actions of the observations, used and held out."""
+    """Every layer alone in 8 bits in the float32 model; also the float32 actions of the observations, used and held out."""
     from ..precision import sensitivity
 
     task = bar.add_task("loading in float32", total=None)
@@ -257,7 +257,7 @@ def _base(text: str) -> PrecisionPlan:
     path = Path(text)
     base = plan.read(path) if path.is_file() else plan.preset(text)
     if not base.rules:
-        raise ConfigError("this plan has nothing to calibrate", got=repr(text), wanted="a plan with FP8 layers")
+        raise ConfigError("this plan has nothing to calibrate", got=repr(text), wanted="a plan with FP8 or INT8 layers")
     return replace(base, amax={}, checkpoint_hash="", data="", data_hash="", method="")
 
 
@@ -329,6 +329,8 @@ def _remarks(found: Measured, *, passed: bool) -> list[str]:
     if (steps := _steps(found)) and steps["largest_over_smallest"] > 2.0:
         spread = f"{steps['largest_over_smallest']:.1f}x"
         remarks.append(f"ranges of the expert differ by up to {spread} between denoise steps ({steps['layer']})")
+    if found.plan.method == "amax" and "int8" in found.plan.formats(found.plan.amax).values():
+        remarks.append("INT8 has equal steps: one large value costs all others; compare with --percentile 99.99")
     if not passed:
         remarks.append("the plan misses its bound on the observations held out: not written")
     return remarks
@@ -351,7 +353,7 @@ def _show(found: Measured, rows: Sequence[Alone], body: Mapping[str, Any], writt
         mixed, held = body["mixed"], body["mixed"]["held_out"]
         left_out = ", ".join(row.layer for row in mixed["left_out"]) or "nothing"
         console.print(
-            f"{mixed['flops_share']:.1%} of the FLOPs of {escape(found.plan.name)} run in FP8; "
+            f"{mixed['flops_share']:.1%} of the FLOPs of {escape(found.plan.name)} run in 8 bits; "
             f"action error {held.rel_l2:.2e}, cosine {held.cosine:.6f} "
             f"on {mixed['held_out_observations']} held-out observations (bound {mixed['max_action_error']:g}); "
             f"left out: {left_out}",
@@ -366,8 +368,8 @@ def _show(found: Measured, rows: Sequence[Alone], body: Mapping[str, Any], writt
 
 
 def _show_alone(rows: Sequence[Alone]) -> None:
-    table = Table(title="each layer alone in FP8: error of the actions", caption=f"worst first, {len(rows)} layers")
-    for head in ("layer", "relative L2", "cosine", "share of FP8 FLOPs"):
+    table = Table(title="each layer alone in 8 bits: error of the actions", caption=f"worst first, {len(rows)} layers")
+    for head in ("layer", "relative L2", "cosine", "share of 8-bit FLOPs"):
         table.add_column(head, justify="left" if head == "layer" else "right", no_wrap=True)
     total = sum(row.flops for row in rows) or 1.0
     for row in rows[:SHOWN]:

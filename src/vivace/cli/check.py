@@ -19,7 +19,7 @@ from ..check.results import result, write_result
 from ..check.setting import setting_of
 from ..errors import ShapeError
 from .output import FAILED, OK, console, emit, show_coverage
-from .policy_args import PolicyArgs, load
+from .policy_args import PolicyArgs, load, refuse_early
 
 if TYPE_CHECKING:
     from ..runtime.policy import Policy
@@ -96,6 +96,7 @@ def _gather(args: Args) -> Evidence:
     from ..precision.coverage import as_json
     from ..runtime.coverage import record
 
+    refuse_early(args.policy, args.backend)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("reference: loading", total=None)
         reference = load(args.path, args.policy, backend="eager", precision="float32")

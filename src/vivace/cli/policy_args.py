@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from ..config import EngineConfig
     from ..runtime.policy import Policy
 
 
@@ -48,17 +49,9 @@ class PolicyArgs(CheckpointArgs):
 
 def load(path: Path, args: PolicyArgs, *, backend: str, precision: str) -> Policy:
     """Load one policy with these options. Raises CheckpointError, ConfigError, Unsupported."""
-    from ..config import EngineConfig, tensorrt_options
     from ..runtime.policy import load_policy
 
-    config = EngineConfig(
-        backend=backend,
-        device=args.device,
-        precision=precision,
-        num_denoise_steps=args.steps,
-        seed=args.seed,
-        tensorrt=tensorrt_options(args.tensorrt),
-    )
+    config = _config(args, backend=backend, precision=precision)
     return load_policy(
         path,
         embodiment=args.embodiment,
@@ -70,4 +63,25 @@ def load(path: Path, args: PolicyArgs, *, backend: str, precision: str) -> Polic
         max_prompt_tokens=args.max_prompt_tokens,
         default_prompt=args.default_prompt,
         lerobot_version=args.lerobot_version,
+    )
+
+
+def refuse_early(args: PolicyArgs, backend: str) -> None:
+    """Raise Unsupported if `backend` cannot run on this machine: before a reference of gigabytes is loaded for it."""
+    from ..runtime import choice
+
+    config = _config(args, backend=backend, precision="auto")
+    choice.refuse_early(config, choice.device(config))
+
+
+def _config(args: PolicyArgs, *, backend: str, precision: str) -> EngineConfig:
+    from ..config import EngineConfig, tensorrt_options
+
+    return EngineConfig(
+        backend=backend,
+        device=args.device,
+        precision=precision,
+        num_denoise_steps=args.steps,
+        seed=args.seed,
+        tensorrt=tensorrt_options(args.tensorrt),
     )

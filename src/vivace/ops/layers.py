@@ -6,6 +6,8 @@ A precision plan swaps a `Linear` for another holder with the same `name`; the o
 
 from __future__ import annotations
 
+from typing import ClassVar, final
+
 import torch
 from torch import Tensor, nn
 
@@ -28,10 +30,12 @@ class Linear(nn.Module):
         return self.weight.dtype
 
 
-class Fp8Linear(nn.Module):
-    """The same product with weights and inputs in E4M3: y = input_scale * weight_scale[n] * (x8 W8^T) + b.
+class QuantisedLinear(nn.Module):
+    """The same product with 8-bit weights and inputs: y = input_scale * weight_scale[n] * (x8 W8^T) + b.
 
-    weight        float8_e4m3fn [out, in]
+    Either `Fp8Linear` or `Int8Linear`, which differ in nothing but the format. Kernels know `Fp8Linear` alone.
+
+    weight        [out, in] in the format of the class
     weight_scale  float32 [out]: one scale per output channel (a per-tensor plan repeats one value)
     input_scale   float32 [1], static: x = x8 * input_scale. Whoever makes x stores x8 right away (see `ops.table`)
     bias          as in the layer it replaces, or None
@@ -39,6 +43,9 @@ class Fp8Linear(nn.Module):
 
     Made by `precision.quantize`; it never exists during loading.
     """
+
+    stored: ClassVar[torch.dtype]
+    largest: ClassVar[float]  # the largest value of a group lands on it
 
     def __init__(
         self,
@@ -57,6 +64,22 @@ class Fp8Linear(nn.Module):
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.input_scale = nn.Parameter(input_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+
+@final
+class Fp8Linear(QuantisedLinear):
+    """E4M3: 3 bits of mantissa, values to 448 scales."""
+
+    stored = torch.float8_e4m3fn
+    largest = 448.0
+
+
+@final
+class Int8Linear(QuantisedLinear):
+    """INT8, symmetric: whole numbers of scales, -128 to 127."""
+
+    stored = torch.int8
+    largest = 127.0
 
 
 class LayerNorm(nn.Module):

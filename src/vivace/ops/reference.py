@@ -1,7 +1,8 @@
 """Each operation in plain PyTorch: the contract in words and in code.
 
 `into` is the linear that will read the result. An operation returns its result in the format which that layer takes:
-the layer's dtype, or E4M3 under its static scale. So quantising costs no pass of its own, and the model names no format.
+the layer's dtype, or E4M3 or INT8 under its static scale. So quantising costs no pass of its own, and the model names no
+format.
 
 In float32 these are the formulas. In bfloat16 they round where openpi's PyTorch model rounds (scores to bfloat16 before a
 float32 softmax, gelu output, gated branch, residual), so that a bfloat16 policy is the policy that was trained and
@@ -17,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
+from .layers import LayerNorm, Linear, QuantisedLinear, RmsNorm
 
 E4M3_MAX = 448.0
 NORM_EPS = 1e-6
@@ -25,13 +26,18 @@ NORM_EPS = 1e-6
 MASKED_LOGIT = -2.3819763e38
 
 
-def hand_over(x: Tensor, into: Linear | Fp8Linear) -> Tensor:
-    """x in the format that `into` takes; out-of-range values saturate at 448 scales. An x that is E4M3 already stays."""
-    if not isinstance(into, Fp8Linear):
+def hand_over(x: Tensor, into: Linear | QuantisedLinear) -> Tensor:
+    """x in the format that `into` takes; out-of-range values saturate. An x that is in that format already stays."""
+    if not isinstance(into, QuantisedLinear):
         return x.to(into.dtype)
-    if x.dtype == torch.float8_e4m3fn:
-        return x
-    return (x.float() / into.input_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return x if x.dtype == into.stored else round_to(x.float() / into.input_scale, into.stored)
+
+
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 -> E4M3 or INT8: the nearest number, of two the even one; saturates at 448, or at -128 and 127."""
+    if dtype == torch.int8:
+        return x.round().clamp(-128.0, 127.0).to(torch.int8)
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def patches(images: Tensor, patch_size: int) -> Tensor:
@@ -55,12 +61,12 @@ def patch_embed(images: Tensor, layer: Linear, position: Tensor, dtype: torch.dt
     return (linear(pixels.to(layer.dtype), layer) + position).to(dtype)
 
 
-def layer_norm(x: Tensor, norm: LayerNorm, into: Linear | Fp8Linear) -> Tensor:
+def layer_norm(x: Tensor, norm: LayerNorm, into: Linear | QuantisedLinear) -> Tensor:
     """Standardise the last axis, then scale and shift.  x [..., D] -> [..., D]; statistics float32."""
     return hand_over(functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, NORM_EPS), into)
 
 
-def rms_norm(x: Tensor, norm: RmsNorm, modulation: Tensor | None, into: Linear | Fp8Linear) -> Tensor:
+def rms_norm(x: Tensor, norm: RmsNorm, modulation: Tensor | None, into: Linear | QuantisedLinear) -> Tensor:
     """Divide by the root mean square, then apply a learned gain or the flow-time modulation.
 
     x           [B, T, D]
@@ -79,15 +85,15 @@ def rms_norm(x: Tensor, norm: RmsNorm, modulation: Tensor | None, into: Linear |
     return hand_over((normed * (1.0 + norm.weight.float())).to(x.dtype), into)
 
 
-def linear(x: Tensor, layer: Linear | Fp8Linear) -> Tensor:
-    """x [..., in], as `layer` takes it -> [..., out] in `layer.dtype`. E4M3: products and sums float32, one rounding.
+def linear(x: Tensor, layer: Linear | QuantisedLinear) -> Tensor:
+    """x [..., in], as `layer` takes it -> [..., out] in `layer.dtype`. Quantised: products and sums float32, one rounding.
 
     Kernels round once too, but their sums over E4M3 operands are those of the matrix unit, which on Hopper keeps fewer bits
     than float32 while it adds (cuBLASLt with `use_fast_accum`, Triton and Gluon alike). A product may differ by 1e-3,
     relative L2 (tests/ops/test_denoise_ahead_gpu.py). Measured on an H100 with random weights, error against float32:
     0.08 to 0.17 with the kernels, 0.08 to 0.16 with this reference (docs/log.md, 2026-11-24 and -25).
     """
-    if not isinstance(layer, Fp8Linear):
+    if not isinstance(layer, QuantisedLinear):
         return functional.linear(x, layer.weight, layer.bias)
     wide = functional.linear(hand_over(x, layer).float(), layer.weight.float()) * (
         layer.input_scale * layer.weight_scale
@@ -95,19 +101,19 @@ def linear(x: Tensor, layer: Linear | Fp8Linear) -> Tensor:
     return (wide if layer.bias is None else wide + layer.bias.float()).to(layer.dtype)
 
 
-def linear_gelu(x: Tensor, layer: Linear | Fp8Linear, into: Linear | Fp8Linear) -> Tensor:
+def linear_gelu(x: Tensor, layer: Linear | QuantisedLinear, into: Linear | QuantisedLinear) -> Tensor:
     """Linear, then tanh-approximated GELU (SigLIP's fc1)."""
     return hand_over(functional.gelu(linear(x, layer), approximate="tanh"), into)
 
 
 def linear_residual_norm(
     x: Tensor,
-    layer: Linear | Fp8Linear,
+    layer: Linear | QuantisedLinear,
     residual: Tensor,
     gate: Tensor | None,
     norm: RmsNorm | LayerNorm,
     modulation: Tensor | None,
-    into: Linear | Fp8Linear,
+    into: Linear | QuantisedLinear,
 ) -> tuple[Tensor, Tensor]:
     """The end of one branch and the beginning of the next: s = residual + gate * layer(x), and norm(s) for `into`.
 
@@ -126,7 +132,7 @@ def linear_residual_norm(
     return total, rms_norm(total, norm, modulation, into)
 
 
-def geglu(x: Tensor, layer: Linear | Fp8Linear, into: Linear | Fp8Linear) -> Tensor:
+def geglu(x: Tensor, layer: Linear | QuantisedLinear, into: Linear | QuantisedLinear) -> Tensor:
     """gelu_tanh(gate) * up, both from one packed linear.  layer.weight [2F, D] = gate rows | up rows; returns [..., F]."""
     gate, up = linear(x, layer).chunk(2, dim=-1)
     return hand_over(functional.gelu(gate, approximate="tanh") * up, into)
@@ -140,7 +146,7 @@ def rotate(x: Float[Tensor, "B T N d"], rope: tuple[Tensor, Tensor]) -> Float[Te
 
 
 def qkv_rope(
-    x: Tensor, layer: Linear | Fp8Linear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int]
+    x: Tensor, layer: Linear | QuantisedLinear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project to queries, keys and values; rotate queries and keys.
 
@@ -156,7 +162,7 @@ def qkv_rope(
 
 
 def kv_rope(
-    x: Tensor, layer: Linear | Fp8Linear, rope: tuple[Tensor, Tensor], heads: tuple[int, int]
+    x: Tensor, layer: Linear | QuantisedLinear, rope: tuple[Tensor, Tensor], heads: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Keys and values alone: all that is needed of a last layer.  layer.weight [2K * head_dim, D] = k rows | v rows."""
     num_kv_heads, head_dim = heads
@@ -171,7 +177,7 @@ def attention(
     v: Float[Tensor, "B T K d"],
     mask: Bool[Tensor, "B keys"] | None,
     past: tuple[Float[Tensor, "B S K d"], Float[Tensor, "B S K d"]] | None,
-    into: Linear | Fp8Linear,
+    into: Linear | QuantisedLinear,
 ) -> Tensor:
     """Grouped-query attention; the queries of one key/value head are stacked into rows, so K and V are never repeated.
 
@@ -196,7 +202,7 @@ def attention(
     return hand_over(mixed.permute(0, 3, 1, 2, 4).reshape(B, T, N * head_dim), into)
 
 
-def vision_attention(qkv: Tensor, num_heads: int, into: Linear | Fp8Linear) -> Tensor:
+def vision_attention(qkv: Tensor, num_heads: int, into: Linear | QuantisedLinear) -> Tensor:
     """Full self-attention of one view.  qkv [V, T, 3D] = q | k | v -> [V, T, D]; torch's own SDPA, as the originals use."""
     q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
     return hand_over(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), into)
@@ -210,7 +216,7 @@ def step_boundary(
     action_in: Linear,
     norm: RmsNorm,
     modulation: Tensor | None,
-    into: Linear | Fp8Linear,
+    into: Linear | QuantisedLinear,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The end of one Euler step and the beginning of the next: v = action_out(n), x' = x + dt v, tokens = action_in(x').
 

@@ -4,7 +4,7 @@ The model calls only these. A backend may replace any of them by a kernel with t
 what each must agree with. If a fusion does not fit this cut, the cut moves for everybody.
 
 Where a product or a norm feeds a linear, that linear is passed as `into`: the operation stores its result in the format
-which `into` takes (bfloat16, float32, or E4M3 under a static scale), so a precision plan needs no word in the model.
+which `into` takes (bfloat16, float32, or 8 bits under a static scale), so a precision plan needs no word in the model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from . import reference
 from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
 
 AnyLinear = Linear | Fp8Linear
+"""What every implementation takes. The reference takes `Int8Linear` too; backends without INT8 kernels refuse a model with
+one (`why_not_model`), so none of theirs ever sees it."""
 AnyNorm = RmsNorm | LayerNorm
 Table = tuple[Tensor, Tensor]
 

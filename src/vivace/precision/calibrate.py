@@ -16,7 +16,8 @@ float32 ones. So a percentile costs no second pass, and how many values a range 
 
 amax or percentile? E4M3 is a floating-point format: a range twice as wide costs resolution only below 2^-6 of a scale,
 while a saturated outlier is wrong by all that was cut off. So amax is the default; a percentile is for layers with rare
-values so large that the ordinary ones fall under that limit.
+values so large that the ordinary ones fall under that limit. INT8 has equal steps: there a range twice as wide doubles
+every error, and a percentile is worth a try.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from ..ops.layers import Fp8Linear, Linear
+from ..ops.layers import Int8Linear, Linear, QuantisedLinear
 from ..ops.reference import E4M3_MAX
 from ..ops.table import OpTable
-from .plan import PrecisionPlan
+from .plan import Format, PrecisionPlan
 
-HALF_STEP = 2.0**-10 / E4M3_MAX  # of a range: E4M3's smallest number is 2^-9 scales
+HALF_STEPS: dict[Format, float] = {"e4m3": 2.0**-10 / E4M3_MAX, "int8": 0.5 / Int8Linear.largest, "keep": 0.0}
+"""Of a range: half of the smallest number, which is 2^-9 scales in E4M3 and one scale in INT8."""
 READERS = ("linear", "linear_gelu", "linear_residual_norm", "geglu", "qkv_rope", "kv_rope", "step_boundary")
 BINS = 1 << 15
 
@@ -54,7 +56,7 @@ class LayerRange:
     chosen     the range that the method chose: the plan's number
     values     how many were seen
     saturated  how many of them lie above `chosen`
-    flushed    how many become zero, because they lie below half of E4M3's smallest step under that range
+    flushed    how many become zero, because they lie below half of the format's smallest step under that range
     steps      largest |x| per denoise step; () outside the action expert
     """
 
@@ -91,7 +93,7 @@ class Ranges:
         self._denoising = True
         self._calls.clear()
 
-    def see(self, layer: Linear | Fp8Linear, x: Tensor) -> None:
+    def see(self, layer: Linear | QuantisedLinear, x: Tensor) -> None:
         """Take one input of `layer` into account."""
         name, magnitude = layer.name, x.detach().abs()
         largest = magnitude.amax().float()
@@ -115,8 +117,13 @@ class Ranges:
             )  # fmt: skip
         return found
 
-    def measured(self, percentile: float | None = None) -> dict[str, LayerRange]:
-        """Every layer's range: its amax, or the smallest bin edge that holds `percentile` per cent of its values."""
+    def measured(
+        self, percentile: float | None = None, *, format_of: Callable[[str], Format] = lambda layer: "e4m3"
+    ) -> dict[str, LayerRange]:
+        """Every layer's range: its amax, or the smallest bin edge that holds `percentile` per cent of its values.
+
+        format_of  a plan's, for what would become zero; default: E4M3 everywhere
+        """
         table = {}
         for name, amax in self.amax().items():
             counts = self._counts[name].cpu()
@@ -124,7 +131,7 @@ class Ranges:
             steps = self._steps.get(name, {})
             table[name] = LayerRange(
                 layer=name, amax=amax, chosen=chosen, values=int(counts.sum()), saturated=_above(counts, chosen),
-                flushed=_flushed(counts, chosen),
+                flushed=_flushed(counts, chosen * HALF_STEPS[format_of(name)]),
                 steps=tuple(float(steps[index]) for index in sorted(steps)),
             )  # fmt: skip
         return table
@@ -134,7 +141,7 @@ def observing(ops: OpTable, ranges: Ranges) -> OpTable:
     """`ops`, with every linear's input shown to `ranges` first."""
 
     def watched(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def call(x: Tensor, layer: Linear | Fp8Linear, *rest: Any) -> Any:
+        def call(x: Tensor, layer: Linear | QuantisedLinear, *rest: Any) -> Any:
             ranges.see(layer, x)
             return operation(x, layer, *rest)
 
@@ -165,7 +172,8 @@ def with_ranges(
                 largest step decides
     """
     return from_measured(
-        plan, ranges.measured(percentile), data=data, checkpoint_hash=checkpoint_hash, data_hash=data_hash,
+        plan, ranges.measured(percentile, format_of=plan.format_of), data=data,
+        checkpoint_hash=checkpoint_hash, data_hash=data_hash,
         method="amax" if percentile is None else f"percentile {percentile:g}",
     )  # fmt: skip
 
@@ -207,4 +215,4 @@ def _above(counts: Tensor, limit: float) -> int:
 
 def _flushed(counts: Tensor, limit: float) -> int:
     edges = _edges()
-    return int(counts[(edges > 0.0) & (edges <= limit * HALF_STEP)].sum())
+    return int(counts[(edges > 0.0) & (edges <= limit)].sum())

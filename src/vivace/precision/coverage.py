@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.layers import Fp8Linear, Linear
+from ..ops.layers import Linear, QuantisedLinear
 from ..ops.table import OpTable
 from .plan import PrecisionPlan
 
@@ -143,7 +143,11 @@ def rows(
     silent = [name for name in layers if plan is not None and plan.quantises(name) and name not in ran]
     return (
         *found,
-        *(Row(name, "linear", "none", "none", 0.0, 0.0, "the plan says e4m3, it never ran") for name in silent),
+        *(
+            Row(name, "linear", "none", "none", 0.0, 0.0, f"the plan says {plan.format_of(name)}, it never ran")
+            for name in silent
+            if plan is not None
+        ),
     )
 
 
@@ -200,8 +204,9 @@ def grouped(table: Sequence[Row]) -> list[dict[str, Any]]:
 def _fallback(layer: str, operation: str, entry: Seen, plan: PrecisionPlan | None) -> str:
     if plan is None or operation not in LINEARS or not plan.quantises(layer):
         return ""
-    others = sorted(entry.precisions - {E4M3})
-    return f"the plan says e4m3, it ran in {', '.join(others)}" if others else ""
+    wanted = plan.format_of(layer)
+    others = sorted(entry.precisions - {wanted})
+    return f"the plan says {wanted}, it ran in {', '.join(others)}" if others else ""
 
 
 def _work(seen: Coverage, steps: int) -> dict[tuple[str, str], int]:
@@ -219,7 +224,7 @@ def _work(seen: Coverage, steps: int) -> dict[tuple[str, str], int]:
 def _facts(operation: str, arguments: tuple[Any, ...], result: Any) -> tuple[str, str, float]:
     """(layer name, precision, operations of the matrix product) of one call."""
     if operation in LINEARS:
-        layer: Linear | Fp8Linear = arguments[1]
+        layer: Linear | QuantisedLinear = arguments[1]
         out, inside = layer.weight.shape
         tokens = result.numel() // out if operation == "patch_embed" else arguments[0].numel() // inside
         if operation == BOUNDARY:  # action_out of this step, action_in of the next
@@ -254,7 +259,7 @@ def _bytes(values: Iterable[Any]) -> float:
             total += value.numel() * value.element_size()
         elif isinstance(value, tuple):
             total += _bytes(item for item in value if isinstance(item, Tensor))
-        elif isinstance(value, Linear | Fp8Linear) and index in (1, 4):
+        elif isinstance(value, Linear | QuantisedLinear) and index in (1, 4):
             total += value.weight.numel() * value.weight.element_size()
     return total
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import ConfigError
-from ..ops.layers import Fp8Linear, Linear
+from ..ops.layers import Linear, QuantisedLinear
 from .plan import PRESETS, PrecisionPlan
 
 # Everything else (patches, time, actions, state, modulation) is small and feeds sums that rounding would spoil.
@@ -23,7 +23,7 @@ CALIBRATE = "run `vivace calibrate CHECKPOINT --data RECORDED --preset {} -o pla
 
 def all_layers(model: nn.Module) -> tuple[str, ...]:
     """Names of every linear, quantised already or not."""
-    return tuple(layer.name for layer in model.modules() if isinstance(layer, Linear | Fp8Linear))
+    return tuple(layer.name for layer in model.modules() if isinstance(layer, Linear | QuantisedLinear))
 
 
 def check_fit(plan: PrecisionPlan, names: Iterable[str], *, checkpoint_hash: str) -> None:
@@ -50,7 +50,7 @@ def check_fit(plan: PrecisionPlan, names: Iterable[str], *, checkpoint_hash: str
     if missing := [name for name in chosen if name not in plan.amax]:
         raise ConfigError(
             f"the precision plan {plan.name!r} has no activation range for {len(missing)} layers",
-            got=f"{', '.join(missing[:4])} without a range", wanted="one per E4M3 layer", do=again,
+            got=f"{', '.join(missing[:4])} without a range", wanted="one per quantised layer", do=again,
         )  # fmt: skip
     if unknown := sorted(set(plan.amax) - set(names)):
         raise ConfigError(

@@ -13,14 +13,14 @@ import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from ..errors import ConfigError
 
-Format = Literal["keep", "e4m3"]
+Format = Literal["keep", "e4m3", "int8"]
 Base = Literal["bfloat16", "bfloat16+vision"]
 WeightScale = Literal["tensor", "channel"]
 
@@ -30,7 +30,7 @@ class Rule:
     """One row of a plan.
 
     pattern       shell pattern on the layer name; * also crosses dots
-    format        "e4m3": weights and inputs in E4M3; "keep": as loaded
+    format        "e4m3" or "int8": weights and inputs in E4M3 or INT8; "keep": as loaded
     weight_scale  one scale per output channel, or one per tensor
     """
 
@@ -43,7 +43,7 @@ class Rule:
 class PrecisionPlan:
     """Rules, measured activation ranges, and what they were measured on.
 
-    amax             {layer name: largest |input| of that layer}; every e4m3 layer needs one
+    amax             {layer name: largest |input| of that layer}; every e4m3 or int8 layer needs one
     base             what the model is loaded in before layers are quantised, see `flavours`
     checkpoint_hash  of the weights that the ranges belong to; "" in a preset
     data             where the observations came from; "" in a preset, "synthetic: ..." when no robot ever saw them
@@ -64,10 +64,18 @@ class PrecisionPlan:
         """The rule that decides about `layer`, or None."""
         return next((rule for rule in self.rules if fnmatch.fnmatchcase(layer, rule.pattern)), None)
 
-    def quantises(self, layer: str) -> bool:
-        """Whether `layer` runs in E4M3."""
+    def format_of(self, layer: str) -> Format:
+        """The format in which `layer` runs; "keep" where no rule names it."""
         rule = self.rule(layer)
-        return rule is not None and rule.format == "e4m3"
+        return "keep" if rule is None else rule.format
+
+    def quantises(self, layer: str) -> bool:
+        """Whether `layer` runs in another format than the one that it was loaded in."""
+        return self.format_of(layer) != "keep"
+
+    def formats(self, layers: Iterable[str]) -> dict[str, Format]:
+        """{layer: format} of those `layers` that it quantises."""
+        return {name: self.format_of(name) for name in layers if self.quantises(name)}
 
     def to_json(self) -> str:
         """The plan as a JSON document."""
@@ -95,6 +103,8 @@ PRESETS: dict[str, tuple[Rule, ...]] = {
     "fp8-prefix+vision": _PREFIX + _VISION,
     "fp8-expert": _EXPERT,
     "fp8-all": _PREFIX + _VISION + _EXPERT,
+    "int8-mlp": (Rule("prefix.layers.*.mlp.*", "int8"),),
+    "int8-full": (Rule("prefix.layers.*", "int8"),),
 }
 
 

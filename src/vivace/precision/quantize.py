@@ -1,4 +1,4 @@
-"""Turns the linears that a plan names into E4M3 holders, in place, one at a time, so that memory only shrinks."""
+"""Turns the linears that a plan names into E4M3 or INT8 holders, in place, one at a time, so that memory only shrinks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..ops.layers import Fp8Linear, Linear
-from ..ops.reference import E4M3_MAX
-from .plan import PrecisionPlan, WeightScale
+from ..ops.layers import Fp8Linear, Int8Linear, Linear, QuantisedLinear
+from ..ops.reference import round_to
+from .plan import Format, PrecisionPlan, WeightScale
+
+HOLDERS: dict[Format, type[QuantisedLinear]] = {"e4m3": Fp8Linear, "int8": Int8Linear}
+
+
+def format_of(layer: Linear | QuantisedLinear) -> Format:
+    """The format that a layer of a model is in."""
+    return next((name for name, holder in HOLDERS.items() if isinstance(layer, holder)), "keep")
 
 
 def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Linear]]:
@@ -21,22 +28,25 @@ def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Linear]]:
                 yield owner, attribute, child
 
 
-def quantise_weight(weight: Tensor, granularity: WeightScale) -> tuple[Tensor, Tensor]:
-    """weight [out, in] -> (float8_e4m3fn [out, in], float32 scale [out]); the largest value of a group lands on 448."""
+def quantise_weight(
+    weight: Tensor, granularity: WeightScale, *, holder: type[QuantisedLinear] = Fp8Linear
+) -> tuple[Tensor, Tensor]:
+    """weight [out, in] -> (stored [out, in], float32 scale [out]); the largest value of a group lands on 448, or 127."""
     wide = weight.float()
     largest = wide.abs().amax(dim=1) if granularity == "channel" else wide.abs().amax().expand(wide.shape[0])
-    scale = (largest / E4M3_MAX).clamp_min(1e-12).contiguous()
-    return (wide / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+    scale = (largest / holder.largest).clamp_min(1e-12).contiguous()
+    return round_to(wide / scale[:, None], holder.stored), scale
 
 
-def quantise_layer(layer: Linear, *, amax: float, granularity: WeightScale = "channel") -> Fp8Linear:
-    """The E4M3 holder of one layer. amax: largest |input| that shall not saturate."""
-    weight, scale = quantise_weight(layer.weight.data, granularity)
+def quantise_layer(
+    layer: Linear, *, amax: float, format: Format = "e4m3", granularity: WeightScale = "channel"
+) -> QuantisedLinear:
+    """The holder of one layer in `format`, which is not "keep". amax: largest |input| that shall not saturate."""
+    holder = HOLDERS[format]
+    weight, scale = quantise_weight(layer.weight.data, granularity, holder=holder)
     bias = None if layer.bias is None else layer.bias.data
-    input_scale = torch.tensor([amax / E4M3_MAX], dtype=torch.float32, device=weight.device)
-    return Fp8Linear(
-        layer.name, weight, weight_scale=scale, input_scale=input_scale, bias=bias, dtype=layer.weight.dtype
-    )
+    input_scale = torch.tensor([amax / holder.largest], dtype=torch.float32, device=weight.device)
+    return holder(layer.name, weight, weight_scale=scale, input_scale=input_scale, bias=bias, dtype=layer.weight.dtype)
 
 
 def apply(model: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
@@ -51,9 +61,10 @@ def apply(model: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
         )
     names = tuple(layer.name for _, _, layer in chosen)
     while chosen:
-        owner, attribute, layer = chosen.pop()  # nothing here keeps a layer once its E4M3 holder is there
+        owner, attribute, layer = chosen.pop()  # nothing here keeps a layer once its holder is there
         rule = plan.rule(layer.name)
         assert rule is not None
-        setattr(owner, attribute, quantise_layer(layer, amax=plan.amax[layer.name], granularity=rule.weight_scale))
+        small = quantise_layer(layer, amax=plan.amax[layer.name], format=rule.format, granularity=rule.weight_scale)
+        setattr(owner, attribute, small)
         del layer
     return names

@@ -1,4 +1,4 @@
-"""What each layer costs in accuracy when it alone runs in E4M3, and the plan that spends a given error on the most work.
+"""What each layer costs in accuracy when it alone runs in 8 bits, and the plan that spends a given error on the most work.
 
 Errors are those of the final actions: what a robot executes, after all layers and all denoise steps. How they are measured
 is the caller's: `measure` runs the model on some observations and returns the worst score against the float32 reference.
@@ -30,7 +30,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Alone:
-    """One layer in E4M3, all others as loaded.  flops: operations of its product in one inference."""
+    """One layer in its 8-bit format, all others as loaded.  flops: operations of its product in one inference."""
 
     layer: str
     flops: float
@@ -47,7 +47,7 @@ class Mixed:
     """The plan that the search found.
 
     score        of the whole plan on the observations that it was chosen with
-    flops_share  of the linears that the base plan would quantise, how many operations run in E4M3
+    flops_share  of the linears that the base plan would quantise, how many operations run in 8 bits
     left_out     layers that stay as loaded, cheapest first
     """
 
@@ -63,14 +63,14 @@ Progress = Callable[[str], None]
 
 @contextmanager
 def quantised(model: nn.Module, plan: PrecisionPlan, names: Iterable[str]) -> Iterator[None]:
-    """For the time of the block, run the layers `names` in E4M3 under the plan's ranges; then as before."""
+    """For the time of the block, run the layers `names` in 8 bits under the plan's ranges; then as before."""
     wanted, swapped = set(names), []
     for owner, attribute, layer in linears(model):
         if layer.name in wanted:
             rule = plan.rule(layer.name)
             assert rule is not None, f"{layer.name} is not in the plan {plan.name}"
             swapped.append((owner, attribute, layer))
-            small = quantise_layer(layer, amax=plan.amax[layer.name], granularity=rule.weight_scale)
+            small = quantise_layer(layer, amax=plan.amax[layer.name], format=rule.format, granularity=rule.weight_scale)
             setattr(owner, attribute, small)
     assert len(swapped) == len(wanted), f"{len(wanted) - len(swapped)} of {sorted(wanted)[:4]} ... are not in the model"
     try:
@@ -136,7 +136,7 @@ def _mixed(plan: PrecisionPlan, order: Sequence[Alone], count: int, *, score: Sc
     for row in taken:
         rule = plan.rule(row.layer)
         assert rule is not None, row.layer
-        rules.append(Rule(row.layer, "e4m3", rule.weight_scale))
+        rules.append(Rule(row.layer, rule.format, rule.weight_scale))
     total = sum(row.flops for row in order) or 1.0
     amax = {row.layer: plan.amax[row.layer] for row in taken}
     mixed = replace(plan, name=f"{plan.name} within {bound:g}", rules=tuple(rules), amax=amax)

@@ -75,9 +75,9 @@ def backend(config: EngineConfig, device: torch.device, model: Pi, *, quantised:
             return Chosen(name, passed)
         logger.warning("%s is not used: %s", name, reason)
         passed[name] = reason
-        if quantised:  # the others only simulate E4M3: slower than bfloat16, and never what was asked for
+        if quantised:  # the others only simulate 8 bits: slower than bfloat16, and never what was asked for
             raise Unsupported(
-                "the FP8 kernels cannot run this plan here", got=reason, wanted="a GPU and a network that they fit",
+                "the kernels cannot run this plan here", got=reason, wanted="a GPU and a network that they fit",
                 do="use --precision bfloat16, or name --backend eager to simulate the plan's numbers",
             )  # fmt: skip
     return Chosen("eager", passed)

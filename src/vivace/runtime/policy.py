@@ -271,7 +271,7 @@ def _built(
         model = load_model(checkpoint, device=device, precision=precision.dtype, seen=seen)
         plan = precisions.quantise(model, precision, checkpoint_hash=seen.digest())
         chosen = choice.backend(config, device, model, quantised=bool(plan and plan["layers"]))
-        return model, plan, chosen, base.build(chosen.name, model, config)
+        return model, plan, chosen, base.build(chosen.name, model, config, plan=precision.plan)
 
 
 def _robot(

@@ -42,7 +42,7 @@ def resolve(wanted: str, checkpoint: Checkpoint) -> Precision:
         return Precision("bfloat16+vision")
     if wanted in plan.PRESETS:
         if not plan.PRESETS[wanted]:
-            raise ConfigError("a plan without FP8 is a dtype", got=repr(wanted), wanted="bfloat16")
+            raise ConfigError("a plan without 8-bit layers is a dtype", got=repr(wanted), wanted="bfloat16")
         raise ConfigError(
             f"the preset {wanted!r} has no activation ranges", got="a preset", wanted="a calibrated plan file",
             do=fit.CALIBRATE.format(wanted),

@@ -21,6 +21,7 @@ from ...config import EngineConfig, TensorRTBase
 from ...errors import Unsupported
 from ...model.pi import Pi
 from ...precision.coverage import Coverage
+from ...precision.plan import PrecisionPlan
 from ..cuda_graph import CudaGraphBackend
 from . import module as modules
 from . import run, skeleton
@@ -57,8 +58,9 @@ def refused_gpu(module: modules.Module, target: Target) -> str | None:
 def why_not_model(model: Pi) -> str | None:
     """None if this machine's GPU computes in the types of the network."""
     (first, name), target = FIRST[torch.float8_e4m3fn], here(model.device)
-    if skeleton.quantised(model) and target.number < first:
-        return f"{target.label} has no {name}: use --precision bfloat16"
+    if "e4m3" in skeleton.formats(model).values() and target.number < first:
+        instead = "an INT8 plan (vivace calibrate --preset int8-mlp), or --precision bfloat16"
+        return f"{target.label} has no {name}: use {instead}"
     return None
 
 
@@ -92,15 +94,15 @@ def base_of(model: Pi, config: EngineConfig, target: Target) -> TensorRTBase:
     return "bf16" if target.number >= FIRST[torch.bfloat16][0] else "fp16"
 
 
-def create(model: Pi, config: EngineConfig) -> TensorRTBackend:
-    """Registry constructor."""
+def create(model: Pi, config: EngineConfig, *, plan: PrecisionPlan | None = None) -> TensorRTBackend:
+    """Registry constructor.  plan: what every network is held against when it is made; None = nothing is quantised."""
     module = modules.load(config.tensorrt.module)
     target = here(model.device)
     if reason := refused_gpu(module, target):
         raise Unsupported(f"{module.label} cannot run here", got=reason)
     base = base_of(model, config, target)
     seen = Coverage(kernel=module.name)
-    runner = run.EngineRunner(run.recipe(model, module, config.tensorrt, base=base), model.device, seen)
+    runner = run.EngineRunner(run.recipe(model, module, config.tensorrt, base=base, plan=plan), model.device, seen)
     stages = EnginePolicy(model, runner, base=skeleton.DTYPES[base], loop=config.tensorrt.loop)
     bucket = max(config.prompt_bucket, run.prompt_bucket(runner.recipe.baked))
     backend = TensorRTBackend(stages, replace(config, prompt_bucket=bucket), runner=runner)

@@ -1,9 +1,9 @@
 """Does the network that will be built run every matrix product in the type that the plan says? Read from the definition.
 
-For each MatrixMultiply both operands are followed back through layers that only reshape. A product is E4M3 when both come
-out of a DequantizeLinear with a float32 scale whose own input is E4M3: one side quantised on the way in under one scale,
-the other a stored weight with a scale per output channel. Anything else runs in the type of its operands. Types
-are binding in a strongly typed network, so what is written here is what is built.
+For each MatrixMultiply both operands are followed back through layers that only reshape. A product is E4M3 (INT8) when
+both come out of a DequantizeLinear with a float32 scale whose own input is E4M3 (INT8): one side quantised on the way in
+under one scale, the other a stored weight with a scale per output channel, neither with a zero point. Anything else runs in
+the type of its operands. Types are binding in a strongly typed network, so what is written here is what is built.
 
 A product says in its name which linear it is. That label is not believed: the inputs and constants that its weight and
 scales come from are, by their names, under which their numbers are given. They must be this linear's own.
@@ -25,8 +25,10 @@ import torch
 
 from ...errors import NumericsError
 from ...model.pi import Pi
-from ...ops.layers import Fp8Linear, Linear
-from ...precision.coverage import E4M3, Coverage, Seen
+from ...ops.layers import Linear, QuantisedLinear
+from ...precision.coverage import Coverage, Seen
+from ...precision.plan import Format
+from ...precision.quantize import HOLDERS
 from .evaluate import torch_dtype, walk
 from .module import Definition
 from .networks import Network, Part
@@ -34,6 +36,10 @@ from .networks import Network, Part
 Makers: TypeAlias = Mapping[str, tuple[str, Any]]
 """{tensor: (kind of the layer that makes it, the layer)}."""
 
+FormatOf: TypeAlias = Callable[[str], Format]
+"""Name of a linear -> the format in which it shall run."""
+
+EIGHT_BITS: dict[torch.dtype, Format] = {holder.stored: name for name, holder in HOLDERS.items()}
 MOVES = ("SHUFFLE", "IDENTITY", "SLICE")
 ATTENTION = ("attention_scores", "attention_mix", "attention")
 
@@ -43,7 +49,7 @@ class Product:
     """One matrix product of a network.
 
     layer      the linear, or for the two products of attention the linear that reads their result
-    precision  "e4m3", "float16", ... or what is wrong with its operands
+    precision  "e4m3", "int8", "float16", ... or what is wrong with its operands
     reads      inputs and constants that its weight, its weight's scale and its input's scale come from, in this order
     """
 
@@ -78,35 +84,39 @@ def products(network: Network) -> tuple[Product, ...]:
     return tuple(found)
 
 
-def check(network: Network, quantises: Callable[[str], bool]) -> tuple[Product, ...]:
+def check(network: Network, format_of: FormatOf) -> tuple[Product, ...]:
     """The products, if each is what the plan says. Raises NumericsError naming every one that is not.
 
-    quantises  layer name -> whether it shall run in E4M3 (`PrecisionPlan.quantises`)
+    format_of  the plan's: `PrecisionPlan.format_of`
     """
     found = products(network)
-    if problems := mismatches(network, found, quantises):
+    if problems := mismatches(network, found, format_of):
         raise NumericsError(
             f"{network.label} would not run as planned", got="; ".join(problems[:6]),
-            wanted="every matrix product as the plan says", do="report this: it is a fault of vivace",
+            wanted="every matrix product as the plan says",
+            do="give the plan that the model was quantised by; if that was done, report this: it is a fault of vivace",
         )  # fmt: skip
     return found
 
 
-def mismatches(network: Network, found: Sequence[Product], quantises: Callable[[str], bool]) -> list[str]:
+def mismatches(network: Network, found: Sequence[Product], format_of: FormatOf) -> list[str]:
     """One line per product that differs from the plan, reads another layer's numbers, is missing, or is one too many."""
     problems = []
     paths = {
-        layer.name: path for path, layer in network.outlined.named_modules() if isinstance(layer, Linear | Fp8Linear)
+        layer.name: path
+        for path, layer in network.outlined.named_modules()
+        if isinstance(layer, Linear | QuantisedLinear)
     }
-    wanted = {layer.name: layer for layer in network.outlined.modules() if isinstance(layer, Linear | Fp8Linear)}
+    wanted = {layer.name: layer for layer in network.outlined.modules() if isinstance(layer, Linear | QuantisedLinear)}
     for product in found:
         layer = wanted.get(product.layer)
-        planned = "no product"
+        planned: str = "no product"
         if layer is not None:
-            kept = _name(layer.dtype)
-            planned = E4M3 if quantises(product.layer) and not product.is_attention else kept
+            planned = format_of(product.layer)
             if product.is_attention:
                 planned = _name(_compute(network, product.layer))
+            elif planned == "keep":
+                planned = _name(layer.dtype)
         if product.precision != planned:
             problems.append(f"{product.layer} {product.operation} in {product.precision}, planned {planned}")
         own = () if layer is None or product.is_attention else _parameters(paths[product.layer], planned)
@@ -125,7 +135,7 @@ def mismatches(network: Network, found: Sequence[Product], quantises: Callable[[
 
 def _parameters(path: str, precision: str) -> tuple[str, ...]:
     """What a product of the linear at `path` must read, as in `Product.reads`."""
-    names = ("weight", "weight_scale", "input_scale") if precision == E4M3 else ("weight",)
+    names = ("weight", "weight_scale", "input_scale") if precision in EIGHT_BITS.values() else ("weight",)
     return tuple(f"{path}.{name}" for name in names)
 
 
@@ -136,7 +146,7 @@ def _list(names: Sequence[str]) -> str:
 def linears(part: Part, outlined: Pi) -> Iterator[str]:
     """Names of the linears that a network of this part must contain."""
     for layer in outlined.modules():
-        if isinstance(layer, Linear | Fp8Linear) and _belongs(layer.name, part, outlined):
+        if isinstance(layer, Linear | QuantisedLinear) and _belongs(layer.name, part, outlined):
             yield layer.name
 
 
@@ -207,8 +217,9 @@ def _origin(tensor: Definition, makers: Makers) -> str:
 
 def _precision(sources: Sequence[Definition], makers: Makers) -> str:
     sides = [_side(source, makers) for source in sources]
-    if sides == ["e4m3 value", "e4m3 weight"]:
-        return E4M3
+    for name in EIGHT_BITS.values():
+        if sides == [f"{name} value", f"{name} weight"]:
+            return name
     return sides[0] if sides[0] == sides[1] else " x ".join(sides)
 
 
@@ -217,14 +228,16 @@ def _side(tensor: Definition, makers: Makers) -> str:
     if kind != "DEQUANTIZE" or layer is None:
         return _name(torch_dtype(tensor))
     stored, scale = _source(layer.get_input(0), makers), layer.get_input(1)
-    if torch_dtype(stored) != torch.float8_e4m3fn or torch_dtype(scale) != torch.float32:
+    name = EIGHT_BITS.get(torch_dtype(stored))
+    if name is None or torch_dtype(scale) != torch.float32 or layer.num_inputs != 2:
         return f"{stored.dtype.name} under a {scale.dtype.name} scale"
     maker = makers.get(stored.name, ("INPUT", None))
     if maker[0] == "QUANTIZE":
         used = maker[1].get_input(1)
-        return "e4m3 value" if used.name == scale.name and not tuple(scale.shape) else "e4m3 value under two scales"
+        same = used.name == scale.name and not tuple(scale.shape) and maker[1].num_inputs == 2
+        return f"{name} value" if same else f"{name} value under two scales"
     per_channel = tuple(scale.shape) == (stored.shape[0],) and layer.axis == 0
-    return "e4m3 weight" if maker[0] in ("INPUT", "CONSTANT") and per_channel else "e4m3 weight, scale misplaced"
+    return f"{name} weight" if maker[0] in ("INPUT", "CONSTANT") and per_channel else f"{name} weight, scale misplaced"
 
 
 def _flops(kind: str, operands: Sequence[Definition]) -> float:
@@ -237,7 +250,7 @@ def _flops(kind: str, operands: Sequence[Definition]) -> float:
 
 def _bytes(tensors: Sequence[Definition], precision: str) -> float:
     sizes = [torch_dtype(tensor).itemsize for tensor in tensors]
-    if precision == E4M3:
+    if precision in EIGHT_BITS.values():
         sizes[:2] = [1, 1]
     return float(sum(math.prod(tuple(t.shape)) * size for t, size in zip(tensors, sizes, strict=True)))
 

@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 
 from ...errors import NumericsError, ShapeError, Unsupported
-from .build import Log
+from .build import MEMORY_WORDS, Log
 from .evaluate import torch_dtype
 from .module import Module
-from .targets import on
+from .targets import on, option
+
+ROOM = (
+    "end other programs on this GPU (nvidia-smi lists them), use fewer prompt lengths or smaller batches, or "
+    f"{option('weights', 'inputs')}: one copy of the weights for all engines"
+)
+
+
+class NoMemory(Unsupported):
+    """The engine is sound, the GPU has no room for it: building it again would not help."""
 
 
 class Engine:
@@ -44,13 +53,16 @@ class Engine:
     def _open(self, module: Module, plan: bytes, compiled: Path | None) -> None:
         self._runtime = module.api.Runtime(self._log)
         engine = self._runtime.deserialize_cuda_engine(plan)
+        said = "; ".join(self._log.messages[-2:]) or "no reason given"
+        if engine is None and any(word in said.lower() for word in MEMORY_WORDS):
+            raise NoMemory(f"no memory left for an engine of {len(plan) / 1e6:.0f} MB", got=said, do=ROOM)
         if engine is None:
-            raise Unsupported(
-                f"{module.label} refuses the engine", got="; ".join(self._log.messages[-2:]) or "no reason"
-            )
+            raise Unsupported(f"{module.label} refuses the engine", got=said)
         self._engine = engine
         self._cache: Any = None
         self._context = self._create(module, compiled)
+        if self._context is None:
+            raise _no_context(module, engine, said="; ".join(self._log.messages[-2:]) or "no reason given")
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Enqueue one run.  {input: contiguous tensor on the device} -> {output: new tensor}."""
@@ -116,6 +128,15 @@ class Engine:
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+
+
+def _no_context(module: Module, engine: Any, *, said: str) -> NoMemory:
+    """TensorRT answers None where the memory that an engine works in cannot be had."""
+    needed = int(engine.device_memory_size_v2)
+    return NoMemory(
+        f"{module.label} made no execution context, for want of memory as far as is known", got=said,
+        wanted=f"{needed / 2**20:.0f} MiB of working memory", do=ROOM,
+    )  # fmt: skip
 
 
 class _Typed:

@@ -5,7 +5,7 @@ them back. Nothing is taken from the code that wrote it, except the numbers of c
 in FP8 and BF16. So a wrong axis, a missing mask or a swapped scale in the definition is a wrong number here.
 
 Numerics: every layer computes in float32 and rounds its result once to the type that the definition declares; E4M3
-saturates. Real kernels fuse layers and so round less often: this is a model of the definition, not of a kernel.
+and INT8 saturate. Real kernels fuse layers and so round less often: this is a model of the definition, not of a kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...errors import NumericsError, ShapeError
-from ...ops.reference import E4M3_MAX
+from ...ops.reference import round_to
 from .module import Definition
 from .networks import Network
 
@@ -165,7 +165,7 @@ def torch_dtype(tensor: Definition) -> torch.dtype:
     """The declared type of a tensor."""
     return {
         "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "FP8": torch.float8_e4m3fn,
-        "BOOL": torch.bool, "INT32": torch.int32, "INT64": torch.int64,
+        "INT8": torch.int8, "BOOL": torch.bool, "INT32": torch.int32, "INT64": torch.int64,
     }[tensor.dtype.name]  # fmt: skip
 
 
@@ -258,7 +258,8 @@ def _along(scale: Tensor, x: Tensor, axis: int) -> Tensor:
 
 def _quantize(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
     x, scale = inputs[0].float(), inputs[1].float()
-    return (x / _along(scale, x, layer.axis)).clamp(-E4M3_MAX, E4M3_MAX)
+    rounded: Tensor = round_to(x / _along(scale, x, layer.axis), torch_dtype(layer.get_output(0)))
+    return rounded
 
 
 def _dequantize(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:

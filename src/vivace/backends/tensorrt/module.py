@@ -65,7 +65,7 @@ class Module:
         kinds = self.api.DataType
         return {
             torch.float32: kinds.FLOAT, torch.float16: kinds.HALF, torch.bfloat16: kinds.BF16,
-            torch.float8_e4m3fn: kinds.FP8, torch.bool: kinds.BOOL, torch.int32: kinds.INT32,
+            torch.float8_e4m3fn: kinds.FP8, torch.int8: kinds.INT8, torch.bool: kinds.BOOL, torch.int32: kinds.INT32,
         }[dtype]  # fmt: skip
 
 

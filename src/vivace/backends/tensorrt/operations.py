@@ -1,8 +1,9 @@
 """The model's operation table, written as TensorRT layers; each has the contract of its namesake in `ops.reference`.
 
-Rounding is where the reference rounds, with two differences. The operands of an E4M3 product leave their DequantizeLinear
-in the base type, as TensorRT's pattern for an FP8 kernel demands. And attention scales the queries, not the scores, so that
-FP16 scores cannot overflow before they are scaled (the same up to a rounding; exact where the head size is a power of 4).
+Rounding is where the reference rounds, with two differences. The operands of an E4M3 or INT8 product leave their
+DequantizeLinear in the base type, as TensorRT's pattern for an 8-bit kernel demands. And attention scales the queries, not
+the scores, so that FP16 scores cannot overflow before they are scaled (the same up to a rounding; exact where the head size
+is a power of 4).
 
 Every matrix product is named "operation|layer", which the coverage audit reads.
 """
@@ -14,12 +15,12 @@ from typing import Any, cast
 
 import torch
 
-from ...ops.layers import Fp8Linear, LayerNorm, Linear, RmsNorm, Rope
+from ...ops.layers import LayerNorm, Linear, QuantisedLinear, RmsNorm, Rope
 from ...ops.reference import NORM_EPS
 from ...ops.table import OpTable
 from .symbols import Sym, Writer
 
-AnyLinear = Linear | Fp8Linear
+AnyLinear = Linear | QuantisedLinear
 RopeRows = tuple[Sym, Sym]
 
 
@@ -47,18 +48,18 @@ class Operations:
     # --- products -------------------------------------------------------------------------------------------------
 
     def hand_over(self, x: Sym, into: AnyLinear) -> Sym:
-        """x as `into` takes it; E4M3 as rows [batch * T, D]."""
-        if not isinstance(into, Fp8Linear):
+        """x as `into` takes it; E4M3 and INT8 as rows [batch * T, D]."""
+        if not isinstance(into, QuantisedLinear):
             return x.to(into.dtype)
-        if x.dtype == torch.float8_e4m3fn:
+        if x.dtype == into.stored:
             return x
         rows = self.writer.reshape(x, [math.prod(x.shape[:-1]), x.shape[-1]])
-        return self.writer.quantize(rows, self._scale(into))
+        return self.writer.quantize(rows, self._scale(into), into.stored)
 
     def linear(self, x: Sym, layer: AnyLinear, operation: str = "linear") -> Sym:
         """See reference.linear."""
         w, name = self.writer, f"{operation}|{layer.name}"
-        if isinstance(layer, Fp8Linear):
+        if isinstance(layer, QuantisedLinear):
             rows = w.dequantize(self.hand_over(x, layer), self._scale(layer), layer.dtype)
             weight = w.dequantize(w.parameter(layer.weight), w.parameter(layer.weight_scale), layer.dtype, axis=0)
             out = w.matmul(rows, weight, name=name, transpose=True)
@@ -121,7 +122,7 @@ class Operations:
     def _inverse_root(self, x: Sym) -> Sym:
         return self.writer.unary("RECIP", self.writer.unary("SQRT", x + NORM_EPS))
 
-    def _scale(self, layer: Fp8Linear) -> Sym:
+    def _scale(self, layer: QuantisedLinear) -> Sym:
         """The layer's input scale as a scalar, which is what a per-tensor scale must be."""
         key = ("scale", layer.name)
         if key not in self.writer.known:

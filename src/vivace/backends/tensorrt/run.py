@@ -15,9 +15,10 @@ from ...config import TensorRTBase, TensorRTConfig
 from ...errors import Unsupported
 from ...model.pi import Pi
 from ...precision.coverage import Coverage
+from ...precision.plan import PrecisionPlan, preset
 from . import audit, cache, networks, skeleton
 from .build import Progress, build
-from .engine import Engine
+from .engine import Engine, NoMemory
 from .identity import identify
 from .module import Module
 from .networks import Network, Part, Shapes
@@ -31,13 +32,13 @@ class Recipe:
     """How the networks of one model are written and built; everything "auto" is resolved.
 
     numbers  {parameter: the model's numbers in the outline's types}
-    e4m3     names of the layers that the plan quantises
+    plan     what the audit holds the networks against; not read from the model, which might have been quantised otherwise
     """
 
     module: Module
     outlined: Pi
     numbers: Mapping[str, Tensor]
-    e4m3: frozenset[str]
+    plan: PrecisionPlan
     baked: bool
     fused: bool
 
@@ -60,12 +61,14 @@ class Made:
     refused: tuple[str, ...] = ()
 
 
-def recipe(model: Pi, module: Module, options: TensorRTConfig, *, base: TensorRTBase) -> Recipe:
-    """The recipe for a loaded (and perhaps quantised) model."""
-    e4m3 = skeleton.quantised(model)
-    outlined = skeleton.outline(model.config, base=base, e4m3=e4m3, precision=skeleton.precision_of(model))
+def recipe(
+    model: Pi, module: Module, options: TensorRTConfig, *, base: TensorRTBase, plan: PrecisionPlan | None = None
+) -> Recipe:
+    """The recipe for a loaded (and perhaps quantised) model.  plan: None = no layer shall be quantised."""
+    formats = skeleton.formats(model)
+    outlined = skeleton.outline(model.config, base=base, formats=formats, precision=skeleton.precision_of(model))
     numbers = skeleton.values(model, outlined)
-    return Recipe(module, outlined, numbers, e4m3, is_baked(options, module), options.fused)
+    return Recipe(module, outlined, numbers, plan or preset("bf16"), is_baked(options, module), options.fused)
 
 
 def prompt_bucket(baked: bool) -> int:
@@ -79,7 +82,7 @@ def is_baked(options: TensorRTConfig, module: Module) -> bool:
 
 
 def make(
-    plan: Recipe, part: Part, shapes: Shapes, *, targets: Sequence[Target], where: Path,
+    recipe: Recipe, part: Part, shapes: Shapes, *, targets: Sequence[Target], where: Path,
     facts: Mapping[str, Any] | None = None, progress: Progress | None = None, device: torch.device | None = None,
     anew: bool = False,
 ) -> Made:  # fmt: skip
@@ -89,15 +92,16 @@ def make(
     anew     build even if `where` has it
     Raises   NumericsError if the audit fails, Unsupported if it cannot be built
     """
-    network = plan.write(part, shapes)
-    found_products = audit.check(network, plan.e4m3.__contains__)
-    who = identify(network, plan.numbers, targets or [here(device)])
-    machine = cache.machine(plan.module, device)
+    network = recipe.write(part, shapes)
+    found_products = audit.check(network, recipe.plan.format_of)
+    who = identify(network, recipe.numbers, targets or [here(device)])
+    machine = cache.machine(recipe.module, device)
     found = cache.Found(None, None, ()) if anew else cache.find(where, who, machine=machine)
     for reason in found.refused:
         logger.warning("not used: %s", reason)
     if found.engine is not None and found.path is not None:
         return Made(network, found.engine, found.path, 0.0, found_products, found.refused)
+    logger.info("building %s: seconds, or minutes with baked weights or as one loop", network.label)
     built = build(network, targets, progress=progress, device=device)
     more = {"part": part, "label": network.label, "seconds": round(built.seconds, 3), **(facts or {})}
     path = cache.store(where, who, built.engine, facts=more, machine=machine)
@@ -136,8 +140,8 @@ class EngineRunner:
         try:
             engine = self._open(made, compiled)
         except Unsupported as error:
-            if made.seconds > 0.0:
-                raise  # fresh: another build would be refused too
+            if made.seconds > 0.0 or isinstance(error, NoMemory):
+                raise  # fresh: another build would be refused too; no memory: another would need as much
             logger.warning("%s is deleted and built again: %s", made.path.name, error)
             made.path.unlink(missing_ok=True)
             made = make(self.recipe, part, shapes, targets=[], device=self.device, where=cache.folder(), anew=True)

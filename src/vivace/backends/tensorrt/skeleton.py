@@ -7,7 +7,7 @@ constants of an engine (`baked`) or as tensors bound at run time (`inputs`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from ...config import ModelConfig, TensorRTBase
 from ...errors import ConfigError
 from ...model import weights
 from ...model.pi import Pi
-from ...ops.layers import Fp8Linear
+from ...ops.layers import QuantisedLinear
 from ...precision import quantize
 from ...precision.flavours import Dtype, parameter_dtype
+from ...precision.plan import Format
 
 DTYPES: dict[TensorRTBase, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OUTSIDE = ("embedding", "expert.modulation.", "time_in.", "time_out.", "action_time_in.bias")
@@ -27,12 +28,13 @@ OUTSIDE = ("embedding", "expert.modulation.", "time_in.", "time_out.", "action_t
 
 
 def outline(
-    config: ModelConfig, *, base: TensorRTBase, e4m3: Collection[str] = (), precision: Dtype = "bfloat16"
-) -> Pi:
+    config: ModelConfig, *, base: TensorRTBase, formats: Mapping[str, Format] | None = None,
+    precision: Dtype = "bfloat16",
+) -> Pi:  # fmt: skip
     """A `Pi` on the meta device.
 
     base   type of everything that the checkpoint's flavour serves in bfloat16; what it keeps in float32 stays float32
-    e4m3   names of the layers that a precision plan quantises
+    formats  {layer: format} of those that a precision plan quantises
     precision  which parts "bfloat16" means, see `precision.flavours`
     Raises ConfigError for a name that no layer has.
     """
@@ -42,11 +44,10 @@ def outline(
     for name, slot in weights.slots(config).items():
         wide = parameter_dtype(name, precision=precision, flavour=config.flavour) == torch.float32
         _retype(model, slot.parameter, torch.float32 if wide else compute)
-    unknown = set(e4m3)
+    unknown = dict(formats or {})
     for owner, attribute, layer in list(quantize.linears(model)):
-        if layer.name in e4m3:
-            setattr(owner, attribute, quantize.quantise_layer(layer, amax=1.0))
-            unknown.discard(layer.name)
+        if (wanted := unknown.pop(layer.name, "keep")) != "keep":
+            setattr(owner, attribute, quantize.quantise_layer(layer, amax=1.0, format=wanted))
     if unknown:
         raise ConfigError("the plan names layers that this network lacks", got=", ".join(sorted(unknown)[:4]))
     return model.requires_grad_(False).eval()
@@ -64,9 +65,9 @@ def precision_of(model: Pi) -> Dtype:
     return "bfloat16+vision" if model.vision.norm.weight.dtype == torch.bfloat16 else "bfloat16"
 
 
-def quantised(model: nn.Module) -> frozenset[str]:
-    """Names of the E4M3 layers of a model."""
-    return frozenset(layer.name for layer in model.modules() if isinstance(layer, Fp8Linear))
+def formats(model: nn.Module) -> dict[str, Format]:
+    """{layer: format} of the quantised layers of a model."""
+    return {layer.name: quantize.format_of(layer) for layer in model.modules() if isinstance(layer, QuantisedLinear)}
 
 
 def values(model: Pi, outlined: Pi) -> dict[str, Tensor]:

@@ -259,13 +259,13 @@ class Writer:
         out = self._only(layer, x.dtype, name)
         return self.reshape(out, [*lead, out.shape[-1]]) if len(y.shape) == 2 else out
 
-    def quantize(self, x: Sym, scale: Sym) -> Sym:
-        """E4M3 under one scale."""
-        layer = self.definition.add_quantize(x.tensor, scale.tensor, self.module.dtype(torch.float8_e4m3fn))
-        return self._only(layer, torch.float8_e4m3fn, "quantize")
+    def quantize(self, x: Sym, scale: Sym, dtype: torch.dtype) -> Sym:
+        """E4M3 or INT8 under one scale."""
+        layer = self.definition.add_quantize(x.tensor, scale.tensor, self.module.dtype(dtype))
+        return self._only(layer, dtype, "quantize")
 
     def dequantize(self, x: Sym, scale: Sym, dtype: torch.dtype, *, axis: int | None = None) -> Sym:
-        """Back from E4M3: one scale, or one per index of `axis`."""
+        """Back from E4M3 or INT8: one scale, or one per index of `axis`."""
         layer = self.definition.add_dequantize(x.tensor, scale.tensor, self.module.dtype(dtype))
         if axis is not None:
             layer.axis = axis

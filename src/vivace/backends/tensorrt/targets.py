@@ -31,7 +31,8 @@ def option(name: str, value: str) -> str:
 
 
 INSTEAD = {
-    torch.float8_e4m3fn: f"use --precision bfloat16, below 8.0 with {option('base', 'fp16')}, or leave this target out",
+    torch.float8_e4m3fn: f"use an INT8 plan (vivace calibrate --preset int8-mlp) or --precision bfloat16, below 8.0 with "
+    f"{option('base', 'fp16')}, or leave this target out",
     torch.bfloat16: f"use {option('base', 'fp16')}",
 }
 CURRENT = "current"
