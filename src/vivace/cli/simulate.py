@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..check.environment import collect
 from ..check.results import result, write_result
+from ..checkpoints import bundled
 from ..errors import ConfigError
 from .output import FAILED, OK, console, emit
 from .policy_args import CheckpointArgs
@@ -45,7 +46,7 @@ class Args:
     task: tuple[str, ...] = ("static", "conveyor")
     """Names of vivace.sim.tasks, or all."""
     policy: tuple[str, ...] = ("expert",)
-    """Checkpoint folders; expert = the scripted one, which sees the true state."""
+    """Checkpoint folders, or a policy that comes with vivace; expert = the scripted one, which sees the true state."""
     engine: tuple[str, ...] = ("auto",)
     """Backends, see vivace doctor."""
     precision: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--plan"])] = ("auto",)
@@ -210,8 +211,9 @@ def _check(args: Args) -> None:
         raise ConfigError("nothing to store", got="--policy expert", wanted="--store with a checkpoint folder")
     _check_suite(args)
     for policy in args.policy:
-        if policy != "expert" and not Path(policy).is_dir():
-            raise ConfigError("--policy", got=repr(policy), wanted="expert, or a checkpoint folder")
+        if policy != "expert" and not bundled.find(Path(policy)).is_dir():
+            wanted = f"expert, a checkpoint folder, or one of {bundled.names()}"
+            raise ConfigError("--policy", got=repr(policy), wanted=wanted)
 
 
 def _arms(args: Args, suite: Suite | None = None) -> list[Arm]:

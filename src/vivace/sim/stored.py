@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import bundled
 from ..errors import ConfigError
 from .arms import EXPERT, Arm
 
@@ -70,7 +71,7 @@ def read(policy: str) -> Stored:
     """The file of a policy; empty where there is none. Raises ConfigError for one that is damaged."""
     if policy == EXPERT:
         return expert()
-    file = Path(policy) / FILE
+    file = bundled.find(Path(policy)) / FILE
     if not file.exists():
         return Stored()
     try:
@@ -86,12 +87,18 @@ def read(policy: str) -> Stored:
         raise ConfigError(f"cannot read {file}", got=error, do="see docs/guides/simulation.md for its keys") from error
 
 
+def write_trained(folder: Path, trained: Stored) -> None:
+    """The file of a policy that was just trained: everything but rates, which a campaign measures."""
+    document = {"schema": 1, **asdict(trained), "rates": []}
+    (folder / FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
 def write_rates(policy: str, rates: tuple[Rate, ...]) -> Path:
     """Put rates into the file of a policy, in the place of those of the same conditions; the other keys stay.
 
     Raises: ConfigError for the expert, or a folder that is not there.
     """
-    folder = Path(policy)
+    folder = bundled.find(Path(policy))
     if policy == EXPERT or not folder.is_dir():
         raise ConfigError("rates are stored beside a policy", got=repr(policy), wanted="a checkpoint folder")
     file = folder / FILE

@@ -24,7 +24,7 @@ from ..robots import prompt
 from ..robots.conveyor import embodiment
 from ..robots.tokenizer import SentencePieceModel, Tokenizer
 from ..runtime.policy import Policy, load_policy
-from ..sim import scene
+from ..sim import scene, stored
 from ..sim.conveyor import STATE_DIM
 from ..sim.record import Plan, record
 from ..sim.rollout import Execution
@@ -83,6 +83,7 @@ def train(
     run.steps()
     folder = out / "policy"
     export.export(folder, run.trained(), format="lerobot")
+    run.remember(folder)
     for form in also:
         export.export(out / f"policy_{form}", run.trained(), format=form)
     report({"event": "exported", "folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.rglob("*.*"))})
@@ -155,6 +156,15 @@ class Run:
             num_denoise_steps=recipe.export.num_denoise_steps,
             max_committed=recipe.optimise.max_committed, dtype=recipe.export.dtype,
         )  # fmt: skip
+
+    def remember(self, folder: Path) -> None:
+        """What the simulator wants to know of the policy, beside its weights."""
+        recipe = self.recipe
+        trained = stored.Stored(
+            image_px=recipe.network.vision.image_size, execute_ticks=recipe.closed_loop.execute_ticks,
+            committed_max_ticks=recipe.optimise.max_committed if recipe.optimise.committed_share else 0,
+        )  # fmt: skip
+        stored.write_trained(folder, trained)
 
     def evaluate(self, folder: Path) -> list[dict[str, Any]]:
         """Success rates on the held-out seeds 0, 1, ..."""
