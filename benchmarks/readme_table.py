@@ -1,7 +1,7 @@
-"""Writes the README's speed table from the committed result, so that the two cannot drift apart.
+"""Writes the README's speed tables from the committed results, so that they cannot drift apart.
 
-RESULT is the one thing to change when a newer result shall be shown: either a result of `vivace bench --preset hopper` or
-the older form of gpu_probe.py.
+SHOWN is the one thing to change when newer results shall be shown: a heading, and results of `vivace bench --preset hopper`
+from one machine, whose rows are shown together.
 
 python benchmarks/readme_table.py            print it
 python benchmarks/readme_table.py --write    put it between the markers in README.md
@@ -11,26 +11,31 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "cuda-graph-h100-2026-11-24.json"
+RESULTS = ROOT / "benchmarks" / "results"
+SHOWN: dict[str, tuple[str, ...]] = {
+    "One H100 SXM": ("hopper-h100-2026-11-25.json", "hopper-rivals-h100-2026-11-25.json"),
+    "One H200": ("hopper-h200-2026-11-25.json",),
+}
 BEGIN, END = "<!-- speed: made by benchmarks/readme_table.py -->", "<!-- end of speed -->"
-SETTINGS = ("3,200,50", "3,16,50", "2,0,63", "2,48,10", "1,48,50")
 
 
-def cells(row: dict[str, Any]) -> str:
-    """p50 and its split."""
-    return f"{row['p50']['p50']:.2f} = {row['vision']:.2f} + {row['prefix']:.2f} + {row['denoise']:.2f}"
+def text() -> str:
+    """Every table under its heading."""
+    return "\n\n".join(f"{heading}:\n\n{table(merged(files))}" for heading, files in SHOWN.items())
 
 
-def table(result: dict[str, Any]) -> str:
-    """The table of either form."""
-    return preset_table(result) if result.get("kind") == "hopper" else probe_table(result)
+def merged(files: Sequence[str]) -> dict[str, Any]:
+    """The rows of several results; where two have the same row, the first one's counts."""
+    documents = [json.loads((RESULTS / file).read_text(encoding="utf-8")) for file in reversed(files)]
+    return {name: [row for document in documents for row in document[name]] for name in ("rows", "accuracy")}
 
 
-def preset_table(result: dict[str, Any], *, fp8: str = "fp8-all") -> str:
+def table(result: dict[str, Any], *, fp8: str = "fp8-all") -> str:
     """One line per setting: the rival, bfloat16 with its error beside plain PyTorch's, FP8 with its cosines, whole calls."""
     rows = {(r["setting"], r["engine"], r["boundary"]): r["latency"] for r in result["rows"]}
     errors = {(r["setting"], r["engine"]): r for r in result["accuracy"]}
@@ -64,20 +69,6 @@ def preset_table(result: dict[str, Any], *, fp8: str = "fp8-all") -> str:
     return "\n".join(lines)
 
 
-def probe_table(result: dict[str, Any]) -> str:
-    """One line per setting: bfloat16, its error beside plain PyTorch's, FP8 and its cosine."""
-    lines = [
-        "| (views, prompt tokens, chunk) | bfloat16, ms = vision + prefix + denoise | error / plain bfloat16's | FP8, ms | FP8 cosine |",
-        "|---|---|---|---|---|",
-    ]
-    for setting in SETTINGS:
-        low, eight = result["policy"][f"{setting} bf16"], result["policy"][f"{setting} fp8-all"]
-        name = f"({setting.replace(',', ', ')})"
-        error = f"{low['error']:.4f} / {low['error_plain_bf16']:.4f}"
-        lines.append(f"| {name} | {cells(low)} | {error} | {cells(eight)} | {eight['cosine']:.4f} |")
-    return "\n".join(lines)
-
-
 def with_table(readme: str, text: str) -> str:
     """README with `text` between the markers."""
     head, rest = readme.split(BEGIN)
@@ -85,7 +76,7 @@ def with_table(readme: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    made = table(json.loads(RESULT.read_text()))
+    made = text()
     path = ROOT / "README.md"
     if "--write" in sys.argv:
         path.write_text(with_table(path.read_text(), made))
