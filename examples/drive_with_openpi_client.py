@@ -10,36 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from server_process import served
 
 import vivace
 from vivace.check import environment, observations, results
-
-
-@contextmanager
-def served(checkpoint: Path) -> Iterator[int]:
-    """Run `vivace serve` in a process of its own; yields the port that its listening line names."""
-    command = [sys.executable, "-m", "vivace.cli.main", "serve", str(checkpoint), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            event = json.loads(server.stdout.readline() or '{"event": "the server ended before it listened"}')
-            if event["event"] != "listening":
-                raise SystemExit(f"server: {event}")
-            yield int(event["port"])
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(timeout=30)
 
 
 def drive(checkpoint: Path, frames: int) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from .report_html import esc, fold, pairs, raw
+from .report_clip import Clip, figure
+from .report_html import esc, fold, pairs, pill, raw
 from .report_sections import kind_of, machine, outcome, render
 from .report_style import CSS
 
@@ -22,16 +23,20 @@ TITLES = {
     "inspect": "Checkpoint",
     "doctor": "Machine",
     "serve-drive": "Served over the network",
+    "serve-closed-loop": "Closed loop over the network",
     "hopper": "Full size on one GPU",
     "simulate": "Closed loop",
 }
 
 
-def build(results: Sequence[tuple[str, Mapping[str, Any]]], *, title: str = "vivace report") -> str:
+Entry = Mapping[str, Any] | Clip
+
+
+def build(results: Sequence[tuple[str, Entry]], *, title: str = "vivace report") -> str:
     """The page as one HTML document.
 
     Args:
-        results: (name to show, document) in reading order.
+        results: (name to show, document or clip) in reading order.
         title: heading of the page.
 
     Raises:
@@ -39,14 +44,12 @@ def build(results: Sequence[tuple[str, Mapping[str, Any]]], *, title: str = "viv
         Unsupported: matplotlib is not installed.
     """
     links = "".join(
-        f'<a href="#r{i}">{esc(_title(document))} {outcome_of(name, document)}</a>'
-        for i, (name, document) in enumerate(results)
+        f'<a href="#r{i}">{esc(_title(entry))} {outcome_of(name, entry)}</a>' for i, (name, entry) in enumerate(results)
     )
-    sections = "".join(_section(i, name, document) for i, (name, document) in enumerate(results))
-    latest = max((str(document.get("created_utc", "")) for _, document in results), default="")
-    machines = list(
-        dict.fromkeys(machine(doc.get("environment") or {}) for _, doc in results if doc.get("environment"))
-    )
+    sections = "".join(_section(i, name, entry) for i, (name, entry) in enumerate(results))
+    documents = [entry for _, entry in results if not isinstance(entry, Clip)]
+    latest = max((str(document.get("created_utc", "")) for document in documents), default="")
+    machines = list(dict.fromkeys(machine(doc.get("environment") or {}) for doc in documents if doc.get("environment")))
     where = "".join(f'<p class="soft">{esc(line)}</p>' for line in machines)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -58,15 +61,21 @@ def build(results: Sequence[tuple[str, Mapping[str, Any]]], *, title: str = "viv
     )
 
 
-def outcome_of(name: str, document: Mapping[str, Any]) -> str:
+def outcome_of(name: str, document: Entry) -> str:
     """The pill of a result. Raises ConfigError for a document that lacks its kind's keys."""
+    if isinstance(document, Clip):
+        return pill("recorded", "plain")
     try:
         return outcome(document)
     except (KeyError, TypeError) as error:
         raise _incomplete(name, document, error) from error
 
 
-def _section(index: int, name: str, document: Mapping[str, Any]) -> str:
+def _section(index: int, name: str, document: Entry) -> str:
+    if isinstance(document, Clip):
+        return (
+            f'<section id="r{index}"><div class="head"><h2>{_title(document)}</h2></div>{figure(document)}</section>\n'
+        )
     try:
         inner = render(document)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -89,7 +98,9 @@ def _section(index: int, name: str, document: Mapping[str, Any]) -> str:
     )
 
 
-def _title(document: Mapping[str, Any]) -> str:
+def _title(document: Entry) -> str:
+    if isinstance(document, Clip):
+        return "One episode to look at"
     kind = kind_of(document)
     return TITLES.get(kind, kind)
 

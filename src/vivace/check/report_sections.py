@@ -9,6 +9,7 @@ from typing import Any
 from . import report_plots as plots
 from .report_full_size import hopper
 from .report_html import esc, figures, fold, num, pairs, pill, raw, table, tiles, verdict
+from .report_served import closed_loop, drive
 from .report_simulation import section as simulate
 from .results import number
 
@@ -231,7 +232,7 @@ def doctor(document: Document) -> str:
 
 
 def facts(document: Document) -> str:
-    """Names and values, for results that are a description (inspect, serve-drive)."""
+    """Names and values, for a result that is a description (inspect)."""
     hidden = {"schema", "vivace", "created_utc", "command", "environment"}
     return pairs({key: value for key, value in document.items() if key not in hidden})
 
@@ -251,7 +252,8 @@ SECTIONS: dict[str, Callable[[Document], str]] = {
     "calibrate": calibrate,
     "doctor": doctor,
     "inspect": facts,
-    "serve-drive": facts,
+    "serve-drive": drive,
+    "serve-closed-loop": closed_loop,
     "hopper": hopper,
     "simulate": simulate,
 }

@@ -40,7 +40,7 @@ def section(document: Document) -> str:
             f'<p class="soft">{esc(what)}, {seeds["n"]} episodes an arm from seed {seeds["first"]}.</p>',
             tiles([(esc(value), name) for value, name in top]),
             figures([*delay_figures(document), *reaction_figures(document)]),
-            fold("arms", _arms(arms), is_open=len(arms) <= 12),
+            fold("arms", arm_table(arms), is_open=len(arms) <= 12),
             fold("pairs", _pairs(document)) if document.get("comparisons") else "",
             fold("controls", _controls(controls), is_open=True) if controls else "",
             raw({**document, "arms": f"{len(arms)} arms, in the file"}),
@@ -136,7 +136,8 @@ def _title(arm: Row) -> str:
     return ", ".join([*named, *steps, mode_of(arm), str(facts["delay"]["name"])])
 
 
-def _arms(arms: Sequence[Row]) -> str:
+def arm_table(arms: Sequence[Row]) -> str:
+    """One row for each arm: success, age, seams, jerk."""
     heads = ("arm", "success", "95 %", "time, s", "age, ms", "age p99", "wrong", "crashed", "seam, m/s", "jerk, m/s³")
     rows = []
     for arm in arms:

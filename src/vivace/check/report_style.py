@@ -49,6 +49,7 @@ th:first-child, td:first-child, td.text, th.text { text-align: left; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr));
   gap: 18px; margin: 14px 0 4px; }
 figure { margin: 0; min-width: 0; } figure svg { width: 100%; height: auto; display: block; }
+.clip { margin: 14px 0 4px; } .clip img, .clip video { max-width: 100%; height: auto; display: block; border-radius: 10px; }
 figure svg text { font-family: inherit !important; }
 figcaption { color: var(--soft); font-size: 0.82rem; margin-top: 2px; }
 details { margin: 12px 0 0; } summary { cursor: pointer; color: var(--soft); font-size: 0.9rem; }

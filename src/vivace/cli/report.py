@@ -1,15 +1,17 @@
-"""`vivace report RESULT...`: one self-contained HTML page from result files."""
+"""`vivace report RESULT...`: one self-contained HTML page from result files and clips."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from ..check.report import build
+from ..check.report_clip import Clip, is_clip, read_clip
 from ..check.results import read_result
+from ..errors import ConfigError
 from .output import OK, console, emit
 
 
@@ -17,11 +19,11 @@ from .output import OK, console, emit
 class Args:
     """Make one page of tables and plots from result files, in the order given.
 
-    Example: vivace report doctor.json check.json bench.json -o report.html
+    Example: vivace report doctor.json check.json bench.json clip.webp -o report.html
     """
 
     results: tyro.conf.Positional[tuple[Path, ...]]
-    """Files written with -o, or the JSON that a command printed."""
+    """Files written with -o, or the JSON that a command printed; clips of vivace simulate --video: .webp, .gif, .mp4."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The page."""
     title: str = "vivace report"
@@ -30,7 +32,7 @@ class Args:
 
 def run(args: Args) -> int:
     """Write the page and say where."""
-    documents = [(path.name, read_result(path)) for path in args.results]
+    documents = [(path.name, _read(path)) for path in args.results]
     page = build(documents, title=args.title)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(page, encoding="utf-8")
@@ -45,3 +47,18 @@ def run(args: Args) -> int:
         }
     )
     return OK
+
+
+def _read(path: Path) -> dict[str, Any] | Clip:
+    """A result or a clip, by the ending. Raises ConfigError."""
+    if is_clip(path):
+        return read_clip(path)
+    try:
+        return read_result(path)
+    except ConfigError as error:
+        if path.suffix.lower() in ("", ".json") or not path.exists():
+            raise
+        raise ConfigError(
+            f"{path.name} is neither a result nor a clip", got=f"a file {path.suffix}",
+            wanted="the JSON of a command, or a clip: .webp, .gif, .mp4",
+        ) from error  # fmt: skip
