@@ -23,7 +23,7 @@ $(VENV)/.installed: requirements/dev.txt pyproject.toml
 system:  ## Debian/Ubuntu packages: torch.compile on a CPU, and OpenGL without a screen for the simulator's cameras
 	apt-get update && apt-get install -y g++ python3-venv libegl1 libgl1 libgl1-mesa-dri
 
-demo: setup  ## the main job on a small random checkpoint: make, inspect, check, bench, serve, drive, report
+demo: setup  ## the main job with the bundled policy: record, calibrate, check, bench, serve, closed loop, report
 	VIVACE_CACHE=$(CURDIR)/.cache/vivace $(BIN)/python examples/demo.py --out $(OUT)
 
 test: lint  ## everything that runs without a GPU

@@ -86,6 +86,27 @@ def hopper_document():
     return results.result("hopper", body)
 
 
+def drive_document(differing=0):
+    body = {
+        "frames": 50, "answers_that_differ_from_the_policy_alone": differing, "action_chunk": EVIL, "boundary": EVIL,
+        "round_trip_p50_ms": 4.2, "round_trip_p95_ms": 5.3, "model_p50_ms": 3.9, "engine": {"backend": EVIL},
+    }  # fmt: skip
+    return results.result("serve-drive", body)
+
+
+def closed_loop_document(differing=0):
+    campaign = json.loads((RESULTS / "conveyor-expert-2026-11-25.json").read_text())
+    aligned = [arm for arm in campaign["arms"] if arm["arm"]["belt"] == "middle" and arm["arm"]["mode"] == "aligned"]
+    times = {"p50": 81.6, "p95": 135.4, "max": 152.1}
+    body = {
+        "passed": differing == 0, "arms": [arm for arm in aligned if not arm["arm"]["committed"]][:4],
+        "answers": {"received": 95, "compared": 19, "differing": differing}, "round_trip_ms": times, "model_ms": times,
+        "seeds": {"first": 0, "n": 4}, "simulator": campaign["simulator"], "boundary": EVIL, "remarks": [EVIL],
+        "engine": {"backend": EVIL},
+    }  # fmt: skip
+    return results.result("serve-closed-loop", body)
+
+
 ALL = {
     "bench": bench_document(),
     "check": check_document(),
@@ -93,7 +114,8 @@ ALL = {
     "golden": golden_document(),
     "doctor": doctor_document(),
     "inspect": {"schema": 1, "kind": "inspect", "sizes": {"layers": 3}, "name": EVIL},
-    "serve-drive": {"schema": 1, "kind": "serve-drive", "p50_ms": 4.2},
+    "serve-drive": drive_document(),
+    "serve-closed-loop": closed_loop_document(),
     "hopper": hopper_document(),
     "simulate": json.loads((RESULTS / "conveyor-tasks-expert-2026-11-25.json").read_text()),
     "strange": {"kind": EVIL, "x": EVIL},
@@ -160,7 +182,7 @@ def test_every_kind_has_its_section(page):
         assert f"<h2>{text}</h2>" in page
     of_simulation = report_simulation.section(ALL["simulate"]).count("<svg")
     assert of_simulation >= 1
-    assert page.count("<svg") == 3 + 3 + 1 + of_simulation
+    assert page.count("<svg") == 3 + 3 + 1 + 1 + of_simulation
     assert "Coverage: what ran where" in page
     assert "not warm" in page
     assert "no layout for kind" in page
@@ -208,7 +230,16 @@ def test_the_page_is_the_same_every_time():
     assert build([("b", ALL["bench"])]) == build([("b", ALL["bench"])])
 
 
-@pytest.mark.parametrize("kind", ["bench", "check", "budget", "doctor"])
+def test_the_sections_of_the_server_say_how_many_answers_differ():
+    page = build([("d.json", drive_document(differing=7)), ("c.json", closed_loop_document(differing=3))])
+    assert "<b>7</b><span>answers that differ from the policy alone</span>" in page
+    assert "<b>3 of 19</b><span>answers that differ from the policy alone</span>" in page
+    assert 'pill bad">fail' in page
+    assert "<b>100 / 100</b><span>success at 0 ms</span>" in page
+    assert 'pill bad">fail' not in build([("c.json", closed_loop_document())])
+
+
+@pytest.mark.parametrize("kind", ["bench", "check", "budget", "doctor", "serve-drive", "serve-closed-loop"])
 def test_a_result_without_its_content_is_an_error_that_names_the_file(kind):
     with pytest.raises(ConfigError, match=f"x.json says it is a '{kind}' result"):
         build([("x.json", {"schema": 1, "kind": kind})])

@@ -2,6 +2,8 @@
 
 import json
 
+from PIL import Image
+
 
 def test_writes_the_page(vivace, tmp_path):
     (tmp_path / "odd.json").write_text(json.dumps({"kind": "odd", "x": 1}))
@@ -21,4 +23,21 @@ def test_what_is_no_result_exits_2(vivace, tmp_path):
     (tmp_path / "empty.json").write_text('{"kind": "check"}')
     assert vivace("report", tmp_path / "empty.json", "-o", tmp_path / "p.html")[0] == 2
     assert vivace("report", tmp_path / "none.json", "-o", tmp_path / "p.html")[0] == 2
+    assert not (tmp_path / "p.html").exists()
+
+
+def test_a_clip_goes_into_the_page(vivace, tmp_path):
+    (tmp_path / "odd.json").write_text(json.dumps({"kind": "odd", "x": 1}))
+    Image.new("RGB", (4, 4)).save(tmp_path / "clip.webp")
+    code, document, _ = vivace("report", tmp_path / "odd.json", tmp_path / "clip.webp", "-o", tmp_path / "p.html")
+    assert (code, document["results"]) == (0, 2)
+    assert 'src="data:image/webp;base64,' in (tmp_path / "p.html").read_text()
+
+
+def test_another_kind_of_picture_exits_2_and_says_what_is_taken(vivace, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "still.png")
+    code, _, text = vivace("report", tmp_path / "still.png", "-o", tmp_path / "p.html")
+    assert code == 2
+    assert "neither a result nor a clip" in text
+    assert ".webp" in text
     assert not (tmp_path / "p.html").exists()
