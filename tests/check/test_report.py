@@ -86,6 +86,12 @@ def hopper_document():
     return results.result("hopper", body)
 
 
+def calibrate_document():
+    plan = {"name": EVIL, "hash": "47f6", "method": "amax", "data": "recorded: x", "checkpoint_hash": "c5ae"}
+    row = {"layer": EVIL, "amax": 6.0, "chosen": 6.0, "saturated": 0, "flushed": 3, "step_spread": 1.0}
+    return results.result("calibrate", {"passed": True, "plan": plan, "layers": [row], "remarks": [EVIL]})
+
+
 def drive_document(differing=0):
     body = {
         "frames": 50, "answers_that_differ_from_the_policy_alone": differing, "action_chunk": EVIL, "boundary": EVIL,
@@ -112,6 +118,7 @@ ALL = {
     "check": check_document(),
     "budget": budget_document(),
     "golden": golden_document(),
+    "calibrate": calibrate_document(),
     "doctor": doctor_document(),
     "inspect": {"schema": 1, "kind": "inspect", "sizes": {"layers": 3}, "name": EVIL},
     "serve-drive": drive_document(),

@@ -19,6 +19,7 @@ TITLES = {
     "bench": "Speed",
     "check": "Accuracy",
     "budget": "Target rate",
+    "calibrate": "Precision plan",
     "golden": "Replays of the originals",
     "inspect": "Checkpoint",
     "doctor": "Machine",
