@@ -26,7 +26,7 @@ from vivace.check import environment, observations, results
 def drive(checkpoint: Path, frames: int) -> dict[str, Any]:
     """Send `frames` observations; returns round-trip times and how far the answers are from the policy alone."""
     policy = vivace.load_policy(checkpoint)
-    requests = observations.synthetic(policy.io, frames, seed=7)
+    requests = observations.synthetic(policy.io, frames, seed=7, prepare=policy.prepare)
     round_trip_ms, model_ms, differing = [], [], 0
     with served(checkpoint) as port:
         client = WebsocketClientPolicy(host="127.0.0.1", port=port)

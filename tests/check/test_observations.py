@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+import vivace
 from vivace.check import observations
-from vivace.errors import ConfigError
+from vivace.config import EngineConfig
+from vivace.errors import ConfigError, ObservationError
 from vivace.types import Camera, Embodiment, Normalization, NormStats, RobotIO, StatePart
 
 ROBOT = Embodiment(
@@ -96,3 +98,24 @@ def test_a_digest_follows_keys_types_and_values():
     ]  # fmt: skip
     assert known not in [observations.digest([one]) for one in changed]
     assert observations.digest([a, a]) != known
+
+
+def test_made_up_instructions_fit_the_policy():
+    policy = vivace.load_policy("conveyor-small", config=EngineConfig(device="cpu"))
+    with pytest.raises(ObservationError, match="too long"):
+        policy.prepare(observations.synthetic(policy.io, 1)[0])
+    fitted = observations.synthetic(policy.io, 3, prepare=policy.prepare)
+    for request, plain in zip(fitted, observations.synthetic(policy.io, 3), strict=True):
+        policy.prepare(request)
+        assert plain["task"].startswith(request["task"])
+        assert all(np.array_equal(request[key], plain[key]) for key in plain if key != "task")
+
+
+def test_what_is_wrong_with_more_than_the_instruction_is_still_an_error():
+    policy = vivace.load_policy("conveyor-small", config=EngineConfig(device="cpu"))
+
+    def refuse(request):
+        raise ObservationError("the state is missing")
+
+    with pytest.raises(ObservationError, match="state"):
+        observations.synthetic(policy.io, 1, prepare=refuse)

@@ -8,14 +8,14 @@ both smooth and busy regions. States are drawn inside the checkpoint's own stati
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ObservationError
 from ..robots.dataset import is_dataset, read_frames
 from ..types import NormStats, RobotIO
 
@@ -32,16 +32,35 @@ DATASET_FRAMES = 256
 NOISE_CORRELATION = 0.2  # of neighbouring pixels: photographs of anything are above 0.8, white noise is at 0
 
 
-def synthetic(io: RobotIO, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+def synthetic(
+    io: RobotIO, count: int, *, seed: int = 0, prepare: Callable[[dict[str, Any]], object] | None = None
+) -> list[dict[str, Any]]:
     """Requests in openpi's form, keys joined by "/", that fit the robot; the same seed gives the same bytes.
 
     Args:
         io: the robot; every required and optional camera gets an image.
         count: how many.
         seed: of the generator.
+        prepare: `Policy.prepare`; an instruction that is too long for this policy loses words from its end.
+    Raises: ObservationError from `prepare`, if one word is too much.
     """
     generator = np.random.default_rng(seed)
-    return [_request(io, generator, index) for index in range(count)]
+    requests = [_request(io, generator, index) for index in range(count)]
+    for request in requests if prepare is not None else []:
+        _shorten(request, io.embodiment.prompt_key, prepare)
+    return requests
+
+
+def _shorten(request: dict[str, Any], key: str, prepare: Callable[[dict[str, Any]], object]) -> None:
+    while True:
+        try:
+            prepare(request)
+            return
+        except ObservationError:
+            words = request[key].split()
+            if len(words) < 2:
+                raise
+            request[key] = " ".join(words[:-1])
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:

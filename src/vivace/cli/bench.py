@@ -217,7 +217,7 @@ def _reference(args: Args) -> tuple[Any, Any]:
     if args.observations is not None:
         request = observations.recorded(args.observations)[0]
     else:
-        request = observations.synthetic(reference.io, 1, seed=args.policy.seed or 0)[0]
+        request = observations.synthetic(reference.io, 1, seed=args.policy.seed or 0, prepare=reference.prepare)[0]
     actions = np.array(reference.infer(request).actions_normalized)
     del reference
     gc.collect()

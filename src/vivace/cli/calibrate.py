@@ -273,7 +273,8 @@ def _data(args: Args, policy: Policy) -> Data:
         doubts = observations.doubts(requests)
         name = f"{args.data.resolve().name}, {len(requests)} observations"
     else:
-        requests = observations.synthetic(policy.io, args.observations, seed=args.policy.seed or 0)
+        seed = args.policy.seed or 0
+        requests = observations.synthetic(policy.io, args.observations, seed=seed, prepare=policy.prepare)
         doubts = ["they are made up"]
         name = f"{args.observations} made-up observations"
     if doubts and not args.synthetic:

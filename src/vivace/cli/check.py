@@ -136,7 +136,7 @@ def _judge(found: Evidence) -> tuple[parity.Summary, tuple[parity.Mark, ...]]:
 
 def _requests(text: str, policy: Policy, seed: int) -> tuple[Sequence[Any], str]:
     if text.isdigit() and int(text) > 0:
-        return observations.synthetic(policy.io, int(text), seed=seed), "synthetic"
+        return observations.synthetic(policy.io, int(text), seed=seed, prepare=policy.prepare), "synthetic"
     return observations.recorded(Path(text)), f"recorded: {Path(text).name}"
 
 
