@@ -46,8 +46,9 @@ def synthetic(
     """
     generator = np.random.default_rng(seed)
     requests = [_request(io, generator, index) for index in range(count)]
-    for request in requests if prepare is not None else []:
-        _shorten(request, io.embodiment.prompt_key, prepare)
+    if prepare is not None:
+        for request in requests:
+            _shorten(request, io.embodiment.prompt_key, prepare)
     return requests
 
 
