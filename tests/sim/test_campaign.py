@@ -250,7 +250,7 @@ def test_a_crash_makes_the_exit_code_1(capsys, monkeypatch):
         (["--episodes", "0"], "must be at least 1"),
         (["--delay-ms", "-5"], "--delay-ms"),
         (["--margin", "0"], "non-inferiority margin"),
-        (["--policy", "no-such-folder"], "wanted expert, or a checkpoint folder"),
+        (["--policy", "no-such-folder"], "wanted expert, a checkpoint folder, or one of"),
         (["--latency", "no-such-file.json"], "cannot read latencies from no-such-file.json"),
         (["--real-clock", "--processes", "2"], "--real-clock with --processes"),
         (["--steps", "0"], "--steps"),
