@@ -13,11 +13,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from tiny import build, random_tensors, tiny_config
 
-from vivace.backends import base, buffers, cuda_graph, eager
+from vivace.backends import base, buffers, cuda_graph, eager, graph_slots
 from vivace.backends.spans import Spans
 from vivace.config import EngineConfig, GemmaConfig, VisionConfig
 from vivace.errors import ConfigError, ShapeError
 from vivace.precision.flavours import parameter_dtype
+from vivace.runtime import choice
 from vivace.types import ModelInputs, PreviousChunk
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -50,7 +51,7 @@ def test_prompt_is_rounded_up_and_masked_only_when_it_must_be(tokens, masked, wa
 def test_a_shorter_request_leaves_nothing_of_the_longer_one_visible():
     long, short = request(14, seed=1), request(3, seed=2)
     bucket = buffers.bucket_of(long, step=16)
-    made = buffers.input_buffers(bucket, image_size=56, state_width=32, device=torch.device("cpu"))
+    made = buffers.input_buffers(bucket, images=torch.zeros_like(long.images), state_width=32)
     made.fill(long)
     made.fill(short)
     assert made.inputs.token_mask.tolist() == [[True] * 3 + [False] * 13]
@@ -68,7 +69,7 @@ def test_padded_bucket_gives_the_same_actions():
     backend = eager.create(build(config, random_tensors(config)), EngineConfig(num_denoise_steps=2))
     inputs, noise = request(5), torch.randn(1, config.horizon, 32)
     made = buffers.input_buffers(
-        buffers.bucket_of(inputs, step=16), image_size=56, state_width=32, device=torch.device("cpu")
+        buffers.bucket_of(inputs, step=16), images=torch.zeros_like(inputs.images), state_width=32
     )
     made.fill(inputs)
     padded = backend.denoise(backend.prefill(made.inputs), noise)
@@ -87,6 +88,21 @@ def test_a_network_in_another_format_is_refused_by_the_name_of_its_layer():
     reason = cuda_graph.why_not_model(build(config, random_tensors(config)))
     assert reason.startswith("vision.layers.0.attn.qkv is torch.float32, the kernels take bfloat16 and E4M3")
     assert "--precision bfloat16+vision" in reason
+
+
+def test_the_registry_asks_about_the_network_too(monkeypatch):
+    """Judged by name and by "auto" alike: the kernels' module has the reason, and whoever chooses must hear it."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    config = tiny_config("pi05")
+    model = build(config, random_tensors(config))
+    monkeypatch.setattr(cuda_graph, "why_not", lambda *, device: None)
+    assert base.why_not("cuda_graph", device="cuda") is None
+    assert base.why_not("cuda_graph", device="cuda", model=model) == cuda_graph.why_not_model(model)
+    monkeypatch.setattr(base, "BACKENDS", {name: base.BACKENDS[name] for name in ("cuda_graph", "compiled")})
+    monkeypatch.setattr(base._load("compiled"), "why_not", lambda *, device: None)
+    chosen = choice.backend(EngineConfig(), torch.device("cuda"), model, quantised=False)
+    assert chosen.name == "compiled"
+    assert "vision.layers.0.attn.qkv is torch.float32" in chosen.passed_over["cuda_graph"]
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -231,7 +247,7 @@ def test_another_bound_of_the_guidance_is_data_and_no_new_graph(pair):
 @pytest.mark.gpu
 def test_evicted_buckets_come_back_with_the_same_bits(pair, monkeypatch):
     made, *_ = pair
-    monkeypatch.setattr(cuda_graph, "MAX_BUCKETS", 2)
+    monkeypatch.setattr(graph_slots, "MAX_BUCKETS", 2)
     noise = torch.randn(1, 20, 32, device="cuda")
     requests = [state_for(request(tokens, device="cuda")) for tokens in (5, 20, 36, 52)]
     first = [made.infer(inputs, noise) for inputs in requests]

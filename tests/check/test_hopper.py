@@ -359,12 +359,28 @@ def test_memory_is_judged_on_what_is_reserved(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1010)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 1200)
     calls = []
-    peaks = hopper_machine.serving_peaks(lambda: calls.append(1), needed=1000, left_over=(0, 20))
+    peaks = hopper_machine.serving_peaks(lambda: calls.append(1), needed=1000)
     assert len(calls) == 20
     assert peaks == {
-        "peak_serving_bytes": 1010, "peak_reserved_bytes": 1180, "ratio_allocated": 1.01, "ratio": 1.18,
+        "peak_serving_bytes": 1010, "peak_reserved_bytes": 1200, "ratio_allocated": 1.01, "ratio": 1.2,
     }  # fmt: skip
     assert [mark.must_met for mark in hopper_machine.memory_marks(peaks, 1000)] == [False]
+    with pytest.raises(NumericsError, match="less memory is reserved than weights"):
+        hopper_machine.serving_peaks(lambda: None, needed=1300)
+
+
+def test_memory_is_measured_in_a_process_that_did_nothing_else(monkeypatch):
+    peaks = {"peak_reserved_bytes": 1100, "needed_bytes": 1000, "ratio": 1.1}
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, json.dumps({"times": {}, "memory": peaks}), "")
+
+    monkeypatch.setattr(hopper_machine.subprocess, "run", run)
+    row = hopper_machine.memory_row(Size(3, 200, 50), None, seed=0, outliers=16, timeout_s=5.0)
+    assert asked[0][-4:] == ["3,200,50", "0", "16", "one"]
+    assert (row["engine"], row["ratio"], row["targets"][0].must_met) == ("cuda_graph bf16", 1.1, True)
 
 
 def test_a_start_ends_when_every_bucket_is_warm():

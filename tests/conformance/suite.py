@@ -78,6 +78,10 @@ def literal(subject: Subject, case: Case, clamp=None) -> Tensor:
     return Literal(subject.config, subject.tensors).sample(case, times, clamp=clamp)[0]
 
 
+def on_device(subject: Subject, inputs: ModelInputs) -> ModelInputs:
+    return ModelInputs(*(None if t is None else t.to(subject.device) for t in vars(inputs).values()))
+
+
 def check_agrees_with_the_literal_formula(subject: Subject) -> None:
     for views, tokens in ((2, 6), (1, 1), (3, 17)):
         case = case_of(subject.config, views=views, tokens=tokens)
@@ -147,12 +151,35 @@ def check_infer_is_both_stages(subject: Subject) -> None:
     older = torch.randn(1, subject.config.horizon, 32, generator=torch.Generator().manual_seed(7)).to(subject.device)
     for seed in (1, 2):
         case = case_of(subject.config, seed=seed)
-        moved = ModelInputs(*(None if t is None else t.to(subject.device) for t in vars(inputs_of(case)).values()))
+        moved = on_device(subject, inputs_of(case))
         noise = case.noise.to(subject.device)
         for previous in (None, PreviousChunk(older, 2, "trained")):
             wanted = subject.backend.denoise(subject.backend.prefill(moved), noise, previous=previous).clone()
             got = subject.backend.infer(moved, noise, previous=previous)
             assert torch.equal(got, wanted), f"infer differs, previous {previous is not None}"
+
+
+def check_look_changes_no_bit(subject: Subject) -> None:
+    """Pictures first, the rest later; pictures of a request that never comes; and pictures that something came between."""
+    older = torch.randn(1, subject.config.horizon, 32, generator=torch.Generator().manual_seed(7)).to(subject.device)
+    (one, noise), (other, _) = (
+        (on_device(subject, inputs_of(case)), case.noise.to(subject.device))
+        for case in (case_of(subject.config, seed=1), case_of(subject.config, seed=2))
+    )
+    backend = subject.backend
+    for previous in (None, PreviousChunk(older, 2, "trained")):
+        wanted = [backend.infer(inputs, noise, previous=previous) for inputs in (one, other)]
+        for inputs, answer in zip((one, other), wanted, strict=True):
+            backend.look(inputs.images)
+            assert torch.equal(backend.infer(inputs, noise, previous=previous), answer), "look changes the answer"
+        backend.look(other.images)
+        assert torch.equal(backend.infer(one, noise, previous=previous), wanted[0]), "the pictures of another request"
+        backend.look(one.images)
+        backend.prefill(other)
+        assert torch.equal(backend.infer(one, noise, previous=previous), wanted[0]), "a prefill after the look"
+        backend.look(one.images)
+        backend.infer(other, noise, previous=previous)
+        assert torch.equal(backend.infer(one, noise, previous=previous), wanted[0]), "another request after the look"
 
 
 def check_trace_tells_the_truth(subject: Subject) -> None:
@@ -174,7 +201,7 @@ def check_trace_tells_the_truth(subject: Subject) -> None:
 
 def check_cache_holds_keys_and_values(subject: Subject) -> None:
     case = case_of(subject.config)
-    moved = ModelInputs(*(None if t is None else t.to(subject.device) for t in vars(inputs_of(case)).values()))
+    moved = on_device(subject, inputs_of(case))
     cache = subject.backend.prefill(moved)
     _, _, mask, past = Literal(subject.config, subject.tensors).prefix(case)
     S = int(mask.sum())
@@ -186,12 +213,15 @@ def check_cache_holds_keys_and_values(subject: Subject) -> None:
 
 def check_spans_are_named(subject: Subject) -> None:
     case, spans = case_of(subject.config), Spans(cuda=subject.device.startswith("cuda"))
-    moved = ModelInputs(*(None if t is None else t.to(subject.device) for t in vars(inputs_of(case)).values()))
+    moved = on_device(subject, inputs_of(case))
     cache = subject.backend.prefill(moved, spans=spans)
     subject.backend.denoise(cache, case.noise.to(subject.device), spans=spans)
     at_once = Spans(cuda=subject.device.startswith("cuda"))
     subject.backend.infer(moved, case.noise.to(subject.device), spans=at_once)
-    for seen in (spans.milliseconds(), at_once.milliseconds()):
+    looked = Spans(cuda=subject.device.startswith("cuda"))
+    subject.backend.look(moved.images)
+    subject.backend.infer(moved, case.noise.to(subject.device), spans=looked)
+    for seen in (spans.milliseconds(), at_once.milliseconds(), looked.milliseconds()):
         assert {"vision", "prefix", "denoise"} <= set(seen), f"spans {sorted(seen)}"
 
 

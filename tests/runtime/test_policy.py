@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vivace
+from vivace import errors
 from vivace.backends.spans import Spans
 from vivace.checkpoints.make import Recipe, make_checkpoint
 from vivace.config import EngineConfig
@@ -287,3 +288,26 @@ def test_another_prompt_limit(folders):
     policy = vivace.load_policy(folders["pi0"], max_prompt_tokens=3)
     with pytest.raises(vivace.ObservationError, match="3"):
         policy.infer(request_for(policy))
+
+
+def test_the_backend_looks_at_the_pictures_before_the_prompt_is_read(policy, monkeypatch):
+    """A GPU runs vision while the host tokenises; and what it looked at is the very tensor that it is then asked about."""
+    order, seen = [], []
+    read, infer = type(policy.pipeline).read, policy.backend.infer
+    monkeypatch.setattr(policy.backend, "look", lambda images: (order.append("look"), seen.append(images)))
+    monkeypatch.setattr(type(policy.pipeline), "read", lambda self, one: (order.append("read"), read(self, one))[1])
+    monkeypatch.setattr(
+        policy.backend, "infer", lambda inputs, *a, **k: (seen.append(inputs.images), infer(inputs, *a, **k))[1]
+    )
+    policy.infer_batch([request_for(policy, 1), request_for(policy, 2)])
+    assert order == ["look", "read", "read"]
+    assert seen[0] is seen[1]
+    policy.infer(request_for(policy), trace=Trace())
+    assert order == ["look", "read", "read", "read"], "evidence is taken stage by stage"
+
+
+def test_a_prompt_that_is_refused_after_the_look_leaves_nothing_behind(policy):
+    first = policy.infer(request_for(policy, 1)).actions
+    with pytest.raises(errors.ObservationError):
+        policy.infer(replace(request_for(policy, 2), prompt="", tokens=np.array([10**6])))
+    assert np.array_equal(policy.infer(request_for(policy, 1)).actions, first)

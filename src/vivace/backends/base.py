@@ -47,6 +47,13 @@ class Backend(Protocol):
         """Integrate the flow from noise [B, H, 32] float32 to actions [B, H, 32] float32. Opens the span "denoise"."""
         ...
 
+    def look(self, images: Tensor) -> None:
+        """Begin with the pictures of the next `infer` while the host prepares the rest of the request; may do nothing.
+
+        images  [B, V, 3, 224, 224]: the very tensor that `ModelInputs.images` of that `infer` will be
+        """
+        ...
+
     def infer(
         self, inputs: ModelInputs, noise: Tensor, *, previous: PreviousChunk | None = None, spans: Spans | None = None
     ) -> Tensor:
@@ -85,7 +92,7 @@ BACKENDS: dict[str, BackendEntry] = {
     "eager": BackendEntry("vivace.backends.eager", "plain PyTorch, op by op; the reference"),
     "compiled": BackendEntry("vivace.backends.compiled", "torch.compile, static shapes per prompt bucket"),
     "cuda_graph": BackendEntry(
-        "vivace.backends.cuda_graph", "Triton kernels, captured as CUDA graphs per shape bucket"
+        "vivace.backends.cuda_graph", "Triton kernels, captured as CUDA graphs per shape bucket", judges_model=True
     ),
     "tensorrt": BackendEntry(
         "vivace.backends.tensorrt",

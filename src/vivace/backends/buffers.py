@@ -62,10 +62,14 @@ class InputBuffers:
         views, tokens = (self.view_mask, self.token_mask) if self.masked else (None, None)
         return ModelInputs(self.images, self.tokens, view_mask=views, token_mask=tokens, state=self.state)
 
-    def fill(self, request: ModelInputs) -> None:
-        """Copy a request in; asynchronous. Whatever the last request left beyond the new prompt is masked, not read."""
+    def fill(self, request: ModelInputs, *, pixels: bool = True) -> None:
+        """Copy a request in; asynchronous. Whatever the last request left beyond the new prompt is masked, not read.
+
+        pixels  False: they are there already
+        """
         L = request.tokens.shape[1]
-        self.images.copy_(request.images, non_blocking=True)
+        if pixels:
+            self.images.copy_(request.images, non_blocking=True)
         self.tokens[:, :L].copy_(request.tokens, non_blocking=True)
         if request.state is not None:
             self.state.copy_(request.state, non_blocking=True)
@@ -103,11 +107,11 @@ class FlowBuffers:
         self.max_guidance.fill_(previous.max_guidance)
 
 
-def input_buffers(bucket: Bucket, *, image_size: int, state_width: int, device: torch.device) -> InputBuffers:
-    """Zeroed buffers of one bucket, everything masked out."""
-    B, V, L = bucket.batch, bucket.views, bucket.tokens
+def input_buffers(bucket: Bucket, *, images: Tensor, state_width: int) -> InputBuffers:
+    """Zeroed buffers of one bucket, everything masked out.  images: the buffer of its pixels, which buckets share."""
+    B, V, L, device = bucket.batch, bucket.views, bucket.tokens, images.device
     return InputBuffers(
-        images=torch.zeros(B, V, 3, image_size, image_size, dtype=bucket.pixels, device=device),
+        images=images,
         tokens=torch.zeros(B, L, dtype=torch.int64, device=device),
         view_mask=torch.ones(B, V, dtype=torch.bool, device=device),
         token_mask=torch.ones(B, L, dtype=torch.bool, device=device),

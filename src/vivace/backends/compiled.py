@@ -105,6 +105,9 @@ class CompiledBackend:
         with span(spans, "denoise"), torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS):
             return run_flow(self.model, self._step, self._table, cache, noise, previous=previous, trace=trace)
 
+    def look(self, images: Tensor) -> None:
+        """See Backend.look: nothing to gain, the host is what this backend waits for."""
+
     def infer(
         self, inputs: ModelInputs, noise: Tensor, *, previous: PreviousChunk | None = None, spans: Spans | None = None
     ) -> Tensor:

@@ -1,44 +1,41 @@
 """The whole policy as CUDA graphs: a replay launches everything at once, allocates nothing and asks the host nothing.
 
-Per shape bucket (batch, views, prompt bucket, pixel type, masked or not) there are graphs of the two stages that robots
-time apart, vision and prefix; per bucket, horizon and kind of chunking one of all denoise steps; and one of everything,
-`infer`, from pixels to actions, in which the first denoise step runs behind the prefix (`wavefront`). All share one
-memory pool and run one after the other.
+Per shape bucket (batch, views, prompt bucket, pixel type, masked or not) there are, each recorded when it is first needed:
 
-What depends on the request is data in fixed buffers: pixels, tokens, masks, noise, the older chunk and its delay. What
-depends on nothing is made once: packed weights, the modulation of every step. Graphs are captured when a bucket is first
-seen (or by `warm_up`), at most `MAX_BUCKETS` of them; the one unused for longest goes first.
+    whole            pixels to actions in one graph, the first denoise step behind the prefix (`wavefront`): `infer`
+    vision | behind  the same cut in two where the prompt comes in: `look`, then `infer`. Vision is one for all prompts, and
+                     runs while the host still writes the prompt; what a served robot gets
+    vision | prefix | flow  the stages apart: `prefill`, `denoise`; a flow for each horizon and kind of chunking
+
+All share one memory pool and run one after the other. What depends on the request is data in fixed buffers: pixels, tokens,
+masks, noise, the older chunk and its delay. What depends on nothing is made once: packed weights, the modulation of every
+step. At most `MAX_BUCKETS` buckets are kept; the one unused for longest goes first.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import EngineConfig
-from ..errors import ConfigError, ShapeError, Unsupported
+from ..errors import ConfigError, ShapeError
 from ..model import flow
 from ..model.pi import Pi, RopeTables
 from ..ops.layers import Int8Linear, Linear
 from ..ops.table import OpTable
 from ..precision.coverage import Coverage
 from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
-from .buffers import Bucket, FlowBuffers, InputBuffers, bucket_of, choose, flow_buffers, input_buffers
+from .buffers import FlowBuffers, bucket_of, flow_buffers
+from .graph_slots import MAX_BUCKETS, Captured, Flowing, FlowKey, Recorder, Sight, Slot, Slots
 from .loop import run_flow
 from .spans import Spans, span
 from .stage_events import StageEvents
 from .wavefront import Wavefront
 
-MAX_BUCKETS = 16
 MAX_POSITIONS = 4096  # rotary tables: views, prompt and actions together; a longer request computes its angles
-WARM_UP_CALLS = 2  # before a capture: compiles kernels, lets libraries make their handles and workspaces
-
-FlowKey = tuple[int, str]  # horizon, "plain" | "trained" | "guided"
 
 
 def why_not(*, device: str) -> str | None:
@@ -78,40 +75,6 @@ def _remedy(name: str) -> str:
     return "; --precision bfloat16+vision rounds what LeRobot keeps in float32" if in_vision else ""
 
 
-@dataclass
-class Captured:
-    """One graph and what it returns; the returned tensors keep their addresses for as long as this lives."""
-
-    graph: torch.cuda.CUDAGraph
-    result: Any
-
-    def replay(self) -> Any:
-        """Run it again on what the buffers hold now."""
-        self.graph.replay()
-        return self.result
-
-
-@dataclass(frozen=True)
-class Whole:
-    """The graph of everything, what it reads beside the inputs, and the events inside it."""
-
-    buffers: FlowBuffers
-    captured: Captured
-    events: StageEvents
-
-
-@dataclass
-class Slot:
-    """Everything that belongs to one bucket."""
-
-    bucket: Bucket
-    buffers: InputBuffers
-    vision: Captured | None = None
-    prefix: Captured | None = None
-    flows: dict[FlowKey, tuple[FlowBuffers, Captured]] = field(default_factory=dict)
-    whole: dict[FlowKey, Whole] = field(default_factory=dict)
-
-
 class CudaGraphBackend:
     """See the module's docstring. `ops` executes the model; `model.ops` is replaced by it.
 
@@ -125,14 +88,17 @@ class CudaGraphBackend:
         wavefront: bool = True,
     ) -> None:  # fmt: skip
         self.model, self._step, self._coverage = model, config.prompt_bucket, {} if coverage is None else coverage
-        model.ops = ops
+        model.ops = self._ops = (
+            ops  # kept: graphs read the weights that it packed, also when the model gets other operations
+        )
         with torch.no_grad():
             self._table = model.time_table(config.steps)
             self._rope = model.rope_tables(MAX_POSITIONS)
-        self._slots: OrderedDict[Bucket, Slot] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(model.device)
-        self._captures = 0
+        self._slots = Slots(
+            image_size=model.config.vision.image_size, state_width=model.config.action_width, device=model.device
+        )
+        self._record = Recorder(model.device)
+        self._looked: Tensor | None = None  # the pictures whose vision graph was started last
         self._readable: PrefixCache | None = None  # the last prefill's, as long as nothing ran that may use its memory
         # pi0 appends its state token to the keys of all layers when the last one is there: no layer is ready early
         behind = wavefront and model.config.kind == "pi05"
@@ -144,12 +110,11 @@ class CudaGraphBackend:
     def prefill(self, inputs: ModelInputs, *, trace: Trace | None = None, spans: Spans | None = None) -> PrefixCache:
         """See Backend.prefill. The cache lies in memory that the next prefill or `infer` may use: denoise it before."""
         slot = self._filled(inputs)
-        model, seen = self.model, slot.buffers.inputs
-        if slot.vision is None or slot.prefix is None:
-            slot.vision = self._capture(lambda: model.embed_views(seen.images))
-            slot.prefix = self._capture(lambda: self._prefix(seen, slot.vision.result))  # type: ignore[union-attr]
+        vision = self._vision(slot.sight)
+        if slot.prefix is None:
+            slot.prefix = self._record(lambda: self._prefix(slot.buffers.inputs, vision.result))
         with span(spans, "vision"):
-            views = slot.vision.replay()
+            views = vision.replay()
         with span(spans, "prefix"):
             embeds, cache = slot.prefix.replay()
         if trace is not None:
@@ -174,10 +139,10 @@ class CudaGraphBackend:
         slot = self._owner(cache)
         key = _flow_key(noise, previous)
         if key not in slot.flows:
-            buffers = self._flow_buffers(noise)
+            buffers = _flow_buffers(noise, self.model.device)
             buffers.fill(noise, previous)
             seen = slot.prefix.result[1]  # type: ignore[union-attr]
-            slot.flows[key] = buffers, self._capture(lambda: self._flow(seen, buffers, key))
+            slot.flows[key] = buffers, self._record(lambda: self._flow(seen, buffers, key))
         buffers, captured = slot.flows[key]
         buffers.fill(noise, previous)
         with span(spans, "denoise"):
@@ -185,32 +150,46 @@ class CudaGraphBackend:
         return actions.clone()
 
     @torch.no_grad()
+    def look(self, images: Tensor) -> None:
+        """See Backend.look: vision runs from here on, in a graph that all prompts share."""
+        sight = self._slots.sight(images.shape[0], images.shape[1], images.dtype)
+        vision = self._vision(sight)
+        self._readable = None
+        sight.images.copy_(images, non_blocking=True)
+        vision.replay()
+        self._looked = images
+
+    @torch.no_grad()
     def infer(
         self, inputs: ModelInputs, noise: Tensor, *, previous: PreviousChunk | None = None, spans: Spans | None = None
     ) -> Tensor:
-        """See Backend.infer: from pixels to actions in one replay."""
+        """See Backend.infer: from pixels to actions in one replay, or what is left of it after `look`."""
         flow.committed_mask(previous, noise.shape[1], noise.device)  # refuses a delay outside the chunk
-        slot, key = self._filled(inputs), _flow_key(noise, previous)
-        if key not in slot.whole:
-            buffers, events = self._flow_buffers(noise), StageEvents(self.model.device)
-            buffers.fill(noise, previous)
-            captured = self._capture(lambda: self._everything(slot.buffers.inputs, buffers, key, events))
-            slot.whole[key] = Whole(buffers, captured, events)
-        whole = slot.whole[key]
-        whole.buffers.fill(noise, previous)
-        actions: Tensor = whole.captured.replay()
-        whole.events.report(spans)
+        looked = self._looked is inputs.images
+        slot = self._slot(inputs)
+        slot.buffers.fill(inputs, pixels=not looked)
+        seen, sight = slot.buffers.inputs, slot.sight
+        if looked:
+            views = self._vision(sight).result
+            graph = self._flowing(
+                slot.behind, noise, previous, ("start", "prefix", "denoise"),
+                lambda buffers, key, events: self._behind(seen, views, buffers, key, events),
+            )  # fmt: skip
+        else:
+            graph = self._flowing(
+                slot.whole, noise, previous, ("start", "vision", "prefix", "denoise"),
+                lambda buffers, key, events: self._everything(seen, buffers, key, events),
+            )  # fmt: skip
+        actions: Tensor = graph.captured.replay()
+        if looked:
+            sight.events.report(spans)
+        graph.events.report(spans)
         return actions.clone()
 
     def graph_of(self, inputs: ModelInputs, noise: Tensor) -> Callable[[], Any]:
         """The bare replay behind `infer`, for measurements at the boundary B0; captures it if need be."""
         self.infer(inputs, noise)
-        return self._slot(bucket_of(inputs, step=self._step)).whole[_flow_key(noise, None)].captured.replay
-
-    def warm_up(self, requests: list[tuple[ModelInputs, Tensor]]) -> None:
-        """Capture the graphs of these requests' buckets before a robot waits for them."""
-        for inputs, noise in requests:
-            self.infer(inputs, noise)
+        return self._slot(inputs).whole[_flow_key(noise, None)].captured.replay
 
     def prompt_lengths(self, longest: int) -> tuple[int, ...]:
         """See Backend.prompt_lengths: one that does not fill each bucket, so that the graph with masks is captured."""
@@ -227,8 +206,8 @@ class CudaGraphBackend:
         """See Backend.describe."""
         return {
             "prompt_bucket": self._step,
-            "buckets": [bucket.label for bucket in self._slots],
-            "graphs_captured": self._captures,
+            "buckets": [slot.bucket.label for slot in self._slots],
+            "graphs_captured": self._record.count,
             "max_buckets": MAX_BUCKETS,
             "kernels": dict(self._coverage),
         }
@@ -261,11 +240,30 @@ class CudaGraphBackend:
     def _tables(self, positions: int) -> RopeTables | None:
         return self._rope if positions + 1 <= MAX_POSITIONS else None
 
+    def _see(self, sight: Sight) -> Tensor:
+        sight.events.mark("start")
+        views = self.model.embed_views(sight.images)
+        sight.events.mark("vision")
+        sight.events.join()
+        return views
+
     def _everything(self, inputs: ModelInputs, buffers: FlowBuffers, key: FlowKey, events: StageEvents) -> Tensor:
-        wavefront = self._wavefront
         events.mark("start")
         views = self.model.embed_views(inputs.images)
         events.mark("vision")
+        return self._after_vision(inputs, views, buffers, key, events)
+
+    def _behind(
+        self, inputs: ModelInputs, views: Tensor, buffers: FlowBuffers, key: FlowKey, events: StageEvents
+    ) -> Tensor:
+        events.mark("start")
+        return self._after_vision(inputs, views, buffers, key, events)
+
+    def _after_vision(
+        self, inputs: ModelInputs, views: Tensor, buffers: FlowBuffers, key: FlowKey, events: StageEvents
+    ) -> Tensor:
+        """Prefix and all steps, the first of them beside the prefix where that can be."""
+        wavefront = self._wavefront
         cache = self._prefix(inputs, views, None if wavefront is None else wavefront.written)[1]
         events.mark("prefix")
         if wavefront is None:
@@ -277,34 +275,42 @@ class CudaGraphBackend:
         events.join()
         return actions
 
-    # --- slots and captures -----------------------------------------------------------------------------------------
+    # --- slots --------------------------------------------------------------------------------------------------------
 
-    def _slot(self, bucket: Bucket) -> Slot:
-        bucket = choose(bucket, self._slots)
-        if bucket in self._slots:
-            self._slots.move_to_end(bucket)
-            return self._slots[bucket]
-        if len(self._slots) >= MAX_BUCKETS:
-            torch.cuda.synchronize()
-            self._slots.popitem(last=False)
-        config = self.model.config
-        buffers = input_buffers(
-            bucket, image_size=config.vision.image_size, state_width=config.action_width, device=self.model.device
-        )
-        self._slots[bucket] = Slot(bucket, buffers)
-        return self._slots[bucket]
-
-    def _filled(self, inputs: ModelInputs) -> Slot:
-        """The slot of a request, with the request in its buffers. Graphs share memory: no older cache is readable now."""
+    def _slot(self, inputs: ModelInputs) -> Slot:
+        """The slot of a request. Graphs share memory: from here on no older cache is readable, nor what `look` saw."""
         if self.model.config.kind == "pi0" and inputs.state is None:
             raise ShapeError("pi0 needs the normalised state", got="none", wanted="float32 [B, 32]")
-        self._readable = None
-        slot = self._slot(bucket_of(inputs, step=self._step))
+        self._readable = self._looked = None
+        return self._slots.slot(bucket_of(inputs, step=self._step))
+
+    def _filled(self, inputs: ModelInputs) -> Slot:
+        """The slot of a request, with the request in its buffers."""
+        slot = self._slot(inputs)
         slot.buffers.fill(inputs)
         return slot
 
+    def _vision(self, sight: Sight) -> Captured:
+        if sight.vision is None:
+            sight.vision = self._record(lambda: self._see(sight))
+        return sight.vision
+
+    def _flowing(
+        self, graphs: dict[FlowKey, Flowing], noise: Tensor, previous: PreviousChunk | None, stages: tuple[str, ...],
+        work: Callable[[FlowBuffers, FlowKey, StageEvents], Tensor],
+    ) -> Flowing:  # fmt: skip
+        """The graph of `work` for this noise and kind of chunking, with both in its buffers; recorded if need be."""
+        key = _flow_key(noise, previous)
+        if key in graphs:
+            graphs[key].buffers.fill(noise, previous)
+            return graphs[key]
+        buffers, events = _flow_buffers(noise, self.model.device), StageEvents(self.model.device, stages)
+        buffers.fill(noise, previous)
+        graphs[key] = Flowing(buffers, self._record(lambda: work(buffers, key, events)), events)
+        return graphs[key]
+
     def _owner(self, cache: PrefixCache) -> Slot:
-        for slot in self._slots.values():
+        for slot in self._slots:
             if slot.prefix is not None and slot.prefix.result[1] is cache and self._readable is cache:
                 return slot
         raise ShapeError(
@@ -312,32 +318,9 @@ class CudaGraphBackend:
             got=f"{cache.k[0].shape[1]} keys", do="call prefill and denoise in turn, or use the eager backend",
         )  # fmt: skip
 
-    def _flow_buffers(self, noise: Tensor) -> FlowBuffers:
-        return flow_buffers(noise.shape[0], noise.shape[1], noise.shape[2], self.model.device)
 
-    def _capture(self, work: Callable[[], Any]) -> Captured:
-        """Warm `work` up, then record it. Raises Unsupported if it cannot be recorded.
-
-        Both on one stream, the same for all graphs: cuBLAS keeps 32 MB for every stream that it ever saw.
-        """
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UP_CALLS):
-                work()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                result = work()
-        except torch.cuda.OutOfMemoryError as error:
-            raise Unsupported(
-                "no memory left for another graph",
-                got=str(error).split("\n")[0],
-                do="use fewer buckets or a smaller plan",
-            ) from error
-        self._captures += 1
-        return Captured(graph, result)
+def _flow_buffers(noise: Tensor, device: torch.device) -> FlowBuffers:
+    return flow_buffers(noise.shape[0], noise.shape[1], noise.shape[2], device)
 
 
 def _flow_key(noise: Tensor, previous: PreviousChunk | None) -> FlowKey:

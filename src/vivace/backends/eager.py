@@ -52,6 +52,9 @@ class EagerBackend:
                 self.model, self.model.denoise_step, self._table, cache, noise, previous=previous, trace=trace
             )
 
+    def look(self, images: Tensor) -> None:
+        """See Backend.look: nothing to gain, the host is what this backend waits for."""
+
     def infer(
         self, inputs: ModelInputs, noise: Tensor, *, previous: PreviousChunk | None = None, spans: Spans | None = None
     ) -> Tensor:

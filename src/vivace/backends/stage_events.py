@@ -6,22 +6,26 @@ which waits for the stage and which nothing waits for but the end of the graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 
 from .spans import Spans
 
-STAGES = ("vision", "prefix", "denoise")
-
 
 class StageEvents:
-    """Marks of one captured graph; a replay records them anew. Read them before the next replay."""
+    """Marks of one captured graph; a replay records them anew. Read them before the next replay.
 
-    def __init__(self, device: torch.device) -> None:
+    names  of the marks in their order: the first begins, each other one ends a stage of that name
+    """
+
+    def __init__(self, device: torch.device, names: Sequence[str]) -> None:
         self._branch = torch.cuda.Stream(device)
-        self._marks = {name: torch.cuda.Event(enable_timing=True, external=True) for name in ("start", *STAGES)}
+        self._marks = {name: torch.cuda.Event(enable_timing=True, external=True) for name in names}
 
     def mark(self, name: str) -> None:
-        """`name` ends where the current stream stands: "start" or one of STAGES."""
+        """`name` ends where the current stream stands."""
         self._branch.wait_stream(torch.cuda.current_stream())
         self._marks[name].record(self._branch)
 
@@ -32,5 +36,5 @@ class StageEvents:
     def report(self, spans: Spans | None) -> None:
         """Hand the stages of the last replay to `spans`; each begins where the one before it ends, so they add up."""
         if spans is not None:
-            for before, name in zip(("start", *STAGES), STAGES, strict=False):
-                spans.place(name, self._marks[before], self._marks[name])
+            for (_, before), (name, mark) in pairwise(self._marks.items()):
+                spans.place(name, before, mark)

@@ -87,7 +87,7 @@ class Plain:
 
     def __init__(self, backend: base.Backend, device: torch.device) -> None:
         self._backend, self._device, self.name = backend, device, backend.name
-        self.prefill, self.denoise = backend.prefill, backend.denoise
+        self.prefill, self.denoise, self.look = backend.prefill, backend.denoise, backend.look
         self.prompt_lengths, self.describe = backend.prompt_lengths, backend.describe
 
     def infer(
@@ -144,6 +144,9 @@ class CompiledGraph:
         with span(spans, "denoise"):
             actions: Tensor = self._run("denoise", lambda: self._flow(cache, held))
         return actions.clone()
+
+    def look(self, images: Tensor) -> None:
+        """See Backend.look: does nothing."""
 
     @torch.no_grad()
     def infer(

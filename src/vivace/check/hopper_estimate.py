@@ -17,7 +17,7 @@ HOST_S = 0.0020
 """What tokenising, pixels and the way back add at B2, taken widely."""
 CAPTURE_S = 2.5
 """An engine in one setting: capture, first check, warm-up at three boundaries."""
-FIXED_S = {"setup": 20.0, "setup of a setting": 10.0, "rival": 45.0, "proof": 1.5, "memory": 3.0, "start": 65.0}
+FIXED_S = {"setup": 20.0, "setup of a setting": 10.0, "rival": 45.0, "proof": 1.5, "memory": 15.0, "start": 65.0}
 
 
 def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
@@ -40,7 +40,7 @@ def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
         "rivals": FIXED_S["rival"] * min(o.rival_settings, settings),
         "soak": o.soak_calls * (CALL_S + SPIN_S),
         "proof": FIXED_S["proof"] * settings * head,
-        "memory": FIXED_S["memory"] * len(named),
+        "memory": FIXED_S["memory"] * 2,
         "start": FIXED_S["start"],
     }  # fmt: skip
     setup = FIXED_S["setup"] + FIXED_S["setup of a setting"] * settings

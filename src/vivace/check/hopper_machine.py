@@ -15,14 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import ModelConfig
-from ..errors import VivaceError
+from ..errors import NumericsError, VivaceError
 from ..precision.plan import PrecisionPlan
 from . import bench, targets
-from .hopper_engines import OURS, make, policy_of
-from .hopper_robot import Scenes, pipeline, request, toy_tokenizer
-from .hopper_rows import kv_bytes
-from .hopper_weights import load, random_checkpoint
+from .hopper_engines import OURS
 from .targets import Size
 
 H100_CEILINGS = {"bf16_tflops": 790.0, "fp8_tflops": 1300.0, "copy_gb_s": 2960.0}
@@ -50,51 +46,37 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     return {"fp8_tflops": found["bf16_tflops"], **found, "measured": True}
 
 
-def memory_row(
-    config: ModelConfig, size: Size, plan: PrecisionPlan | None, *, seed: int, outliers: int
-) -> dict[str, Any]:
-    """Load, quantise, capture and serve one plan with nothing else on the device, and see what stays and what peaks.
+def memory_row(size: Size, plan: PrecisionPlan | None, *, seed: int, outliers: int, timeout_s: float) -> dict[str, Any]:
+    """Load, quantise, capture one bucket and serve one plan in a process of its own, and see what stays and what peaks.
 
-    Must run when no other network is alive. Peaks are of torch's allocator, less what earlier phases left: `serving` from
-    the first answer on, `start` with loading, quantising and capturing. What a process holds in all, the start rows say.
+    Peaks are of torch's allocator: `serving` from the first answer on, `start` with loading, quantising and capturing.
     """
-    gc.collect()
-    torch.cuda.empty_cache()
-    left_over = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    torch.cuda.reset_peak_memory_stats()
-    checkpoint = random_checkpoint(config, seed=seed, outliers=outliers)
-    network = load(checkpoint, device=torch.device("cuda"), precision="bfloat16")
-    engine = make(OURS, network, plan=plan, in_place=True)
-    del network
-    pipe = pipeline(size, config, toy_tokenizer(config.vocab_size))
-    policy = policy_of(engine, size, pipe, checkpoint)
-    one = request(pipe, size, Scenes.make(1, views=3, image_size=config.vision.image_size, seed=seed), 0)
-    policy.infer(one)
-    start = torch.cuda.max_memory_allocated()
-    needed = engine.weights_bytes + kv_bytes(config, size)
-    peaks = serving_peaks(lambda: policy.infer(one), needed=needed, left_over=left_over)
-    return {
-        "setting": size.name, "engine": engine.name, "precision": engine.precision, "weights_bytes": engine.weights_bytes,
-        "kv_bytes": kv_bytes(config, size), "peak_start_bytes": start - left_over[0], **peaks,
-        "left_over_bytes": left_over[0], "targets": memory_marks(peaks, needed),
-    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        found = _child(
+            size, plan, seed=seed, outliers=outliers, buckets="one", folder=Path(folder), timeout_s=timeout_s
+        )
+    row = {"setting": size.name, "engine": _label(plan), **found["memory"]}
+    return row | {"targets": memory_marks(row, found["memory"]["needed_bytes"])}
 
 
-def serving_peaks(
-    answer: Callable[[], Any], *, needed: int, left_over: tuple[int, int] = (0, 0), calls: int = 20
-) -> dict[str, Any]:
+def serving_peaks(answer: Callable[[], Any], *, needed: int, calls: int = 20) -> dict[str, Any]:
     """Peaks of allocated and reserved bytes while serving, after what loading left was given back, and their ratios.
 
     The working memory of captured graphs lies in private pools: reserved for good, and not counted as allocated between
     captures. So reserved is what an engine takes from others, and what is judged.
+    Raises: NumericsError where less is reserved than must be held: then something else was measured.
     """
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(calls):
         answer()
-    allocated = torch.cuda.max_memory_allocated() - left_over[0]
-    reserved = torch.cuda.max_memory_reserved() - left_over[1]
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    if reserved < needed:
+        raise NumericsError(
+            "less memory is reserved than weights, keys and values take", got=f"{reserved:,} bytes", wanted=f"{needed:,}",
+            do="measure in a process of its own",
+        )  # fmt: skip
     return {
         "peak_serving_bytes": allocated, "peak_reserved_bytes": reserved,
         "ratio_allocated": allocated / needed, "ratio": reserved / needed,
@@ -115,31 +97,37 @@ def start_rows(
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        caches = [f"{name}={folder}/{name}" for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VIVACE_CACHE")]
-        command = [
-            "env",
-            *caches,
-            sys.executable,
-            "-m",
-            "vivace.check.hopper_start",
-            size.name,
-            str(seed),
-            str(outliers),
-        ]
-        if plan is not None:
-            file = Path(folder) / "plan.json"
-            file.write_text(plan.to_json())
-            command.append(str(file))
         for state in ("cold", "warm"):
             begin = time.time()
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-            if done.returncode != 0:
-                raise VivaceError("the process that was to start did not", got=done.stderr[-600:])
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = _child(
+                size, plan, seed=seed, outliers=outliers, buckets="all", folder=Path(folder), timeout_s=timeout_s
+            )
             said = {key: value - begin for key, value in found["times"].items()} | found["memory"]
-            row = {"setting": size.name, "engine": f"{OURS} {plan.name if plan else 'bf16'}", "caches": state, **said}
+            row = {"setting": size.name, "engine": _label(plan), "caches": state, **said}
             rows.append(row | {"targets": start_marks(row)})
     return rows
+
+
+def _label(plan: PrecisionPlan | None) -> str:
+    return f"{OURS} {plan.name if plan else 'bf16'}"
+
+
+def _child(
+    size: Size, plan: PrecisionPlan | None, *, seed: int, outliers: int, buckets: str, folder: Path, timeout_s: float
+) -> dict[str, Any]:
+    """What `hopper_start` printed; its kernel caches lie in `folder`."""
+    caches = [f"{name}={folder}/{name}" for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VIVACE_CACHE")]
+    module = "vivace.check.hopper_start"
+    command = ["env", *caches, sys.executable, "-m", module, size.name, str(seed), str(outliers), buckets]
+    if plan is not None:
+        file = folder / "plan.json"
+        file.write_text(plan.to_json())
+        command.append(str(file))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    if done.returncode != 0:
+        raise VivaceError("the process that was to be measured failed", got=done.stderr[-600:])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def start_marks(row: dict[str, Any]) -> list[targets.Target]:

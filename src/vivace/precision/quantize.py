@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..ops.layers import Fp8Linear, Int8Linear, Linear, QuantisedLinear
 from ..ops.reference import round_to
 from .plan import Format, PrecisionPlan, WeightScale
+from .segments import lasting
 
 HOLDERS: dict[Format, type[QuantisedLinear]] = {"e4m3": Fp8Linear, "int8": Int8Linear}
 
@@ -39,11 +40,16 @@ def quantise_weight(
 
 
 def quantise_layer(
-    layer: Linear, *, amax: float, format: Format = "e4m3", granularity: WeightScale = "channel"
-) -> QuantisedLinear:
-    """The holder of one layer in `format`, which is not "keep". amax: largest |input| that shall not saturate."""
+    layer: Linear, *, amax: float, format: Format = "e4m3", granularity: WeightScale = "channel",
+    keep: Callable[[Tensor], Tensor] = lambda weight: weight,
+) -> QuantisedLinear:  # fmt: skip
+    """The holder of one layer in `format`, which is not "keep". amax: largest |input| that shall not saturate.
+
+    keep  where its weight shall lie: a tensor to itself or to a copy
+    """
     holder = HOLDERS[format]
     weight, scale = quantise_weight(layer.weight.data, granularity, holder=holder)
+    weight = keep(weight)
     bias = None if layer.bias is None else layer.bias.data
     input_scale = torch.tensor([amax / holder.largest], dtype=torch.float32, device=weight.device)
     return holder(layer.name, weight, weight_scale=scale, input_scale=input_scale, bias=bias, dtype=layer.weight.dtype)
@@ -60,11 +66,17 @@ def apply(model: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
             do="run `vivace calibrate` on observations of this robot",
         )
     names = tuple(layer.name for _, _, layer in chosen)
-    while chosen:
-        owner, attribute, layer = chosen.pop()  # nothing here keeps a layer once its holder is there
-        rule = plan.rule(layer.name)
-        assert rule is not None
-        small = quantise_layer(layer, amax=plan.amax[layer.name], format=rule.format, granularity=rule.weight_scale)
-        setattr(owner, attribute, small)
-        del layer
+    if not chosen:
+        return names
+    with lasting(chosen[0][2].weight.device) as place:
+        while chosen:
+            owner, attribute, layer = chosen.pop()  # nothing here keeps a layer once its holder is there
+            rule = plan.rule(layer.name)
+            assert rule is not None
+            small = quantise_layer(
+                layer, amax=plan.amax[layer.name], format=rule.format, granularity=rule.weight_scale, keep=place.keep
+            )
+            setattr(owner, attribute, small)
+            del layer
+        place.keep_small(model)
     return names

@@ -36,6 +36,14 @@ GRIPPER_ADAPTERS: dict[str, tuple[Convert, Convert]] = {"aloha": (gripper_to_ang
 
 
 @dataclass(frozen=True)
+class SeenRequest:
+    """A request of which only the pictures are in model space: images as in PreparedObservation."""
+
+    parts: Gathered
+    images: NDArray[Any]
+
+
+@dataclass(frozen=True)
 class RobotPipeline:
     """The host side of a policy; stateless, so one serves every robot and every thread.
 
@@ -50,20 +58,28 @@ class RobotPipeline:
     )
 
     def prepare(self, request: Observation | Mapping[str, Any]) -> PreparedObservation:
-        """Check one request and bring it into model space.
+        """Check one request and bring it into model space: `see` and `read`.
 
         Raises: ObservationError naming the key, what came and what was wanted; ConfigError if text came and there is no
                 tokenizer.
         """
-        io = self.io
-        parts = gather(request, io.embodiment, dtype=state_dtype(io))
+        return self.read(self.see(request))
+
+    def see(self, request: Observation | Mapping[str, Any]) -> SeenRequest:
+        """The first half of `prepare`: everything found and checked for its form, pictures in model space."""
+        parts = gather(request, self.io.embodiment, dtype=state_dtype(self.io))
+        return SeenRequest(parts, self._views([image for _, image in parts.images]))
+
+    def read(self, seen: SeenRequest) -> PreparedObservation:
+        """The second half: state and prompt. A GPU may look at the pictures meanwhile."""
+        io, parts = self.io, seen.parts
         state_robot = self._state(parts)
         normalized = normalize_state(state_robot, io.normalization) if state_robot.size else state_robot
         tokens, text = self._prompt(parts, normalized)
         padded = np.zeros(io.action_width, dtype=np.float32)
         padded[: len(normalized)] = normalized
         return PreparedObservation(
-            images=self._views([image for _, image in parts.images]),
+            images=seen.images,
             tokens=tokens,
             state=padded,
             state_robot=state_robot,

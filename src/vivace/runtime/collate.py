@@ -7,6 +7,7 @@ missing views are padded and masked; masked tokens get exactly zero attention, s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,34 @@ from torch import Tensor
 from ..types import ModelInputs, PolicyKind, PreparedObservation
 
 
-def collate(rows: Sequence[PreparedObservation], *, kind: PolicyKind, device: torch.device) -> ModelInputs:
-    """Batch prepared observations. Masks are None where all rows have the same size."""
-    images, view_mask = _stack([_same_dtype(row.images, rows) for row in rows])
+@dataclass(frozen=True)
+class SentViews:
+    """Pictures of a batch on the device: `images` and `view_mask` of ModelInputs."""
+
+    images: Tensor
+    view_mask: Tensor | None
+
+
+def send_views(images: Sequence[NDArray[Any]], device: torch.device) -> SentViews:
+    """Batch the pictures of each request, [V, 3, size, size]. The mask is None where all have as many views."""
+    stacked, mask = _stack(_same_dtype(images))
+    return SentViews(sent(stacked, device), None if mask is None else sent(mask, device))
+
+
+def collate(
+    rows: Sequence[PreparedObservation], *, kind: PolicyKind, device: torch.device, views: SentViews | None = None
+) -> ModelInputs:
+    """Batch prepared observations. Masks are None where all rows have the same size.
+
+    views  the rows' pictures, if they were sent before the rest was prepared
+    """
+    if views is None:
+        views = send_views([row.images for row in rows], device)
     tokens, token_mask = _stack([row.tokens.astype(np.int64) for row in rows])
     return ModelInputs(
-        images=sent(images, device),
+        images=views.images,
         tokens=sent(tokens, device),
-        view_mask=None if view_mask is None else sent(view_mask, device),
+        view_mask=views.view_mask,
         token_mask=None if token_mask is None else sent(token_mask, device),
         state=sent(np.stack([row.state for row in rows]), device) if kind == "pi0" else None,
     )
@@ -65,7 +86,12 @@ def _stack(arrays: Sequence[NDArray[np.generic]]) -> tuple[NDArray[np.generic], 
     return padded, np.arange(longest)[None] < np.array(counts)[:, None]
 
 
-def _same_dtype(images: NDArray[np.generic], rows: Sequence[PreparedObservation]) -> NDArray[np.generic]:
-    if all(row.images.dtype == np.uint8 for row in rows) or images.dtype != np.uint8:
-        return images
-    return images.astype(np.float32) / np.float32(255.0) * np.float32(2.0) - np.float32(1.0)
+def _same_dtype(images: Sequence[NDArray[Any]]) -> list[NDArray[np.generic]]:
+    """uint8 only if all are: else what the vision tower makes of uint8 itself."""
+    if all(one.dtype == np.uint8 for one in images):
+        return list(images)
+    return [_to_unit(one) if one.dtype == np.uint8 else one for one in images]
+
+
+def _to_unit(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return image.astype(np.float32) / np.float32(255.0) * np.float32(2.0) - np.float32(1.0)

@@ -38,7 +38,7 @@ from . import choice, coverage, gpu_memory
 from . import noise as noise_source
 from . import precision as precisions
 from . import previous as previous_chunk
-from .collate import collate, sent
+from .collate import SentViews, collate, send_views, sent
 
 logger = logging.getLogger(__name__)
 
@@ -105,16 +105,22 @@ class Policy:
         """
         if prompt_tokens is None:
             prompt_tokens = self.backend.prompt_lengths(self.io.max_prompt_tokens)
-        rows = [self._blank(length) for length in prompt_tokens]
+        # longest first: the graphs of shorter prompts then fit into the working memory of longer ones
+        rows = [self._blank(length) for length in sorted(prompt_tokens, reverse=True)]
         noise = np.zeros((1, self.engine.horizon, self.io.action_width), dtype=np.float32)
         with self._lock, self._device():
             for row in rows:
                 for previous in (None, *(self._blank_chunk(noise, mode) for mode in chunking)):
-                    self._run([row], noise, previous, None, Spans())
+                    self._rehearse(row, noise, previous)
             if rows and self.engine.coverage is None:
-                seen = coverage.record(self, lambda: self._run(rows[:1], noise, None, None, Spans()))
+                seen = coverage.record(self, lambda: self._rehearse(rows[0], noise, None))
                 self.engine = replace(self.engine, coverage=summary(seen))
             self.engine = replace(self.engine, details={**self.engine.details, **self.backend.describe()})
+
+    def _rehearse(
+        self, row: PreparedObservation, noise: NDArray[np.float32], previous: PreviousChunk | None
+    ) -> None:  # fmt: skip
+        self._run([row], self._look([row.images]), noise, previous, None, Spans())
 
     def _device(self) -> AbstractContextManager[Any]:
         """Streams, events and kernels go to this thread's current device: make it the network's."""
@@ -149,10 +155,13 @@ class Policy:
         total, spans = Spans(), Spans(cuda=self.model.device.type == "cuda")
         with total("total"):
             with total("preprocess"):
-                rows = [self.prepare(request) for request in requests]
-                drawn = self._noise(requests, rows, noise)
+                seen = [self.pipeline.see(request) for request in requests]
             with self._lock, self._device():
-                normalized = self._run(rows, drawn, previous, trace, spans)
+                views = self._look([one.images for one in seen], ahead=trace is None)
+                with total("preprocess"):  # on a GPU: while it runs vision
+                    rows = [self.pipeline.read(one) for one in seen]
+                    drawn = self._noise(requests, rows, noise)
+                normalized = self._run(rows, views, drawn, previous, trace, spans)
                 device_ms = spans.milliseconds()  # here: the next request records the same events again
             with total("postprocess"):
                 actions = [self.pipeline.finish(a, row) for a, row in zip(normalized, rows, strict=True)]
@@ -169,9 +178,19 @@ class Policy:
             for a, n, row in zip(actions, normalized, rows, strict=True)
         ]
 
+    def _look(self, images: Sequence[NDArray[Any]], *, ahead: bool = True) -> SentViews:
+        """Send the pictures of the requests to the device, and let the backend begin with them."""
+        device = self.model.device
+        with gpu_memory.explained("an inference", device=device):
+            views = send_views(images, device)
+            if ahead:
+                self.backend.look(views.images)
+        return views
+
     def _run(
         self,
         rows: Sequence[PreparedObservation],
+        views: SentViews,
         noise: NDArray[np.float32],
         previous: PreviousChunk | None,
         trace: Trace | None,
@@ -180,7 +199,7 @@ class Policy:
         device = self.model.device
         previous = previous_chunk.checked(previous, shape=noise.shape, device=device)
         with gpu_memory.explained("an inference", device=device):
-            inputs = collate(rows, kind=self.model.config.kind, device=device)
+            inputs = collate(rows, kind=self.model.config.kind, device=device, views=views)
             start = sent(noise, device)
             if trace is None:
                 x = self.backend.infer(inputs, start, previous=previous, spans=spans)
