@@ -229,6 +229,46 @@ def test_a_cache_whose_memory_may_be_used_again_is_refused(pair):
 
 @gpu
 @pytest.mark.gpu
+def test_whatever_comes_after_a_look_waits_for_its_vision(pair):
+    """Vision runs on a stream of its own, in memory that all graphs share; here it starts late."""
+    made, *_ = pair
+    noise = torch.randn(1, 20, 32, device="cuda")
+    one, other = (state_for(request(9, seed=seed, device="cuda")) for seed in (1, 2))
+    three = state_for(request(9, views=3, seed=3, device="cuda"))
+    wanted = {id(inputs): made.infer(inputs, noise) for inputs in (one, other, three)}
+
+    def late(images):
+        with torch.cuda.stream(made._aside):
+            torch.cuda._sleep(30_000_000)
+        made.look(images)
+
+    for _ in range(3):
+        for later in (one, other, three):
+            late(one.images)
+            assert torch.equal(made.infer(later, noise), wanted[id(later)])
+            late(one.images)
+            late(later.images)
+            assert torch.equal(made.infer(later, noise), wanted[id(later)])
+            late(one.images)
+            assert torch.equal(actions(made, later, noise), wanted[id(later)])
+
+
+@gpu
+@pytest.mark.gpu
+def test_graphs_outlive_operations_given_to_the_model_later(pair):
+    """A second backend on the same network packs weights of its own; those of the first must stay where its graphs read."""
+    made, *_ = pair
+    inputs, noise = state_for(request(9, device="cuda")), torch.randn(1, 20, 32, device="cuda")
+    wanted = made.infer(inputs, noise)
+    second = base.build("cuda_graph", made.model, EngineConfig(num_denoise_steps=4))
+    torch.cuda.empty_cache()
+    torch.empty(1 << 30, dtype=torch.uint8, device="cuda").fill_(255)
+    assert torch.equal(second.infer(inputs, noise), wanted)
+    assert torch.equal(made.infer(inputs, noise), wanted)
+
+
+@gpu
+@pytest.mark.gpu
 def test_another_bound_of_the_guidance_is_data_and_no_new_graph(pair):
     made, truth, _ = pair
     inputs, noise = state_for(request(9, device="cuda")), torch.randn(1, 20, 32, device="cuda")

@@ -60,3 +60,20 @@ def test_page_locked_memory_is_not_written_before_it_was_read():
     for seed, value in enumerate(sent):
         assert value.is_contiguous()
         assert np.array_equal(value.cpu().numpy(), pictures(seed))
+
+
+@pytest.mark.gpu
+def test_pictures_written_to_page_locked_memory_are_sent_from_there():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device = torch.device("cuda")
+    torch.cuda._sleep(20_000_000)
+    sent = []
+    for seed in range(20):  # each array is let go before its copy has begun: its memory must not be handed out again
+        stored = collate.page_locked((2, 16, 24, 3), np.uint8)
+        assert torch.from_numpy(stored).is_pinned()
+        stored[...] = pictures(seed).transpose(0, 2, 3, 1)
+        sent.append(collate.sent(stored.transpose(0, 3, 1, 2), device))
+        del stored
+    for seed, value in enumerate(sent):
+        assert np.array_equal(value.cpu().numpy(), pictures(seed))

@@ -99,6 +99,9 @@ class CudaGraphBackend:
         )
         self._record = Recorder(model.device)
         self._looked: Tensor | None = None  # the pictures whose vision graph was started last
+        self._aside = torch.cuda.Stream(
+            model.device
+        )  # `look` runs there, so that the prompt's copies need not wait for it
         self._readable: PrefixCache | None = None  # the last prefill's, as long as nothing ran that may use its memory
         # pi0 appends its state token to the keys of all layers when the last one is there: no layer is ready early
         behind = wavefront and model.config.kind == "pi05"
@@ -154,10 +157,17 @@ class CudaGraphBackend:
         """See Backend.look: vision runs from here on, in a graph that all prompts share."""
         sight = self._slots.sight(images.shape[0], images.shape[1], images.dtype)
         vision = self._vision(sight)
+        self._join()
         self._readable = None
         sight.images.copy_(images, non_blocking=True)
-        vision.replay()
+        self._aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._aside):
+            vision.replay()
         self._looked = images
+
+    def _join(self) -> None:
+        """The current stream waits for the last `look`: graphs share their memory, and vision its pixels."""
+        torch.cuda.current_stream().wait_stream(self._aside)
 
     @torch.no_grad()
     def infer(
@@ -167,15 +177,18 @@ class CudaGraphBackend:
         flow.committed_mask(previous, noise.shape[1], noise.device)  # refuses a delay outside the chunk
         looked = self._looked is inputs.images
         slot = self._slot(inputs)
-        slot.buffers.fill(inputs, pixels=not looked)
         seen, sight = slot.buffers.inputs, slot.sight
         if looked:
+            slot.buffers.fill(inputs, pixels=False)  # beside vision, which reads none of it
             views = self._vision(sight).result
             graph = self._flowing(
                 slot.behind, noise, previous, ("start", "prefix", "denoise"),
                 lambda buffers, key, events: self._behind(seen, views, buffers, key, events),
             )  # fmt: skip
+            self._join()
         else:
+            self._join()
+            slot.buffers.fill(inputs)
             graph = self._flowing(
                 slot.whole, noise, previous, ("start", "vision", "prefix", "denoise"),
                 lambda buffers, key, events: self._everything(seen, buffers, key, events),
@@ -287,6 +300,7 @@ class CudaGraphBackend:
     def _filled(self, inputs: ModelInputs) -> Slot:
         """The slot of a request, with the request in its buffers."""
         slot = self._slot(inputs)
+        self._join()
         slot.buffers.fill(inputs)
         return slot
 

@@ -31,6 +31,7 @@ from .tokenizer import Tokenizer, missing_tokenizer
 
 MAX_WORKERS = 4  # no robot that pi0 was trained on has more cameras than that to look through
 Convert = Callable[[NDArray[Any]], NDArray[Any]]
+Empty = Callable[[tuple[int, ...], type[np.generic]], NDArray[Any]]
 GRIPPER_ADAPTERS: dict[str, tuple[Convert, Convert]] = {"aloha": (gripper_to_angle, gripper_from_angle)}
 """Name -> (reading to model, model's action to command); "none" is not in it."""
 
@@ -65,10 +66,13 @@ class RobotPipeline:
         """
         return self.read(self.see(request))
 
-    def see(self, request: Observation | Mapping[str, Any]) -> SeenRequest:
-        """The first half of `prepare`: everything found and checked for its form, pictures in model space."""
+    def see(self, request: Observation | Mapping[str, Any], *, empty: Empty = np.empty) -> SeenRequest:
+        """The first half of `prepare`: everything found and checked for its form, pictures in model space.
+
+        empty  makes the array that the pictures are written to: (shape, dtype) -> array
+        """
         parts = gather(request, self.io.embodiment, dtype=state_dtype(self.io))
-        return SeenRequest(parts, self._views([image for _, image in parts.images]))
+        return SeenRequest(parts, self._views([image for _, image in parts.images], empty))
 
     def read(self, seen: SeenRequest) -> PreparedObservation:
         """The second half: state and prompt. A GPU may look at the pictures meanwhile."""
@@ -108,7 +112,7 @@ class RobotPipeline:
         wide = to_absolute(unnormalize_actions(actions, io.normalization), prepared.state_robot, mask=robot.delta_mask)
         return adapt_actions(wide[:, : robot.action_dim], robot)
 
-    def _views(self, images: list[NDArray[Any]]) -> NDArray[Any]:
+    def _views(self, images: list[NDArray[Any]], empty: Empty) -> NDArray[Any]:
         """Camera images to [V, 3, size, size], each copied once. A view that needs no resizing is not worth a thread.
 
         uint8 stays stored as it came, channels last: `collate` leaves the turning of axes to the device.
@@ -118,9 +122,9 @@ class RobotPipeline:
         each = map if small or len(images) < 2 else self.workers.map
         V, size = len(images), io.image_size
         if io.image == "pil":
-            out: NDArray[Any] = np.empty((V, size, size, 3), np.uint8).transpose(0, 3, 1, 2)
+            out = empty((V, size, size, 3), np.uint8).transpose(0, 3, 1, 2)
         else:
-            out = np.empty((V, 3, size, size), np.float32)
+            out = empty((V, 3, size, size), np.float32)
         for place, view in zip(out, each(lambda image: prepare_image(image, io), images), strict=True):
             place[...] = view
         return out

@@ -61,9 +61,18 @@ def sent(value: NDArray[np.generic], device: torch.device) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(value)).to(device)
     stored, axes = as_stored(value)
     plain = torch.from_numpy(stored)
-    locked = torch.empty(plain.shape, dtype=plain.dtype, pin_memory=True)
-    np.copyto(locked.numpy(), stored)
-    return locked.to(device, non_blocking=True).permute(axes).contiguous()
+    if not plain.is_pinned():
+        locked = page_locked(stored.shape, stored.dtype.type)
+        np.copyto(locked, stored)
+        plain = torch.from_numpy(locked)
+    return plain.to(device, non_blocking=True).permute(axes).contiguous()
+
+
+def page_locked(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """`numpy.empty` in memory that a GPU copies from by itself; torch's allocator has it back when the array is gone."""
+    like = torch.from_numpy(np.empty(0, dtype))
+    made: NDArray[Any] = torch.empty(shape, dtype=like.dtype, pin_memory=True).numpy()
+    return made
 
 
 def as_stored(value: NDArray[Any]) -> tuple[NDArray[Any], tuple[int, ...]]:

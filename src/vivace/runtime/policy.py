@@ -38,7 +38,7 @@ from . import choice, coverage, gpu_memory
 from . import noise as noise_source
 from . import precision as precisions
 from . import previous as previous_chunk
-from .collate import SentViews, collate, send_views, sent
+from .collate import SentViews, collate, page_locked, send_views, sent
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,8 @@ class Policy:
         total, spans = Spans(), Spans(cuda=self.model.device.type == "cuda")
         with total("total"):
             with total("preprocess"):
-                seen = [self.pipeline.see(request) for request in requests]
+                empty = page_locked if self.model.device.type == "cuda" else np.empty
+                seen = [self.pipeline.see(request, empty=empty) for request in requests]
             with self._lock, self._device():
                 views = self._look([one.images for one in seen], ahead=trace is None)
                 with total("preprocess"):  # on a GPU: while it runs vision
