@@ -15,8 +15,11 @@ from tiny import build, random_tensors, tiny_config
 
 from vivace.backends import base, buffers, cuda_graph, eager, graph_slots
 from vivace.backends.spans import Spans
+from vivace.check.hopper_weights import twin
 from vivace.config import EngineConfig, GemmaConfig, VisionConfig
 from vivace.errors import ConfigError, ShapeError
+from vivace.precision import plan as plans
+from vivace.precision import quantize
 from vivace.precision.flavours import parameter_dtype
 from vivace.runtime import choice
 from vivace.types import ModelInputs, PreviousChunk
@@ -265,6 +268,24 @@ def test_graphs_outlive_operations_given_to_the_model_later(pair):
     torch.empty(1 << 30, dtype=torch.uint8, device="cuda").fill_(255)
     assert torch.equal(second.infer(inputs, noise), wanted)
     assert torch.equal(made.infer(inputs, noise), wanted)
+
+
+@gpu
+@pytest.mark.gpu
+def test_quantising_a_network_over_the_same_tensors_leaves_recorded_graphs_alone():
+    config = small_config()
+    tensors = random_tensors(config)
+    one = build(config, tensors, dtype_of=lambda name: parameter_dtype(name, precision="bfloat16", flavour="openpi_torch"),
+                device="cuda")  # fmt: skip
+    inputs, noise = request(9, device="cuda"), torch.randn(1, 20, 32, device="cuda")
+    first = base.build("cuda_graph", one, EngineConfig(num_denoise_steps=4))
+    wanted = first.infer(inputs, noise)
+    other = twin(one)
+    preset = plans.preset("fp8-all")
+    plan = replace(preset, amax={layer.name: 20.0 for _, _, layer in quantize.linears(other)})
+    quantize.apply(other, plan)
+    torch.empty(1 << 28, dtype=torch.uint8, device="cuda").fill_(255)
+    assert torch.equal(first.infer(inputs, noise), wanted)
 
 
 @gpu

@@ -136,7 +136,7 @@ class Slots:
         bucket = choose(wanted, self._slots)
         if bucket not in self._slots:
             sight = self.sight(bucket.batch, bucket.views, bucket.pixels)
-            if len(self._slots) >= MAX_BUCKETS:
+            while len(self._slots) >= MAX_BUCKETS:
                 torch.cuda.synchronize()
                 self._slots.popitem(last=False)
             buffers = input_buffers(bucket, images=sight.images, state_width=self._state_width)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,9 +40,25 @@ class Lasting:
         with torch.cuda.use_mem_pool(self._pool, device=value.device):
             return value.clone()
 
-    @torch.no_grad()
     def keep_small(self, model: nn.Module) -> None:
-        """Move the model's parameters and buffers that share segments with what was let go."""
-        for one in (*model.parameters(), *model.buffers()):
-            if one.untyped_storage().nbytes() < SHARED_BYTES:
-                one.data = self.keep(one.data)
+        """Copy the model's parameters and buffers that share segments with what was let go.
+
+        The model gets new tensors; the old ones are left as they are, for a second network over the same tensors may have
+        been recorded into graphs, which know addresses alone.
+        """
+        if self._pool is None:
+            return
+        moved: dict[int, Any] = {}
+
+        def place(one: Any) -> Any:
+            if one is None or one.untyped_storage().nbytes() >= SHARED_BYTES:
+                return one
+            if id(one) not in moved:
+                kept = self.keep(one.detach())
+                moved[id(one)] = nn.Parameter(kept, one.requires_grad) if isinstance(one, nn.Parameter) else kept
+            return moved[id(one)]
+
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, one in table.items():
+                    table[name] = place(one)
