@@ -18,10 +18,10 @@ from ..check import bench, environment, observations
 from ..check.budget import budget, read_run
 from ..check.metrics import at_least, cosine, rel_l2
 from ..check.parity import marks_of
-from ..check.results import result, write_result
+from ..check.results import result
 from ..check.setting import setting_of
 from ..errors import ConfigError, NumericsError
-from .output import FAILED, OK, console, emit, show_coverage
+from .output import FAILED, OK, console, deliver, emit, refuse_output, show_coverage
 from .policy_args import PolicyArgs, load, refuse_early
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Args:
 
 def run(args: Args) -> int:
     """Load every engine, check its output, time them interleaved. Exit code 1: see `Args`."""
+    refuse_output(args.output)
     if args.preset is not None:
         return _preset(args)
     names = _names(args.engines)
@@ -106,9 +107,7 @@ def run(args: Args) -> int:
         speedups = [bench.speedup(times[name], times[names[0]]) for name in names[1:]]
         document = _document(args, policies[names[0]], request, {"engines": engines, "speedups": speedups}, before)
         _show(document)
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
+    deliver(document, args.output)
     return OK if document["passed"] else FAILED
 
 

@@ -13,10 +13,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..check import environment
-from ..check.results import result, write_result
+from ..check.results import result
 from ..config import TensorRTBase, TensorRTConfig
 from ..errors import ConfigError
-from .output import OK, console, emit, show_coverage
+from .output import OK, console, deliver, refuse_output, refuse_output_folder, show_coverage
 from .policy_args import CheckpointArgs
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ def run(args: Args) -> int:
     from ..backends.tensorrt import module as modules
     from ..checkpoints.open import open_checkpoint
 
+    refuse_output(args.output)
+    where = args.engines if args.engines is not None else cache.folder()
+    refuse_output_folder(where)
     _chosen_parts(args.parts)
     _chosen_prompts(args.prompts)
     if args.views is not None and args.views < 1:
@@ -84,7 +87,6 @@ def run(args: Args) -> int:
         lerobot_version=args.checkpoint.lerobot_version,
     )  # fmt: skip
     source = _source(args, opened, module, wanted)
-    where = args.engines if args.engines is not None else cache.folder()
     made, begin = [], time.perf_counter()
     with Progress(console=console, transient=True) as bar:
         for part, shapes in _networks(args, opened, baked=source.recipe.baked):
@@ -114,9 +116,7 @@ def _finish(args: Args, source: Source, made: Sequence[Made], *, seconds: float)
     _show(made, source, seconds)
     show_coverage(coverage, title="what the networks compute in (nothing was run)")
     document = result("build", body, environment=environment.collect())
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
+    deliver(document, args.output)
 
 
 def _row(one: Made) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from ..check import environment, observations
 from ..check.metrics import cosine, rel_l2
-from ..check.results import result
+from ..check.results import result, write_text
 from ..errors import ConfigError
-from .output import FAILED, OK, console, emit
+from .output import FAILED, OK, console, emit, refuse_output
 from .policy_args import PolicyArgs, load
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class Measured:
 
 def run(args: Args) -> int:
     """Calibrate; measure sensitivities if asked; write the plan unless it misses its bound; print."""
+    refuse_output(args.output)
     percentile, base = _percentile(args.percentile), replace(_base(args.preset), base=args.base)
     with Progress(console=console, transient=True) as bar:
         found = _measure(args, base, percentile, bar)
@@ -119,10 +120,12 @@ def run(args: Args) -> int:
             "held_out": judged, "held_out_observations": len(found.data.held_out),
             "left_out": mixed.left_out,
         }  # fmt: skip
-    if args.output is not None and passed:
-        _write(args.output, plan)
-    _show(found, rows, body, args.output if passed else None)
+    _show(found, rows, body)
     emit(result("calibrate", body, environment=environment.collect()))
+    if args.output is not None and passed:
+        write_text(args.output, plan.to_json() + "\n")
+        next_command = f"vivace check {args.path} --precision {args.output}"
+        console.print(f"wrote {args.output}; next: {next_command}", markup=False, soft_wrap=True)
     return OK if passed else FAILED
 
 
@@ -337,7 +340,7 @@ def _remarks(found: Measured, *, passed: bool) -> list[str]:
     return remarks
 
 
-def _show(found: Measured, rows: Sequence[Alone], body: Mapping[str, Any], written: Path | None) -> None:
+def _show(found: Measured, rows: Sequence[Alone], body: Mapping[str, Any]) -> None:
     quantised = sorted(_quantised(found), key=lambda row: (-row.saturated / row.values, -row.flushed / row.values))
     shown = f"{min(SHOWN, len(quantised))} of {len(quantised)} layers, most saturated first"
     table = Table(title=escape(f"{found.plan.name}, {found.data.source}"), caption=shown)
@@ -362,10 +365,6 @@ def _show(found: Measured, rows: Sequence[Alone], body: Mapping[str, Any], writt
         )
     for remark in body["remarks"]:
         console.print(escape(remark), style="yellow", highlight=False)
-    if written is not None:
-        console.print(
-            f"wrote {escape(str(written))}; next: vivace check {escape(body['checkpoint'])} --precision {written}"
-        )
 
 
 def _show_alone(rows: Sequence[Alone]) -> None:
@@ -377,10 +376,3 @@ def _show_alone(rows: Sequence[Alone]) -> None:
         cells = f"{row.score.rel_l2:.2e}", f"{row.score.cosine:.7f}", f"{row.flops / total:.2%}"
         table.add_row(row.layer, *cells)
     console.print(table)
-
-
-def _write(path: Path, plan: PrecisionPlan) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(plan.to_json() + "\n", encoding="utf-8")
-    partial.replace(path)

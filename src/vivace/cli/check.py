@@ -15,10 +15,10 @@ from rich.table import Table
 
 from ..check import environment, observations, parity
 from ..check.metrics import Errors
-from ..check.results import result, write_result
+from ..check.results import result
 from ..check.setting import setting_of
 from ..errors import ShapeError
-from .output import FAILED, OK, console, emit, show_coverage
+from .output import FAILED, OK, console, deliver, refuse_output, show_coverage
 from .policy_args import PolicyArgs, load, refuse_early
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Evidence:
 
 def run(args: Args) -> int:
     """Run the reference, then the candidate, on the same observations and noise; judge; print."""
+    refuse_output(args.output)
     found = _gather(args)
     body: dict[str, Any] = {
         "checkpoint": str(args.path),
@@ -85,9 +86,7 @@ def run(args: Args) -> int:
         for remark in body["remarks"]:
             console.print(escape(remark), style="dim", highlight=False)
     document = result("check", body, environment=environment.collect())
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
+    deliver(document, args.output)
     return OK if body["passed"] else FAILED
 
 
