@@ -75,7 +75,7 @@ def test_a_folder_of_engines_that_cannot_be_exits_2(vivace, checkpoint, tmp_path
 def test_a_place_without_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # a chmod does not stop root
     for refuse in (refuse_output, refuse_output_folder):
-        with pytest.raises(ConfigError, match="no permission"):
+        with pytest.raises(ConfigError, match="not writable"):
             refuse(tmp_path / "new" / "out")
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..check.environment import writable
 from ..check.results import write_result
 from ..errors import ConfigError
 from .codes import BAD_USE, FAILED, OK
@@ -64,11 +65,8 @@ def refuse_output_folder(path: Path) -> None:
 
 def _refuse_parent(path: Path, folder: Path) -> None:
     """Nothing is created: the nearest folder that exists decides."""
-    nearest = next(one for one in (folder, *folder.parents) if os.path.lexists(one) or one == one.parent)
-    if not os.path.isdir(nearest):
-        raise ConfigError(f"cannot write {path}", got=f"{nearest}, which is no folder", wanted="a folder above it")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"cannot write {path}", got=f"no permission in {nearest}", do="name another place")
+    if reason := writable(folder):
+        raise ConfigError(f"cannot write {path}", got=reason, wanted="a place that you can write to")
 
 
 def show_coverage(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
