@@ -87,6 +87,7 @@ def run(args: Args) -> int:
         lerobot_version=args.checkpoint.lerobot_version,
     )  # fmt: skip
     source = _source(args, opened, module, wanted)
+    _refuse_formats(args, source.recipe, wanted or [targets.here()])
     made, begin = [], time.perf_counter()
     with Progress(console=console, transient=True) as bar:
         for part, shapes in _networks(args, opened, baked=source.recipe.baked):
@@ -175,6 +176,20 @@ def _source(args: Args, opened: Checkpoint, module: Module, wanted: Sequence[Tar
     return Source(recipe, precision.plan, facts)
 
 
+def _refuse_formats(args: Args, recipe: Recipe, targets: Sequence[Target]) -> None:
+    """Raise Unsupported if the plan puts a layer of the chosen parts into a type that a target lacks: before any build."""
+    import torch
+
+    from ..backends.tensorrt.targets import check_types
+    from ..precision.fit import all_layers
+
+    stacks = {"vision": ("vision.", "projector"), "prefix": ("prefix.",), "step": ("expert.",), "loop": ("expert.",)}
+    layers = tuple(name for part in _chosen_parts(args.parts) for name in stacks[part])
+    chosen = [name for name in all_layers(recipe.outlined) if name.startswith(layers)]
+    if "e4m3" in recipe.plan.formats(chosen).values():
+        check_types(targets, types=[torch.float8_e4m3fn], module=recipe.module)
+
+
 def _with_weights(args: Args, opened: Checkpoint, module: Module, base: TensorRTBase) -> Recipe:
     """Weights go into the engines, so they are loaded, quantised and kept."""
     import torch
@@ -209,16 +224,10 @@ def _without(args: Args, opened: Checkpoint, module: Module, base: TensorRTBase,
 
 
 def _base(args: Args, dtype: str, wanted: Sequence[Target]) -> TensorRTBase:
-    import torch
+    from ..backends.tensorrt.targets import choose_base, here
 
-    from ..backends.tensorrt.targets import FIRST, here
-
-    if dtype == "float32":
-        return "fp32"
-    if args.tensorrt.base != "auto":
-        return args.tensorrt.base
     oldest = min(target.number for target in wanted or [here()])
-    return "bf16" if oldest >= FIRST[torch.bfloat16][0] else "fp16"
+    return choose_base(args.tensorrt.base, oldest, float32=dtype == "float32")
 
 
 def _networks(args: Args, opened: Checkpoint, *, baked: bool) -> Iterator[tuple[Part, Shapes]]:
