@@ -54,7 +54,13 @@ def _read(path: Path) -> dict[str, Any] | Clip:
     if is_clip(path):
         return read_clip(path)
     try:
-        return read_result(path)
+        found = read_result(path)
+        if not isinstance(found.get("kind"), str):
+            got = f"keys {', '.join(list(found)[:4])}" if found else "an empty object"
+            raise ConfigError(
+                f"{path.name} is no result: it does not say its kind", got=got, wanted="the JSON of a command"
+            )
+        return found
     except ConfigError as error:
         if path.suffix.lower() in ("", ".json") or not path.exists():
             raise
