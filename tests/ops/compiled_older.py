@@ -40,7 +40,7 @@ COMPILED = {
 
 
 class Older(Hopper):
-    """What the compiler asks a driver; every compute capability is another device, so that nothing is taken for compiled."""
+    """What the compiler asks a driver; every compute capability is another device, so nothing is taken for compiled."""
 
     def __init__(self, number: int) -> None:
         self.number = number

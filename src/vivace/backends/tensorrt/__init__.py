@@ -26,7 +26,7 @@ from ..cuda_graph import CudaGraphBackend
 from . import module as modules
 from . import run, skeleton
 from .stages import EnginePolicy
-from .targets import Target, choose_base, here
+from .targets import FIRST, Target, choose_base, here
 
 
 def why_not(*, device: str, config: EngineConfig | None = None) -> str | None:
