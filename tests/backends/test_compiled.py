@@ -42,7 +42,17 @@ def test_padding_is_masked_and_the_prompt_untouched():
 def test_it_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "compiler" in compiled.why_not(device="cpu")
-    assert compiled.why_not(device="cuda") is not None or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in compiled.why_not(device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (6, 1))
+    assert "compute capability 7.0" in compiled.why_not(device="cuda:0")
+
+
+@pytest.mark.parametrize("name", ["g++", "clang++"])
+def test_one_compiler_is_enough(monkeypatch, name):
+    monkeypatch.setattr(shutil, "which", lambda asked: f"/bin/{asked}" if asked == name else None)
+    assert compiled.why_not(device="cpu") is None
 
 
 def test_programs_are_kept_in_the_cache_folder(tmp_path):

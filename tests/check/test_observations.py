@@ -119,3 +119,18 @@ def test_what_is_wrong_with_more_than_the_instruction_is_still_an_error():
 
     with pytest.raises(ObservationError, match="state"):
         observations.synthetic(policy.io, 1, prepare=refuse)
+
+
+def test_a_camera_that_is_dark_throughout_is_named_once():
+    g = np.random.default_rng(0)
+    scenes = [observations.scene(g, 48, 64) for _ in range(3)]
+    dark = np.zeros_like(scenes[0])
+    requests = [{"wrist": dark, "base": scene} for scene in scenes]
+    assert observations.doubts(requests) == ["camera wrist: the image is constant in every observation"]
+    once = [{"base": scenes[0]}, {"wrist": dark, "base": scenes[1]}, {"wrist": scenes[0], "base": scenes[2]}]
+    assert observations.doubts(once) == ["observation 1, wrist: the image is constant"]
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ConfigError, match="seed"):
+        observations.synthetic(None, 1, seed=-1)

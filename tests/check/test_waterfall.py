@@ -1,14 +1,16 @@
 """The waterfall: the rows of a result in the order of the techniques, latency and error together; table and plot of it."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from vivace.check import results
 from vivace.check.report import build
-from vivace.check.waterfall import STEPS, settings, waterfall
+from vivace.check.waterfall import STEPS, alike, merged, settings, waterfall
 from vivace.errors import ConfigError
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 MS = {
     "eager": 200.0, "compiled graph": 20.0, "cuda_graph bf16": 14.0, "cuda_graph fp8-mlp": 12.5,
     "cuda_graph fp8-full": 12.0, "cuda_graph fp8-prefix+vision": 11.0, "cuda_graph fp8-all": 10.0,
@@ -131,3 +133,65 @@ def test_replays_of_one_stage_are_no_row_of_the_waterfall():
 def test_an_incomplete_result_is_an_error():
     with pytest.raises(ConfigError, match="incomplete"):
         build([("h.json", {"schema": 1, "kind": "hopper"})])
+
+
+def test_a_row_below_what_was_not_measured_says_that_it_adds_both():
+    made = document(("eager", "cuda_graph bf16", "cuda_graph fp8-all"))
+    first, own, every = waterfall(made, "3,200,50")
+    assert first.adds == "plain PyTorch, bfloat16"
+    assert own.adds.startswith("+ one CUDA graph + own kernels")
+    assert every.adds == (
+        "+ MLPs of the prefix in FP8 + QKV and O of the prefix in FP8 + SigLIP in FP8 + action expert in FP8"
+    )
+    (alone,) = waterfall(document(("cuda_graph bf16",)), "3,200,50")
+    assert alone.adds.startswith("bfloat16 + one CUDA graph + own kernels")
+    assert "compile" not in own.adds + alone.adds
+
+
+GPU = {"gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}
+
+
+def test_rivals_and_ours_from_two_files_stand_in_one_waterfall():
+    ours = document(("cuda_graph bf16", "cuda_graph fp8-all"), environment=GPU)
+    rivals = document(("eager", "compiled graph"), environment=GPU)
+    rivals["rows"].append(row("cuda_graph bf16", 99.0))
+    steps = waterfall(merged([ours, rivals]), "3,200,50")
+    assert [step.engine for step in steps] == ["eager", "compiled graph", "cuda_graph bf16", "cuda_graph fp8-all"]
+    assert [step.p50_ms for step in steps] == [200.0, 20.0, 14.0, 10.0], "of two rows the first file's counts"
+    page = build([("ours.json", ours), ("rivals.json", rivals)])
+    assert page.count("Waterfall, (3,200,50)") == 1
+    assert "also have rows of rivals.json" in page
+    assert "stand in the waterfalls of ours.json" in page
+    assert "+ torch.compile and one CUDA graph" in page
+
+
+@pytest.mark.parametrize(
+    "changes", [{"environment": {"gpus": [{"name": "NVIDIA H200"}]}}, {"setup": {"weights": "mine"}}]
+)
+def test_other_gpus_and_weights_have_a_waterfall_of_their_own(changes):
+    ours, other = document(environment=GPU), document(**{"environment": GPU, **changes})
+    page = build([("ours.json", ours), ("other.json", other)])
+    assert page.count("Waterfall, (3,200,50)") == 2
+    assert "stand in the waterfalls" not in page
+
+
+def test_the_committed_results_of_one_gpu_make_one_waterfall_a_setting():
+    files = [RESULTS / f"hopper-{name}h100-2026-11-25.json" for name in ("", "rivals-", "soak-")]
+    documents = [results.read_result(file) for file in files]
+    assert len({alike(one) for one in documents}) == 1
+    page = build([(file.name, one) for file, one in zip(files, documents, strict=True)])
+    for name in settings(documents[0]):
+        assert page.count(f"Waterfall, ({name})") == 1
+        engines = [step.engine for step in waterfall(merged(documents), name)]
+        assert engines[:3] == ["eager", "compiled graph", "cuda_graph bf16"]
+
+
+def test_the_report_shows_ceilings_beside_the_rates():
+    ceilings = {"bf16_tflops": 775.0, "fp8_tflops": 1425.0, "copy_gb_s": 3005.0, "measured": True}
+    made = document(ceilings=ceilings, published={"bf16_tflops": 989.0, "fp8_tflops": 1979.0, "copy_gb_s": 3350})
+    page = build([("hopper.json", made)])
+    assert "large work (measured): 775 TFLOP/s in bfloat16, 1425 in FP8, 3005 GB/s" in page
+    assert "the datasheet (published): 989 TFLOP/s" in page
+    assert page.count(">ceiling<") == 2
+    made["rows"][0]["rates"]["vision"]["fp8_share"] = 1.0
+    assert ">1425<" in build([("hopper.json", made)])

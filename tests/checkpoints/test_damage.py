@@ -186,7 +186,9 @@ def test_arguments_are_checked(folder):
         open_checkpoint(folder, num_heads=7)
     with pytest.raises(CheckpointError, match="vision heads"):
         open_checkpoint(folder, vision_heads=5)
-    assert open_checkpoint(folder, horizon=3).model.horizon == 3
+    with pytest.raises(ConfigError, match="horizon 3; wanted 50"):
+        open_checkpoint(folder, horizon=3)
+    assert open_checkpoint(folder, horizon=50).model.horizon == 50
     split = open_checkpoint(folder, num_heads=16, head_dim=8).model.prefix
     assert (split.num_heads, split.num_kv_heads, split.head_dim) == (16, 2, 8)
 

@@ -144,3 +144,20 @@ def test_a_preset_takes_a_file_and_no_checkpoint(vivace, arguments):
     code, _, text = vivace("bench", *arguments)
     assert code == 2
     assert "preset" in text
+
+
+@pytest.mark.parametrize(("bad", "said"), [
+    (("--target-hz", "0"), "--target-hz cannot be used; got 0.0; wanted more than 0"),
+    (("--target-hz", "nan"), "--target-hz"),
+    (("--warmup-seconds=-1",), "--warmup-seconds cannot be used"),
+    (("--samples", "0"), "--samples cannot be used"),
+    (("--engines", "eager,eager:none.json"), "none.json"),
+    (("--observations", "none"), "no recorded observations"),
+    (("--seed=-1",), "--seed cannot be used"),
+    (("--horizon", "3"), "got horizon 3; wanted 6"),
+])  # fmt: skip
+def test_bad_arguments_are_found_before_anything_is_loaded(vivace, checkpoint, monkeypatch, bad, said):
+    monkeypatch.setattr(verb, "load", lambda *a, **k: pytest.fail("loaded first"))
+    code, document, text = vivace("bench", checkpoint, *bad)
+    assert (code, document) == (2, None)
+    assert said in " ".join(text.split())

@@ -260,3 +260,41 @@ def test_the_commands_of_the_guide_run(vivace, checkpoint, requests, tmp_path, m
         code, document, text = vivace(*command.split()[1:], *extra, *STEPS)
         assert code == 0, f"{command}: {text}"
         assert document["passed"]
+
+
+@pytest.mark.parametrize(("bad", "said"), [
+    (("--observations=-3", "--synthetic"), "--observations cannot be used; got -3"),
+    (("--observations", "3", "--synthetic", "--sensitivity", "--sensitivity-observations", "0"), "--sensitivity-observ"),
+    (("--observations", "3", "--synthetic", "--max-action-error", "0"), "--max-action-error cannot be used"),
+    (("--data", "nowhere"), "no recorded observations"),
+    (("--observations", "3"), "made up"),
+])  # fmt: skip
+def test_bad_arguments_are_found_before_anything_is_loaded(vivace, checkpoint, monkeypatch, bad, said):
+    monkeypatch.setattr(verb, "load", lambda *a, **k: pytest.fail("loaded first"))
+    code, document, text = vivace("calibrate", checkpoint, *bad, *STEPS)
+    assert (code, document) == (2, None)
+    assert said in " ".join(text.split())
+
+
+def test_a_negative_seed_exits_2(vivace, checkpoint):
+    code, _, text = vivace("calibrate", checkpoint, "--observations", "2", "--synthetic", "--seed=-1", *STEPS)
+    assert code == 2
+    assert "--seed cannot be used" in " ".join(text.split())
+
+
+def test_a_dark_camera_is_named_and_can_be_left_out(vivace, checkpoint, tmp_path, requests, monkeypatch):
+    dark = [key for key, value in requests[0].items() if np.ndim(value) == 3][-1]
+    folder = save(tmp_path / "dark", [{**one, dark: np.zeros_like(one[dark])} for one in requests])
+    code, _, text = vivace("calibrate", checkpoint, "--data", folder, *STEPS)
+    said = " ".join(text.split())
+    assert code == 2
+    assert f"camera {dark}: the image is constant in every observation" in said
+    assert "--without KEY" in said
+    seen = []
+    monkeypatch.setattr(verb, "_measure", lambda args, base, given, *rest: seen.extend(given) or exit())
+    vivace("calibrate", checkpoint, "--data", folder, "--without", dark, *STEPS)
+    assert len(seen) == 5
+    assert all(dark not in request for request in seen)
+    code, _, text = vivace("calibrate", checkpoint, "--data", folder, "--without", "prompt", *STEPS)
+    assert code == 2
+    assert "names no camera" in " ".join(text.split())

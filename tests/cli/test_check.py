@@ -158,3 +158,20 @@ def test_bad_use_exits_2(vivace, checkpoint, bad):
 
 def test_no_checkpoint_exits_2(vivace, tmp_path):
     assert vivace("check", tmp_path / "none")[0] == 2
+
+
+@pytest.mark.parametrize(("bad", "said"), [
+    (("--precision", "none.json"), "none.json"),
+    (("--precision", "fp8-all"), "no activation ranges"),
+    (("--observations", "0"), "a number from 1"),
+    (("--observations=-3",), "a number from 1"),
+    (("--observations", "2.5"), "a number from 1"),
+    (("--observations", "none/"), "no recorded observations"),
+    (("--seed=-1",), "--seed cannot be used; got -1; wanted at least 0"),
+    (("--horizon", "3"), "got horizon 3; wanted 6"),
+])  # fmt: skip
+def test_bad_arguments_are_found_before_anything_is_loaded(vivace, checkpoint, monkeypatch, bad, said):
+    monkeypatch.setattr(verb, "load", lambda *a, **k: pytest.fail("loaded first"))
+    code, document, text = vivace("check", checkpoint, *bad)
+    assert (code, document) == (2, None)
+    assert said in " ".join(text.split())

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from vivace.check import health
 from vivace.cli.broken import IMPORT_FAILURES, broken_import
 
 
@@ -121,3 +122,23 @@ def test_our_own_mistakes_are_not_blamed_on_a_library():
             exec(compile(mistake, "verb", "exec"), {"__name__": "vivace.cli.verb"})
         caught.value.__traceback__ = caught.value.__traceback__.tb_next  # this test's own frame
         assert broken_import(caught.value) is None
+
+
+def test_the_compiler_that_kernels_need_is_named_where_there_is_a_gpu(monkeypatch):
+    gpu = {"gpus": [{"name": "NVIDIA H100"}]}
+    monkeypatch.setattr(
+        health.environment, "compiler_missing", lambda: "Triton needs a C compiler; no gcc; install gcc"
+    )
+    (check,) = health._compiler(gpu)
+    assert (check.state, check.do) == ("absent", "install gcc")
+    assert "no kernel can be launched" in check.found
+    assert health._compiler({"gpus": []}) == []
+    assert health._compiler({"error": "broken"}) == []
+    monkeypatch.setattr(health.environment, "compiler_missing", lambda: None)
+    assert health._compiler(gpu)[0].state == "fine"
+
+
+def test_the_compiler_is_looked_for_in_a_process_of_its_own(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
+    assert "no-such-compiler" in health.environment.compiler_missing()

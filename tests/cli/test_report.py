@@ -41,3 +41,12 @@ def test_another_kind_of_picture_exits_2_and_says_what_is_taken(vivace, tmp_path
     assert "neither a result nor a clip" in text
     assert ".webp" in text
     assert not (tmp_path / "p.html").exists()
+
+
+def test_what_does_not_say_its_kind_exits_2(vivace, tmp_path):
+    for text in ("{}", '{"schema": 1}', '{"kind": 3}'):
+        (tmp_path / "any.json").write_text(text)
+        code, _, said = vivace("report", tmp_path / "any.json", "-o", tmp_path / "p.html")
+        assert code == 2
+        assert "is no result" in " ".join(said.split())
+    assert not (tmp_path / "p.html").exists()

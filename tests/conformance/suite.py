@@ -1,7 +1,8 @@
 """What every backend must do, as checks that take a way to build one. Also run against backends that are broken on purpose.
 
-A backend is compared with the literal formula (tests/model/literal.py), not with another backend. Each check is a
-function (name, kind of policy) -> None that raises AssertionError; `CHECKS` is the whole suite.
+A backend is compared with the literal formula (tests/model/literal.py), not with another backend; of a quantised network
+the formula does not know the formats, so there the truth is the network's own operations with the same codes and scales,
+everything else in float32. Each check is a function (subject) -> None that raises AssertionError; `CHECKS` is the suite.
 """
 
 from __future__ import annotations
@@ -14,19 +15,77 @@ from literal import Case, Literal
 from tiny import build, random_tensors, tiny_config
 from torch import Tensor
 
+from vivace.backends import eager
 from vivace.backends.base import Backend
 from vivace.backends.spans import Spans
 from vivace.config import EngineConfig, ModelConfig
 from vivace.model import flow
 from vivace.model.pi import Pi
+from vivace.precision import calibrate, quantize
+from vivace.precision.plan import PrecisionPlan, preset
 from vivace.types import ModelInputs, PreviousChunk, Trace
 
 STEPS = 4
 
 
+class Formula:
+    """The truth about a network: the literal formula in float32."""
+
+    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+        self.config, self.literal = config, Literal(config, tensors)
+
+    def sample(self, case: Case, clamp=None) -> tuple[Tensor, list[Tensor]]:
+        """Actions, and the velocity of every step."""
+        actions, velocities, *_ = self.literal.sample(case, flow.time_grid(STEPS, self.config.time_grid), clamp=clamp)
+        return actions, velocities
+
+    def prefix(self, case: Case) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Of one observation: vision tokens, prefix embeddings, and (K, V) of every layer, [1, S, ...]."""
+        views, embeds, mask, past = self.literal.prefix(case)
+        S = int(mask.sum())
+        return views, embeds, [(k[:, :S], v[:, :S]) for k, v in past]
+
+
+class OwnOperations:
+    """The truth about a quantised network: its operations one by one, its codes and scales are those under test."""
+
+    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor], plan: PrecisionPlan) -> None:
+        model = build(config, tensors)
+        quantize.apply(model, plan)
+        self.backend = eager.create(model, EngineConfig(num_denoise_steps=STEPS))
+
+    def sample(self, case: Case, clamp=None) -> tuple[Tensor, list[Tensor]]:
+        """See Formula."""
+        previous, trace = None if clamp is None else PreviousChunk(*clamp, "trained"), Trace()
+        cache = self.backend.prefill(inputs_of(case, masks=True))
+        return self.backend.denoise(cache, case.noise, previous=previous, trace=trace), trace.velocity
+
+    def prefix(self, case: Case) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """See Formula."""
+        trace = Trace()
+        cache = self.backend.prefill(inputs_of(case), trace=trace)
+        S = trace.prefix_embeds.shape[1]
+        past = [(k[:, :S], v[:, :S]) for k, v in zip(cache.k, cache.v, strict=True)]
+        return trace.vision_tokens, trace.prefix_embeds, past
+
+
+def measured_plan(config: ModelConfig, tensors: dict[str, Tensor], name: str) -> PrecisionPlan:
+    """A preset with the ranges of the float32 network over a few observations."""
+    model = build(config, tensors)
+    backend = eager.create(model, EngineConfig(num_denoise_steps=STEPS))
+    with calibrate.watch(model) as ranges:
+        for seed in range(4):
+            case = case_of(config, tokens=6 + seed, seed=seed)
+            backend.denoise(backend.prefill(inputs_of(case)), case.noise)
+    return calibrate.with_ranges(preset(name), ranges, data="synthetic: conformance")
+
+
 @dataclass
 class Subject:
-    """A backend under test, the network it runs, and how exact it must be (relative L2 against the literal formula)."""
+    """A backend under test, the network it runs, and how exact it must be (relative L2 against the truth).
+
+    preset  of the layers that run in 8 bits, in the network of the truth too
+    """
 
     create: Callable[[Pi, EngineConfig], Backend]
     kind: str
@@ -34,12 +93,18 @@ class Subject:
     device: str = "cpu"
     dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32
     config_changes: dict = field(default_factory=dict)
+    preset: str = "bf16"
 
     def __post_init__(self) -> None:
         self.config: ModelConfig = tiny_config(self.kind, **self.config_changes)
         tensors = random_tensors(self.config)  # rounded as the network holds them: the formula judges arithmetic alone
         self.tensors = {name: value.to(self.dtype_of(name)).float() for name, value in tensors.items()}
         self.model = build(self.config, self.tensors, dtype_of=self.dtype_of, device=self.device)
+        self.truth: Formula | OwnOperations = Formula(self.config, self.tensors)
+        if self.preset != "bf16":
+            plan = measured_plan(self.config, self.tensors, self.preset)
+            self.truth = OwnOperations(self.config, self.tensors, plan)
+            quantize.apply(self.model, plan)
         self.backend = self.create(self.model, EngineConfig(num_denoise_steps=STEPS))
 
     def run(self, inputs: ModelInputs, noise: Tensor, previous: PreviousChunk | None = None, trace=None) -> Tensor:
@@ -73,9 +138,8 @@ def inputs_of(case: Case, *, masks: bool = False) -> ModelInputs:
     )
 
 
-def literal(subject: Subject, case: Case, clamp=None) -> Tensor:
-    times = flow.time_grid(STEPS, subject.config.time_grid)
-    return Literal(subject.config, subject.tensors).sample(case, times, clamp=clamp)[0]
+def wanted(subject: Subject, case: Case, clamp=None) -> Tensor:
+    return subject.truth.sample(case, clamp)[0]
 
 
 def on_device(subject: Subject, inputs: ModelInputs) -> ModelInputs:
@@ -86,14 +150,14 @@ def check_agrees_with_the_literal_formula(subject: Subject) -> None:
     for views, tokens in ((2, 6), (1, 1), (3, 17)):
         case = case_of(subject.config, views=views, tokens=tokens)
         got = subject.run(inputs_of(case), case.noise)
-        subject.close(got, literal(subject, case), f"{views} views, {tokens} tokens")
+        subject.close(got, wanted(subject, case), f"{views} views, {tokens} tokens")
 
 
 def check_prompt_length_may_change_every_frame(subject: Subject) -> None:
     """Lengths inside and across buckets, back and forth: a stale mask or position shows here."""
     for tokens in (6, 7, 5, 16, 17, 6):
         case = case_of(subject.config, tokens=tokens, seed=tokens)
-        subject.close(subject.run(inputs_of(case), case.noise), literal(subject, case), f"{tokens} tokens")
+        subject.close(subject.run(inputs_of(case), case.noise), wanted(subject, case), f"{tokens} tokens")
 
 
 def check_masks(subject: Subject) -> None:
@@ -101,7 +165,7 @@ def check_masks(subject: Subject) -> None:
     case = case_of(subject.config, batch=2, tokens=9, views=3)
     case.token_mask[0, 4:] = False
     case.view_mask[1, 1] = False
-    subject.close(subject.run(inputs_of(case, masks=True), case.noise), literal(subject, case), "masked batch")
+    subject.close(subject.run(inputs_of(case, masks=True), case.noise), wanted(subject, case), "masked batch")
 
 
 def check_fresh(subject: Subject) -> None:
@@ -115,7 +179,7 @@ def check_fresh(subject: Subject) -> None:
         other = Case(**{**case.__dict__, name: value})
         changed = subject.run(inputs_of(other), case.noise)
         assert float((changed - first).abs().max()) > 1e-4, f"the actions did not react to new {name}"
-        subject.close(changed, literal(subject, other), f"after new {name}")
+        subject.close(changed, wanted(subject, other), f"after new {name}")
     assert torch.equal(subject.run(inputs_of(case), case.noise), first), "the first answer did not come back"
 
 
@@ -125,7 +189,7 @@ def check_two_caches_do_not_mix(subject: Subject) -> None:
     subject.run(inputs_of(other), other.noise)
     subject.close(
         subject.run(inputs_of(case), other.noise),
-        literal(subject, Case(**{**case.__dict__, "noise": other.noise})),
+        wanted(subject, Case(**{**case.__dict__, "noise": other.noise})),
         "noise",
     )
 
@@ -143,7 +207,7 @@ def check_committed_actions(subject: Subject) -> None:
     for delay in (3, 1):
         got = subject.run(inputs_of(case), case.noise, PreviousChunk(older.to(subject.device), delay, "trained"))
         assert torch.equal(got[:, :delay], older[:, :delay]), "committed actions were moved"
-        subject.close(got, literal(subject, case, clamp=(older, delay)), f"committed {delay}")
+        subject.close(got, wanted(subject, case, clamp=(older, delay)), f"committed {delay}")
 
 
 def check_infer_is_both_stages(subject: Subject) -> None:
@@ -154,9 +218,9 @@ def check_infer_is_both_stages(subject: Subject) -> None:
         moved = on_device(subject, inputs_of(case))
         noise = case.noise.to(subject.device)
         for previous in (None, PreviousChunk(older, 2, "trained")):
-            wanted = subject.backend.denoise(subject.backend.prefill(moved), noise, previous=previous).clone()
+            both = subject.backend.denoise(subject.backend.prefill(moved), noise, previous=previous).clone()
             got = subject.backend.infer(moved, noise, previous=previous)
-            assert torch.equal(got, wanted), f"infer differs, previous {previous is not None}"
+            assert torch.equal(got, both), f"infer differs, previous {previous is not None}"
 
 
 def check_look_changes_no_bit(subject: Subject) -> None:
@@ -188,13 +252,11 @@ def check_trace_tells_the_truth(subject: Subject) -> None:
     assert len(trace.x) == STEPS + 1, f"x has {len(trace.x)} entries"
     assert len(trace.velocity) == STEPS, f"velocity has {len(trace.velocity)} entries"
     assert torch.equal(trace.x[-1].float().cpu(), got), "the last x is not the answer"
-    _, velocities, *_ = Literal(subject.config, subject.tensors).sample(
-        case, flow.time_grid(STEPS, subject.config.time_grid)
-    )
+    _, velocities = subject.truth.sample(case)
     subject.close(trace.velocity[0].float().cpu(), velocities[0], "first velocity")
     assert trace.vision_tokens is not None, "no vision tokens"
     assert trace.prefix_embeds is not None, "no prefix embeds"
-    views, embeds, *_ = Literal(subject.config, subject.tensors).prefix(case)
+    views, embeds, _ = subject.truth.prefix(case)
     subject.close(trace.vision_tokens.float().cpu(), views, "vision tokens")
     subject.close(trace.prefix_embeds.float().cpu(), embeds, "prefix embeds")
 
@@ -203,8 +265,8 @@ def check_cache_holds_keys_and_values(subject: Subject) -> None:
     case = case_of(subject.config)
     moved = on_device(subject, inputs_of(case))
     cache = subject.backend.prefill(moved)
-    _, _, mask, past = Literal(subject.config, subject.tensors).prefix(case)
-    S = int(mask.sum())
+    _, embeds, past = subject.truth.prefix(case)
+    S = embeds.shape[1]
     assert int(cache.length[0]) == S + (subject.kind == "pi0"), f"length {int(cache.length[0])}"
     for layer, (k, v) in enumerate(past):
         subject.close(cache.k[layer][:, :S].float().cpu(), k, f"K of layer {layer}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -88,6 +89,11 @@ def test_bad_plans_are_refused(tmp_path):
         quantize.apply(build(config, random_tensors(config)), plan.preset("fp8-mlp"))
     with pytest.raises(ConfigError, match="unknown precision plan"):
         plan.preset("fp8-everything")
+    for pattern in (5, None, ["prefix.*"]):
+        rule = {"pattern": pattern, "format": "e4m3", "weight_scale": "channel"}
+        (tmp_path / "plan.json").write_text(json.dumps({"version": 1, "name": "x", "rules": [rule]}))
+        with pytest.raises(ConfigError, match="the pattern"):
+            plan.read(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a precision plan"):
         plan.read(tmp_path / "plan.json")

@@ -18,7 +18,7 @@ from vivace.backends.tensorrt.engine import NoMemory
 from vivace.backends.tensorrt.identity import Identity, identify
 from vivace.backends.tensorrt.networks import Shapes
 from vivace.config import ModelConfig, TensorRTConfig
-from vivace.errors import Unsupported
+from vivace.errors import ConfigError, Unsupported
 from vivace.model.pi import Pi
 from vivace.precision.fit import all_layers
 from vivace.precision.plan import preset
@@ -298,3 +298,18 @@ def test_anew_does_not_look_on_disk(rtx, tmp_path):
     again = run.make(plan, "vision", Shapes(batch=2), targets=SM89, where=tmp_path, anew=True)
     assert first.path == again.path
     assert again.seconds > 0.0
+
+
+def test_a_folder_with_the_name_of_an_engine_is_refused_like_a_damaged_one(tmp_path):
+    (tmp_path / "a.engine").mkdir()
+    found = cache.find(tmp_path, WHO)
+    assert found.engine is None
+    assert "Is a directory" in found.refused[0]
+    path = cache.store(tmp_path, WHO, ENGINE, facts={"part": "prefix"})
+    assert cache.find(tmp_path, WHO).path == path
+
+
+def test_an_engine_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot write the engine"):
+        cache.store(tmp_path / "file" / "engines", WHO, ENGINE, facts={})

@@ -175,6 +175,15 @@ def test_fp8_for_a_target_without_fp8(rtx, vivace, checkpoint, plan, tmp_path):
     code, _, text = vivace("build", checkpoint, "--target", "sm86", "--precision", plan, "--engines", tmp_path)
     assert code == 2
     assert "sm86 (RTX 30) has no FP8" in " ".join(text.split())
+    assert not list(tmp_path.glob("*.engine")), "vision was built before the plan was looked at"
+
+
+def test_a_narrow_base_of_a_float32_model_is_refused(rtx, vivace, checkpoint, tmp_path):
+    options = ("--target", "sm89", "--parts", "step", "--base", "fp16", "--engines", tmp_path)
+    code, _, text = vivace("build", checkpoint, "--precision", "float32", *options)
+    assert code == 2
+    assert "--precision bfloat16" in " ".join(text.split())
+    assert vivace("build", checkpoint, "--precision", "bfloat16", "--prompts", "8", *options)[0] == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

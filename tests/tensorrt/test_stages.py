@@ -20,7 +20,7 @@ from vivace.backends.tensorrt.networks import Network, Part, Shapes
 from vivace.backends.tensorrt.stages import EnginePolicy
 from vivace.backends.tensorrt.targets import Target
 from vivace.config import EngineConfig, TensorRTConfig
-from vivace.errors import ShapeError
+from vivace.errors import ConfigError, ShapeError
 from vivace.precision.coverage import Coverage, fallbacks, rows
 from vivace.types import PreviousChunk, Trace
 
@@ -156,6 +156,8 @@ def test_compute_type(rtx):
     half = build(config, random_tensors(config), dtype_of=lambda name: torch.bfloat16)
     ada, turing = Target(89), Target(75)
     assert tensorrt.base_of(wide, EngineConfig(), ada) == "fp32"
+    with pytest.raises(ConfigError, match="--precision bfloat16"):
+        tensorrt.base_of(wide, EngineConfig(tensorrt=TensorRTConfig(base="fp16")), ada)
     assert [tensorrt.base_of(half, EngineConfig(), gpu) for gpu in (ada, turing)] == ["bf16", "fp16"]
     assert tensorrt.base_of(half, EngineConfig(tensorrt=TensorRTConfig(base="fp16")), ada) == "fp16"
 

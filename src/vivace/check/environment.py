@@ -57,6 +57,11 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
     print(json.dumps({"name": name}), flush=True)
 """
+_COMPILER_PROBE = """
+import json
+from vivace.ops.toolchain import compiler_missing
+print(json.dumps({"missing": compiler_missing()}))
+"""
 _BACKEND_PROBE = """
 import json, sys
 from vivace.backends.base import BACKENDS, why_not
@@ -173,6 +178,12 @@ def backends() -> dict[str, dict[str, Any]]:
         left = [name for name in lines[0]["all"] if name not in found]
         if not left:
             return found
+
+
+def compiler_missing() -> str | None:
+    """What Triton would not find when it compiles the launcher of a kernel; None = it finds all, or cannot be asked."""
+    missing = probe(_COMPILER_PROBE).get("missing")
+    return None if missing is None else str(missing)
 
 
 def writable(folder: Path) -> str | None:

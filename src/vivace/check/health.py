@@ -33,6 +33,7 @@ def examine(tokenizer: Path | None = None) -> tuple[list[Check], dict[str, Any]]
         *_dependencies(),
         *_torch(facts["torch"]),
         *_backends(),
+        *_compiler(facts["torch"]),
         *_optional(),
         _cache(),
         _tokenizer(tokenizer),
@@ -117,6 +118,17 @@ def _backends() -> list[Check]:
         found = "; ".join(filter(None, [f"runs on {', '.join(works)}" if works else "", refused]))
         checks.append(Check(f"backend {name}", state, found))
     return checks
+
+
+def _compiler(torch: dict[str, Any]) -> list[Check]:
+    """Triton's C compiler, where there is a GPU to launch kernels on."""
+    if not torch.get("gpus"):
+        return []
+    missing = environment.compiler_missing()
+    if missing is None:
+        return [Check("C compiler", "fine", "Triton finds one, and Python's headers")]
+    what, _, do = missing.rpartition("; ")
+    return [Check("C compiler", "absent", f"{what}: no kernel can be launched on the GPU", do)]
 
 
 def _optional() -> list[Check]:

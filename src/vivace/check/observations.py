@@ -42,8 +42,10 @@ def synthetic(
         count: how many.
         seed: of the generator.
         prepare: `Policy.prepare`; an instruction that is too long for this policy loses words from its end.
-    Raises: ObservationError from `prepare`, if one word is too much.
+    Raises: ObservationError from `prepare`, if one word is too much; ConfigError for a negative seed.
     """
+    if seed < 0:
+        raise ConfigError("the seed of made-up observations cannot be used", got=seed, wanted="0 or more")
     generator = np.random.default_rng(seed)
     requests = [_request(io, generator, index) for index in range(count)]
     if prepare is not None:
@@ -95,22 +97,52 @@ def digest(requests: Sequence[Mapping[str, Any]]) -> str:
     return whole.hexdigest()[:12]
 
 
+def cameras(requests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of the images of these requests, in the order in which they first occur."""
+    return list(dict.fromkeys(key for request in requests for key, value in request.items() if np.ndim(value) == 3))
+
+
 def doubts(requests: Sequence[Mapping[str, Any]]) -> list[str]:
     """Reasons to believe that no robot saw these: constant images, white noise, the same observation again and again.
 
     It recognises the usual stand-ins and nothing more: a good forgery passes.
     """
     found = []
+    reasons: dict[str, list[tuple[int, str | None]]] = {key: [] for key in cameras(requests)}
     for index, request in enumerate(requests):
-        images = {key: np.asarray(value) for key, value in request.items() if np.ndim(value) == 3}
-        if not images:
+        if not (seen := cameras([request])):
             found.append(f"observation {index} has no image")
-        for key, image in images.items():
-            if (reason := _unlike_a_camera(image)) is not None:
-                found.append(f"observation {index}, {key}: {reason}")
+        for key in seen:
+            reasons[key].append((index, _unlike_a_camera(np.asarray(request[key]))))
+    for key, said in reasons.items():
+        every = {reason for _, reason in said}
+        if len(said) > 1 and len(every) == 1 and None not in every:
+            found.append(f"camera {key}: {said[0][1]} in every observation")
+        else:
+            found += [f"observation {index}, {key}: {reason}" for index, reason in said if reason is not None]
     if len(requests) > 1 and len({digest([request]) for request in requests}) == 1:
         found.append(f"all {len(requests)} observations are the same")
     return found
+
+
+def unlike_a_robot(doubts: Sequence[str]) -> ConfigError:
+    """The error of a calibration on such observations."""
+    dark = any("constant" in doubt for doubt in doubts)
+    drop = (
+        "leave a camera that is not connected out with --without KEY, if the policy can do without it; " if dark else ""
+    )
+    return ConfigError(
+        "these observations are not from a robot", got="; ".join(doubts[:3]), wanted="recorded requests",
+        do=f"ranges measured on them mean nothing for a robot; {drop}for self-tests say --synthetic",
+    )  # fmt: skip
+
+
+def without(requests: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The requests without these cameras. Raises ConfigError for a key that is no camera of theirs."""
+    known = cameras(requests)
+    if unknown := [key for key in keys if key not in known]:
+        raise ConfigError("--without names no camera", got=", ".join(unknown), wanted=f"some of {', '.join(known)}")
+    return [{key: value for key, value in request.items() if key not in keys} for request in requests]
 
 
 def _unlike_a_camera(image: NDArray[Any]) -> str | None:

@@ -11,9 +11,11 @@ from typing import Any
 
 from ..errors import ConfigError
 from .report_clip import Clip, figure
+from .report_full_size import hopper
 from .report_html import esc, fold, pairs, pill, raw
 from .report_sections import kind_of, machine, outcome, render
 from .report_style import CSS
+from .waterfall import alike
 
 TITLES = {
     "bench": "Speed",
@@ -47,7 +49,7 @@ def build(results: Sequence[tuple[str, Entry]], *, title: str = "vivace report")
     links = "".join(
         f'<a href="#r{i}">{esc(_title(entry))} {outcome_of(name, entry)}</a>' for i, (name, entry) in enumerate(results)
     )
-    sections = "".join(_section(i, name, entry) for i, (name, entry) in enumerate(results))
+    sections = "".join(_section(i, name, entry, results) for i, (name, entry) in enumerate(results))
     documents = [entry for _, entry in results if not isinstance(entry, Clip)]
     latest = max((str(document.get("created_utc", "")) for document in documents), default="")
     machines = list(dict.fromkeys(machine(doc.get("environment") or {}) for doc in documents if doc.get("environment")))
@@ -72,13 +74,13 @@ def outcome_of(name: str, document: Entry) -> str:
         raise _incomplete(name, document, error) from error
 
 
-def _section(index: int, name: str, document: Entry) -> str:
+def _section(index: int, name: str, document: Entry, results: Sequence[tuple[str, Entry]]) -> str:
     if isinstance(document, Clip):
         return (
             f'<section id="r{index}"><div class="head"><h2>{_title(document)}</h2></div>{figure(document)}</section>\n'
         )
     try:
-        inner = render(document)
+        inner = _full_size(index, document, results) if kind_of(document) == "hopper" else render(document)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _incomplete(name, document, error) from error
     made_by = (
@@ -97,6 +99,19 @@ def _section(index: int, name: str, document: Entry) -> str:
         f'<p class="soft">{esc(name)}, {esc(made_by)}</p>{inner}{where}{repeat}'
         f"{raw(document)}</section>\n"
     )
+
+
+def _full_size(index: int, document: Mapping[str, Any], results: Sequence[tuple[str, Entry]]) -> str:
+    """One of several results of one GPU: the first one's waterfalls have the rows of all."""
+    same = [
+        (at, name, other)
+        for at, (name, other) in enumerate(results)
+        if not isinstance(other, Clip) and kind_of(other) == "hopper" and alike(other) == alike(document)
+    ]
+    first, its_name, _ = same[0]
+    if index != first:
+        return hopper(document, above=its_name)
+    return hopper(document, beside=[(name, other) for _, name, other in same[1:] if other["rows"]])
 
 
 def _title(document: Entry) -> str:

@@ -8,15 +8,20 @@ from typing import Any
 from . import report_plots as plots
 from .report_html import esc, figures, fold, num, pairs, pill, table, tiles, verdict
 from .results import number
-from .waterfall import Step, settings, waterfall
+from .waterfall import Step, merged, settings, waterfall
 
 Document = Mapping[str, Any]
 
 
-def hopper(document: Document) -> str:
-    """A result of `vivace bench --preset hopper`."""
+def hopper(document: Document, beside: Sequence[tuple[str, Document]] = (), above: str = "") -> str:
+    """A result of `vivace bench --preset hopper`.
+
+    beside  further results, by file name, whose rows stand in the same waterfalls
+    above   the file whose section has the waterfalls with this one's rows; "" = this one's
+    """
     named = settings(document)
-    steps = {name: waterfall(document, name) for name in named}
+    whole = merged([document, *(other for _, other in beside)])
+    steps = {} if above else {name: waterfall(whole, name) for name in settings(whole)}
     replays = [row for row in document["rows"] if row["boundary"] == "B0"]
     fastest = [min((r for r in replays if r["setting"] == name), key=_p50) for name in named]
     top = [(f"{num(_p50(row))} ms", f"{row['engine']}, ({row['setting']})") for row in fastest]
@@ -31,13 +36,24 @@ def hopper(document: Document) -> str:
             tiles([(esc(value), what) for value, what in top]),
             f"<h3>Missed</h3><ul>{missed}</ul>" if missed else "",
             f"<h3>Not run</h3><ul>{skipped}</ul>" if skipped else "",
+            _whence([name for name, _ in beside], above),
             *(_waterfall(name, found) for name, found in steps.items() if len(found) > 1),
             "<h3>Latency, milliseconds</h3>" + _latency(document["rows"]),
-            fold("stages, rates and floors", _rates(document["rows"])),
+            fold("stages, rates and floors", _ceilings(document) + _rates(document["rows"], document.get("ceilings"))),
             "<h3>Actions against float32</h3>" + _accuracy(document["accuracy"]),
             _rest(document),
         ]
     )
+
+
+def _whence(beside: Sequence[str], above: str) -> str:
+    """Which files the rows of the waterfalls come from, where it is not this one alone."""
+    if above:
+        return f'<p class="soft">The rows of this result stand in the waterfalls of {esc(above)}.</p>'
+    if not beside:
+        return ""
+    files = esc(", ".join(beside))
+    return f'<p class="soft">The waterfalls also have rows of {files}: other runs, on a GPU of the same name.</p>'
 
 
 def _p50(row: Document) -> float:
@@ -97,18 +113,41 @@ def _marks(row: Document) -> str:
     )
 
 
-def _rates(rows: Sequence[Document]) -> str:
-    cells = [
-        [
-            f"({esc(row['setting'])}) {esc(row['engine'])}", esc(stage), num(row["stages_ms"][stage]),
-            *(num(rate[key]) for key in ("tflop_s", "gb_s", "floor_ms")), f"{100 * number(rate['of_floor']):.0f} %",
-        ]
-        for row in rows
-        for stage, rate in row.get("rates", {}).items()
-    ]  # fmt: skip
-    return table(
-        ["setting, engine", "stage", "ms", "TFLOP/s", "GB/s", "floor, ms", "floor / time"], cells, text_columns=(1,)
-    )
+def _ceilings(document: Document) -> str:
+    """The rates that large work reaches on this GPU, and those of its datasheet."""
+    lines = []
+    for key, what in (("ceilings", "large work"), ("published", "the datasheet")):
+        if found := document.get(key):
+            said = "not measured, taken" if found.get("measured") is False else "measured"
+            said = "published" if key == "published" else said
+            lines.append(
+                f"{what} ({said}): {num(found['bf16_tflops'])} TFLOP/s in bfloat16, {num(found['fp8_tflops'])} in FP8, "
+                f"{num(found['copy_gb_s'])} GB/s"
+            )
+    return f'<p class="soft">Ceilings: {esc("; ".join(lines))}.</p>' if lines else ""
+
+
+def _ceiling_of(rate: Document, ceilings: Document | None) -> tuple[str, str]:
+    """(TFLOP/s, GB/s) that a stage of this share of FP8 could reach."""
+    if not ceilings:
+        return "-", "-"
+    share = number(rate["fp8_share"])
+    mixed = 1.0 / (share / number(ceilings["fp8_tflops"]) + (1.0 - share) / number(ceilings["bf16_tflops"]))
+    return num(mixed), num(ceilings["copy_gb_s"])
+
+
+def _rates(rows: Sequence[Document], ceilings: Document | None) -> str:
+    cells = []
+    for row in rows:
+        for stage, rate in row.get("rates", {}).items():
+            compute, memory = _ceiling_of(rate, ceilings)
+            cells.append([
+                f"({esc(row['setting'])}) {esc(row['engine'])}", esc(stage), num(row["stages_ms"][stage]),
+                num(rate["tflop_s"]), compute, num(rate["gb_s"]), memory, num(rate["floor_ms"]),
+                f"{100 * number(rate['of_floor']):.0f} %",
+            ])  # fmt: skip
+    heads = ["setting, engine", "stage", "ms", "TFLOP/s", "ceiling", "GB/s", "ceiling", "floor, ms", "floor / time"]
+    return table(heads, cells, text_columns=(1,))
 
 
 def _accuracy(rows: Sequence[Document]) -> str:

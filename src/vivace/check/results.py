@@ -9,6 +9,7 @@ strings "nan", "inf", "-inf" and read back by `number`, so a broken number stays
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
@@ -77,11 +78,21 @@ def number(value: Any) -> float:
 
 
 def write_result(path: Path, document: Mapping[str, Any]) -> None:
-    """Write one result; the folder is created. The file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write one result, see `write_text`."""
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; the folder is created. It appears complete or not at all. Raises ConfigError where it cannot be."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise ConfigError(f"cannot write {path}", got=error, do="name another file with -o") from error
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -34,10 +34,17 @@ class Asked:
 
 
 def choose_horizon(asked: int | None, told: int | None, file: str) -> tuple[int, list[str], dict[str, str]]:
-    """Horizon, notes and guesses: what was asked, else what the folder says, else the family's default and a note."""
+    """Horizon, notes and guesses: what was asked, else what the folder says, else the family's default and a note.
+
+    Raises ConfigError where the two differ: a network makes chunks of the length that it was trained on.
+    """
     if asked is not None:
-        differs = told is not None and told != asked
-        return asked, [f"horizon {asked} was asked for; {file} says {told}"] if differs else [], {}
+        if told is not None and told != asked:
+            raise ConfigError(
+                "the checkpoint says how many actions a chunk has", got=f"horizon {asked}", wanted=f"{told}, see {file}",
+                do="leave the horizon (--horizon) out",
+            )  # fmt: skip
+        return asked, [], {}
     if told is not None:
         return told, [], {}
     guess = f"{DEFAULT_HORIZON}, the family's default; the folder does not say. Set it with horizon (--horizon)"

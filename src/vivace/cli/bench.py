@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,11 +18,11 @@ from ..check import bench, environment, observations
 from ..check.budget import budget, read_run
 from ..check.metrics import at_least, cosine, rel_l2
 from ..check.parity import marks_of
-from ..check.results import result, write_result
+from ..check.results import result
 from ..check.setting import setting_of
 from ..errors import ConfigError, NumericsError
-from .output import FAILED, OK, console, emit, show_coverage
-from .policy_args import PolicyArgs, load, refuse_early
+from .output import FAILED, OK, console, deliver, emit, refuse_output, show_coverage
+from .policy_args import PolicyArgs, load, refuse_early, require
 
 if TYPE_CHECKING:
     from ..runtime.policy import Policy
@@ -71,7 +71,7 @@ class Args:
     target_hz: float | None = None
     """Also say how far each engine is from this rate."""
     observations: Path | None = None
-    """A folder of recorded requests (.npz); default: a made-up one. The first is used, repeated."""
+    """Recorded requests (.npz files, or a LeRobot dataset); default: a made-up one. The first is used, repeated."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Also write the JSON here."""
     policy: tyro.conf.OmitArgPrefixes[PolicyArgs] = field(default_factory=PolicyArgs)
@@ -80,12 +80,11 @@ class Args:
 
 def run(args: Args) -> int:
     """Load every engine, check its output, time them interleaved. Exit code 1: see `Args`."""
+    refuse_output(args.output)
     if args.preset is not None:
         return _preset(args)
     names = _names(args.engines)
-    for name in names:
-        refuse_early(args.policy, name.partition(":")[0])
-    wanted, request = _reference(args)
+    wanted, request = _reference(args, _checked(args, names))
     policies = {name: _load(args, name) for name in names}
     outputs: dict[str, dict[str, float]] = {}
 
@@ -106,9 +105,7 @@ def run(args: Args) -> int:
         speedups = [bench.speedup(times[name], times[names[0]]) for name in names[1:]]
         document = _document(args, policies[names[0]], request, {"engines": engines, "speedups": speedups}, before)
         _show(document)
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
+    deliver(document, args.output)
     return OK if document["passed"] else FAILED
 
 
@@ -211,12 +208,21 @@ def _load(args: Args, name: str) -> Policy:
     return load(_path(args), args.policy, backend=backend, precision=precision or "auto")
 
 
-def _reference(args: Args) -> tuple[Any, Any]:
+def _checked(args: Args, names: Sequence[str]) -> Any:
+    """The recorded request, or None for a made-up one. Raises what is wrong with the arguments, before anything runs."""
+    require("--samples", args.samples, least=1)
+    require("--warmup-seconds", args.warmup_seconds, least=0)
+    require("--target-hz", args.target_hz, above=0)
+    for name in names:
+        backend, _, precision = name.partition(":")
+        refuse_early(_path(args), args.policy, backend=backend, precision=precision or "auto")
+    return None if args.observations is None else observations.recorded(args.observations)[0]
+
+
+def _reference(args: Args, request: Any) -> tuple[Any, Any]:
     """Actions of the float32 eager reference, and the request; the model is released before others are loaded."""
     reference = load(_path(args), args.policy, backend="eager", precision="float32")
-    if args.observations is not None:
-        request = observations.recorded(args.observations)[0]
-    else:
+    if request is None:
         request = observations.synthetic(reference.io, 1, seed=args.policy.seed or 0, prepare=reference.prepare)[0]
     actions = np.array(reference.infer(request).actions_normalized)
     del reference

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from ..check.budget import Budget, budget, read_run
 from ..check.gpus import find_gpu
-from ..check.results import read_result, result, write_result
-from .output import OK, console, emit
+from ..check.results import read_result, result
+from .output import OK, console, deliver, refuse_output
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Args:
 
 def run(args: Args) -> int:
     """Print the table and the JSON. A target that cannot be met is an answer, not a failure: exit code 0."""
+    refuse_output(args.output)
     measured = read_run(read_result(args.result), engine=args.engine)
     answer = budget(
         measured,
@@ -54,9 +55,7 @@ def run(args: Args) -> int:
     )
     document = result("budget", {"measured": measured, "budget": answer})
     _show(answer)
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
+    deliver(document, args.output)
     return OK
 
 

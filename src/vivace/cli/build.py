@@ -13,10 +13,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..check import environment
-from ..check.results import result, write_result
+from ..check.results import result
 from ..config import TensorRTBase, TensorRTConfig
 from ..errors import ConfigError
-from .output import OK, console, emit, show_coverage
+from .output import OK, console, deliver, refuse_output, refuse_output_folder, show_coverage
 from .policy_args import CheckpointArgs
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ def run(args: Args) -> int:
     from ..backends.tensorrt import module as modules
     from ..checkpoints.open import open_checkpoint
 
+    refuse_output(args.output)
+    where = args.engines if args.engines is not None else cache.folder()
+    refuse_output_folder(where)
     _chosen_parts(args.parts)
     _chosen_prompts(args.prompts)
     if args.views is not None and args.views < 1:
@@ -84,7 +87,7 @@ def run(args: Args) -> int:
         lerobot_version=args.checkpoint.lerobot_version,
     )  # fmt: skip
     source = _source(args, opened, module, wanted)
-    where = args.engines if args.engines is not None else cache.folder()
+    _refuse_formats(args, source.recipe, wanted or [targets.here()])
     made, begin = [], time.perf_counter()
     with Progress(console=console, transient=True) as bar:
         for part, shapes in _networks(args, opened, baked=source.recipe.baked):
@@ -114,9 +117,7 @@ def _finish(args: Args, source: Source, made: Sequence[Made], *, seconds: float)
     _show(made, source, seconds)
     show_coverage(coverage, title="what the networks compute in (nothing was run)")
     document = result("build", body, environment=environment.collect())
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
+    deliver(document, args.output)
 
 
 def _row(one: Made) -> dict[str, Any]:
@@ -175,6 +176,20 @@ def _source(args: Args, opened: Checkpoint, module: Module, wanted: Sequence[Tar
     return Source(recipe, precision.plan, facts)
 
 
+def _refuse_formats(args: Args, recipe: Recipe, targets: Sequence[Target]) -> None:
+    """Raise Unsupported if the plan puts a layer of the chosen parts into a type that a target lacks: before any build."""
+    import torch
+
+    from ..backends.tensorrt.targets import check_types
+    from ..precision.fit import all_layers
+
+    stacks = {"vision": ("vision.", "projector"), "prefix": ("prefix.",), "step": ("expert.",), "loop": ("expert.",)}
+    layers = tuple(name for part in _chosen_parts(args.parts) for name in stacks[part])
+    chosen = [name for name in all_layers(recipe.outlined) if name.startswith(layers)]
+    if "e4m3" in recipe.plan.formats(chosen).values():
+        check_types(targets, types=[torch.float8_e4m3fn], module=recipe.module)
+
+
 def _with_weights(args: Args, opened: Checkpoint, module: Module, base: TensorRTBase) -> Recipe:
     """Weights go into the engines, so they are loaded, quantised and kept."""
     import torch
@@ -209,16 +224,10 @@ def _without(args: Args, opened: Checkpoint, module: Module, base: TensorRTBase,
 
 
 def _base(args: Args, dtype: str, wanted: Sequence[Target]) -> TensorRTBase:
-    import torch
+    from ..backends.tensorrt.targets import choose_base, here
 
-    from ..backends.tensorrt.targets import FIRST, here
-
-    if dtype == "float32":
-        return "fp32"
-    if args.tensorrt.base != "auto":
-        return args.tensorrt.base
     oldest = min(target.number for target in wanted or [here()])
-    return "bf16" if oldest >= FIRST[torch.bfloat16][0] else "fp16"
+    return choose_base(args.tensorrt.base, oldest, float32=dtype == "float32")
 
 
 def _networks(args: Args, opened: Checkpoint, *, baked: bool) -> Iterator[tuple[Part, Shapes]]:

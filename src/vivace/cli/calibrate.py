@@ -15,10 +15,10 @@ from rich.table import Table
 
 from ..check import environment, observations
 from ..check.metrics import cosine, rel_l2
-from ..check.results import result
+from ..check.results import result, write_text
 from ..errors import ConfigError
-from .output import FAILED, OK, console, emit
-from .policy_args import PolicyArgs, load
+from .output import FAILED, OK, console, emit, refuse_output
+from .policy_args import PolicyArgs, load, require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,10 @@ class Args:
     path: tyro.conf.Positional[Path]
     """Checkpoint folder."""
     data: Path | None = None
-    """A folder of recorded requests (.npz), 64 or more over all phases of the task."""
+    """Recorded requests: a folder of .npz files, 64 or more over all phases of the task, or a LeRobot dataset, of which 256
+    frames are taken, spread over all episodes."""
+    without: tuple[str, ...] = ()
+    """Cameras (keys of the requests) to leave out of --data: not connected, so black; the policy must do without them."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write the plan here, for --precision of check, bench and serve."""
     preset: str = "fp8-mlp"
@@ -89,9 +92,11 @@ class Measured:
 
 def run(args: Args) -> int:
     """Calibrate; measure sensitivities if asked; write the plan unless it misses its bound; print."""
+    refuse_output(args.output)
     percentile, base = _percentile(args.percentile), replace(_base(args.preset), base=args.base)
+    given = _given(args)
     with Progress(console=console, transient=True) as bar:
-        found = _measure(args, base, percentile, bar)
+        found = _measure(args, base, given, percentile, bar)
         rows: tuple[Alone, ...] = ()
         mixed: Mixed | None = None
         judged: Score | None = None
@@ -119,24 +124,28 @@ def run(args: Args) -> int:
             "held_out": judged, "held_out_observations": len(found.data.held_out),
             "left_out": mixed.left_out,
         }  # fmt: skip
-    if args.output is not None and passed:
-        _write(args.output, plan)
-    _show(found, rows, body, args.output if passed else None)
+    _show(found, rows, body)
     emit(result("calibrate", body, environment=environment.collect()))
+    if args.output is not None and passed:
+        write_text(args.output, plan.to_json() + "\n")
+        next_command = f"vivace check {args.path} --precision {args.output}"
+        console.print(f"wrote {args.output}; next: {next_command}", markup=False, soft_wrap=True)
     return OK if passed else FAILED
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def _measure(args: Args, base: PrecisionPlan, percentile: float | None, bar: Progress) -> Measured:
+def _measure(
+    args: Args, base: PrecisionPlan, given: Sequence[Any], percentile: float | None, bar: Progress
+) -> Measured:
     """Run every observation through the bfloat16 model and look at what each linear reads."""
     from ..precision import calibrate, coverage, fit
 
     task = bar.add_task(f"loading in {args.base}", total=None)
     policy = load(args.path, args.policy, backend="eager", precision=args.base)
     checkpoint_hash = policy.engine.checkpoint_hash
-    data = _data(args, policy)
+    data = _data(args, given, policy)
     bar.update(task, total=len(data.used), description="measuring ranges")
     seen, before = coverage.Coverage(kernel="eager"), policy.model.ops
     policy.model.ops = seen.wrap(before)
@@ -261,27 +270,39 @@ def _base(text: str) -> PrecisionPlan:
     return replace(base, amax={}, checkpoint_hash="", data="", data_hash="", method="")
 
 
-def _data(args: Args, policy: Policy) -> Data:
-    """Raises ConfigError for data that no robot saw, unless the caller calls it synthetic."""
+def _given(args: Args) -> Sequence[Any]:
+    """The recorded requests; none where they are to be made up.
+
+    Raises ConfigError for numbers that cannot be used and for data that no robot saw, unless it is called synthetic.
+    """
+    require("--sensitivity-observations", args.sensitivity_observations, least=1)
+    require("--max-action-error", args.max_action_error, above=0)
+    require("--observations", args.observations, least=0)
     if (args.data is None) == (args.observations == 0):
         raise ConfigError(
-            "calibration needs one source of observations", wanted="--data FOLDER of recorded requests (.npz)",
+            "calibration needs one source of observations",
+            wanted="--data FOLDER of recorded requests (.npz), or a LeRobot dataset",
             do="or, for self-tests only, --observations N --synthetic",
         )  # fmt: skip
+    if args.data is None:
+        if not args.synthetic:
+            raise observations.unlike_a_robot(["they are made up"])
+        return []
+    requests = observations.without(observations.recorded(args.data), args.without)
+    if (doubts := observations.doubts(requests)) and not args.synthetic:
+        raise observations.unlike_a_robot(doubts)
+    return requests
+
+
+def _data(args: Args, given: Sequence[Any], policy: Policy) -> Data:
+    """What measures and what judges, of the given requests or of made-up ones."""
     if args.data is not None:
-        requests = observations.recorded(args.data)
-        doubts = observations.doubts(requests)
-        name = f"{args.data.resolve().name}, {len(requests)} observations"
+        requests, name = given, f"{args.data.resolve().name}, {len(given)} observations"
+        name += f" without {', '.join(args.without)}" if args.without else ""
     else:
         seed = args.policy.seed or 0
         requests = observations.synthetic(policy.io, args.observations, seed=seed, prepare=policy.prepare)
-        doubts = ["they are made up"]
         name = f"{args.observations} made-up observations"
-    if doubts and not args.synthetic:
-        raise ConfigError(
-            "these observations are not from a robot", got="; ".join(doubts[:3]), wanted="recorded requests",
-            do="ranges measured on them mean nothing for a robot; for self-tests say --synthetic",
-        )  # fmt: skip
     held_out: Sequence[Any] = []
     if args.max_action_error is not None:
         if len(requests) < 2:
@@ -294,8 +315,6 @@ def _data(args: Args, policy: Policy) -> Data:
 
 def _spread(requests: Sequence[Any], count: int) -> Sequence[Any]:
     """At most `count` of the requests, evenly over all of them."""
-    if count < 1:
-        raise ConfigError("--sensitivity-observations must be at least 1", got=count)
     step = max(1, -(-len(requests) // count))
     return requests[::step]
 
@@ -337,7 +356,7 @@ def _remarks(found: Measured, *, passed: bool) -> list[str]:
     return remarks
 
 
-def _show(found: Measured, rows: Sequence[Alone], body: Mapping[str, Any], written: Path | None) -> None:
+def _show(found: Measured, rows: Sequence[Alone], body: Mapping[str, Any]) -> None:
     quantised = sorted(_quantised(found), key=lambda row: (-row.saturated / row.values, -row.flushed / row.values))
     shown = f"{min(SHOWN, len(quantised))} of {len(quantised)} layers, most saturated first"
     table = Table(title=escape(f"{found.plan.name}, {found.data.source}"), caption=shown)
@@ -362,10 +381,6 @@ def _show(found: Measured, rows: Sequence[Alone], body: Mapping[str, Any], writt
         )
     for remark in body["remarks"]:
         console.print(escape(remark), style="yellow", highlight=False)
-    if written is not None:
-        console.print(
-            f"wrote {escape(str(written))}; next: vivace check {escape(body['checkpoint'])} --precision {written}"
-        )
 
 
 def _show_alone(rows: Sequence[Alone]) -> None:
@@ -377,10 +392,3 @@ def _show_alone(rows: Sequence[Alone]) -> None:
         cells = f"{row.score.rel_l2:.2e}", f"{row.score.cosine:.7f}", f"{row.flops / total:.2%}"
         table.add_row(row.layer, *cells)
     console.print(table)
-
-
-def _write(path: Path, plan: PrecisionPlan) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(plan.to_json() + "\n", encoding="utf-8")
-    partial.replace(path)

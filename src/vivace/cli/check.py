@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,10 @@ from rich.table import Table
 
 from ..check import environment, observations, parity
 from ..check.metrics import Errors
-from ..check.results import result, write_result
+from ..check.results import result
 from ..check.setting import setting_of
-from ..errors import ShapeError
-from .output import FAILED, OK, console, emit, show_coverage
+from ..errors import ConfigError, ShapeError
+from .output import FAILED, OK, console, deliver, refuse_output, show_coverage
 from .policy_args import PolicyArgs, load, refuse_early
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class Args:
     precision: str = "auto"
     """float32, bfloat16, auto = what the checkpoint declares, or a plan file (vivace calibrate)."""
     observations: str = "4"
-    """A number = that many made-up observations; a folder = recorded ones, .npz files with the keys of a request."""
+    """A number = that many made-up observations; a folder = recorded ones: .npz files with the keys of a request, or a
+    LeRobot dataset, of which 256 frames are taken."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Also write the JSON here."""
     policy: tyro.conf.OmitArgPrefixes[PolicyArgs] = field(default_factory=PolicyArgs)
@@ -61,7 +63,10 @@ class Evidence:
 
 def run(args: Args) -> int:
     """Run the reference, then the candidate, on the same observations and noise; judge; print."""
-    found = _gather(args)
+    refuse_output(args.output)
+    given = _recorded(args.observations)
+    refuse_early(args.path, args.policy, backend=args.backend, precision=args.precision)
+    found = _gather(args, given)
     body: dict[str, Any] = {
         "checkpoint": str(args.path),
         "engine": found.candidate.engine.to_json(),
@@ -85,22 +90,23 @@ def run(args: Args) -> int:
         for remark in body["remarks"]:
             console.print(escape(remark), style="dim", highlight=False)
     document = result("check", body, environment=environment.collect())
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
+    deliver(document, args.output)
     return OK if body["passed"] else FAILED
 
 
-def _gather(args: Args) -> Evidence:
+def _gather(args: Args, given: Sequence[Any]) -> Evidence:
     """One engine after the other: a full model in float32 is 13 GB, so two are never held."""
     from ..precision.coverage import as_json
     from ..runtime.coverage import record
 
-    refuse_early(args.policy, args.backend)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("reference: loading", total=None)
         reference = load(args.path, args.policy, backend="eager", precision="float32")
-        requests, source = _requests(args.observations, reference, args.policy.seed or 0)
+        requests, source = given, f"recorded: {Path(args.observations).name}"
+        if not given:
+            count, seed = int(args.observations), args.policy.seed or 0
+            requests = observations.synthetic(reference.io, count, seed=seed, prepare=reference.prepare)
+            source = "synthetic"
         bar.update(task, total=2 * len(requests) + 1, description="reference: eager float32")
         wanted = _run_all(reference, requests, bar, task)
         setting = setting_of(reference, reference.prepare(requests[0]))
@@ -134,10 +140,13 @@ def _judge(found: Evidence) -> tuple[parity.Summary, tuple[parity.Mark, ...]]:
     return summary, marks
 
 
-def _requests(text: str, policy: Policy, seed: int) -> tuple[Sequence[Any], str]:
-    if text.isdigit() and int(text) > 0:
-        return observations.synthetic(policy.io, int(text), seed=seed, prepare=policy.prepare), "synthetic"
-    return observations.recorded(Path(text)), f"recorded: {Path(text).name}"
+def _recorded(text: str) -> Sequence[Any]:
+    """The requests of the folder `text`; none where it is a number. Raises ConfigError for other numbers than counts."""
+    if not re.fullmatch(r"[-+]?\d+(\.\d*)?", text):
+        return observations.recorded(Path(text))
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError("--observations cannot be used", got=text, wanted="a number from 1, or a folder")
+    return []
 
 
 def _run_all(policy: Policy, requests: Sequence[Any], bar: Progress, task: Any) -> list[parity.Snapshot]:

@@ -10,8 +10,7 @@ import tyro
 from rich.table import Table
 
 from ..check import health
-from ..check.results import write_result
-from .output import FAILED, OK, console, emit
+from .output import FAILED, OK, console, deliver, refuse_output
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,12 @@ class Args:
 
 def run(args: Args) -> int:
     """Print a table on stderr and the findings as JSON on stdout."""
+    refuse_output(args.output)
     with console.status("asking every library in a process of its own"):
         checks, facts = health.examine(args.tokenizer)
     _show(checks)
     document = health.document(checks, facts)
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
+    deliver(document, args.output)
     return OK if document["healthy"] else FAILED
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..config import EngineConfig
@@ -66,17 +69,39 @@ def load(path: Path, args: PolicyArgs, *, backend: str, precision: str) -> Polic
     )
 
 
-def refuse_early(args: PolicyArgs, backend: str) -> None:
-    """Raise Unsupported if `backend` cannot run on this machine: before a reference of gigabytes is loaded for it."""
-    from ..runtime import choice
+def refuse_early(path: Path, args: PolicyArgs, *, backend: str, precision: str) -> None:
+    """Raise what loading this policy would raise before it reads weights: a reference of gigabytes comes first.
 
-    config = _config(args, backend=backend, precision="auto")
+    Unsupported for a backend that cannot run on this machine; CheckpointError and ConfigError for a folder, an option or
+    a precision that cannot be used.
+    """
+    from ..checkpoints.open import open_checkpoint
+    from ..runtime import choice
+    from ..runtime import precision as precisions
+
+    config = _config(args, backend=backend, precision=precision)
     choice.refuse_early(config, choice.device(config))
+    opened = open_checkpoint(
+        path, horizon=args.horizon, vision_heads=args.vision_heads, lerobot_version=args.lerobot_version
+    )
+    precisions.resolve(precision, opened)
+
+
+def require(option: str, value: float | None, *, least: float | None = None, above: float | None = None) -> None:
+    """Raise ConfigError if the number of an option is not finite, below `least` or not above `above`; None passes."""
+    if value is None:
+        return
+    good = math.isfinite(value) and (least is None or value >= least) and (above is None or value > above)
+    if not good:
+        wanted = f"at least {least:g}" if least is not None else f"more than {above:g}"
+        raise ConfigError(f"{option} cannot be used", got=value, wanted=wanted)
 
 
 def _config(args: PolicyArgs, *, backend: str, precision: str) -> EngineConfig:
     from ..config import EngineConfig, tensorrt_options
 
+    if args.seed is not None:
+        require("--seed", args.seed, least=0)
     return EngineConfig(
         backend=backend,
         device=args.device,

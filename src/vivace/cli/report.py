@@ -10,9 +10,9 @@ import tyro
 
 from ..check.report import build
 from ..check.report_clip import Clip, is_clip, read_clip
-from ..check.results import read_result
+from ..check.results import read_result, write_text
 from ..errors import ConfigError
-from .output import OK, console, emit
+from .output import OK, console, emit, refuse_output
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Args:
 
 def run(args: Args) -> int:
     """Write the page and say where."""
+    refuse_output(args.output)
     documents = [(path.name, _read(path)) for path in args.results]
     page = build(documents, title=args.title)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(page, encoding="utf-8")
+    write_text(args.output, page)
     console.print(f"report: {args.output}", highlight=False, markup=False)
     emit(
         {
@@ -54,7 +54,13 @@ def _read(path: Path) -> dict[str, Any] | Clip:
     if is_clip(path):
         return read_clip(path)
     try:
-        return read_result(path)
+        found = read_result(path)
+        if not isinstance(found.get("kind"), str):
+            got = f"keys {', '.join(list(found)[:4])}" if found else "an empty object"
+            raise ConfigError(
+                f"{path.name} is no result: it does not say its kind", got=got, wanted="the JSON of a command"
+            )
+        return found
     except ConfigError as error:
         if path.suffix.lower() in ("", ".json") or not path.exists():
             raise

@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..check.environment import collect
-from ..check.results import result, write_result
+from ..check.results import result
 from ..checkpoints import bundled
 from ..errors import ConfigError
-from .output import FAILED, OK, console, emit
+from .output import FAILED, OK, console, deliver, refuse_output
 from .policy_args import CheckpointArgs
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def run(args: Args) -> int:
     from ..sim import campaign, controls, statistics  # Unsupported without the extra `sim`
 
     _check(args)
+    refuse_output(args.output)
     if args.suite is not None:
         return _run_suite(args)
     arms, settings = _arms(args), _settings(args)
@@ -128,9 +129,7 @@ def run(args: Args) -> int:
     _show(outcomes, compared, judged, args, f"{args.episodes} episodes each, equal seeds from {args.seed}")
     if args.store:
         _store(outcomes, settings)
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
+    deliver(document, args.output)
     return OK if passed else FAILED
 
 
@@ -161,9 +160,7 @@ def _run_suite(args: Args) -> int:
     for row in tasks:
         counts = ", ".join(f"{one['successes']}/{one['n']}" for one in row["arms"])
         console.print(f"{row['task']:2} {counts}  {row['prompt']}", markup=False)
-    if args.output is not None:
-        write_result(args.output, document)
-    emit(document)
+    deliver(document, args.output)
     return OK if passed else FAILED
 
 

@@ -118,11 +118,17 @@ def preset(name: str) -> PrecisionPlan:
 def rules_problem(rules: tuple[Rule, ...], amax: Mapping[str, float]) -> str | None:
     """What no plan may contain, or None: an unknown format, or a range that is not a positive number."""
     for rule in rules:
+        if not _text(rule.pattern):
+            return f"the pattern {rule.pattern!r}, wanted text"
         for value, known in ((rule.format, get_args(Format)), (rule.weight_scale, get_args(WeightScale))):
             if value not in known:
                 return f"{value!r} in the rule for {rule.pattern!r}, wanted one of {list(known)}"
     wrong = [f"{name}: {value!r}" for name, value in amax.items() if not _positive(value)]
     return f"ranges that are not positive numbers: {', '.join(wrong[:4])}" if wrong else None
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _positive(value: object) -> bool:

@@ -26,7 +26,7 @@ from ..cuda_graph import CudaGraphBackend
 from . import module as modules
 from . import run, skeleton
 from .stages import EnginePolicy
-from .targets import FIRST, Target, here
+from .targets import FIRST, Target, choose_base, here
 
 
 def why_not(*, device: str, config: EngineConfig | None = None) -> str | None:
@@ -86,12 +86,8 @@ class TensorRTBackend(CudaGraphBackend):
 
 
 def base_of(model: Pi, config: EngineConfig, target: Target) -> TensorRTBase:
-    """Compute type of the engines: float32 for a float32 model, else what was asked for or what the GPU has."""
-    if model.prefix_dtype == torch.float32:
-        return "fp32"
-    if config.tensorrt.base != "auto":
-        return config.tensorrt.base
-    return "bf16" if target.number >= FIRST[torch.bfloat16][0] else "fp16"
+    """Compute type of the engines of `model` for `target`, see `targets.choose_base`."""
+    return choose_base(config.tensorrt.base, target.number, float32=model.prefix_dtype == torch.float32)
 
 
 def create(model: Pi, config: EngineConfig, *, plan: PrecisionPlan | None = None) -> TensorRTBackend:

@@ -7,6 +7,7 @@ an old engine.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from ...config import cache_dir
-from ...errors import Unsupported
+from ...errors import ConfigError, Unsupported
 from . import identity
 from .identity import Identity
 from .module import Module
@@ -74,7 +75,6 @@ def store(
 ) -> Path:
     """Write an engine; the file appears complete or not at all.  facts: for people (plan, checkpoint, build time)."""
     here = dict(machine or {})
-    where.mkdir(parents=True, exist_ok=True)
     part = facts.get("part", "engine")
     path = where / f"{part}-{'-'.join(who.targets) or 'current'}-{key(who, here)}{SUFFIX}"
     header = {
@@ -82,17 +82,26 @@ def store(
         "sha256": hashlib.sha256(engine).hexdigest(), "facts": dict(facts),
     }  # fmt: skip
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(MAGIC + json.dumps(header, default=str).encode() + b"\n")
-        file.write(engine)
-    partial.replace(path)
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(MAGIC + json.dumps(header, default=str).encode() + b"\n")
+            file.write(engine)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise ConfigError(f"cannot write the engine {path}", got=error, do="name another folder") from error
     return path
 
 
 def header(path: Path) -> dict[str, Any]:
     """The header of an engine file. Raises Unsupported if it is none of ours, or damaged."""
-    with path.open("rb") as file:
-        magic, line = file.readline(len(MAGIC) + 1), file.readline(LONGEST_HEADER)
+    try:
+        with path.open("rb") as file:
+            magic, line = file.readline(len(MAGIC) + 1), file.readline(LONGEST_HEADER)
+    except OSError as error:
+        raise Unsupported("cannot read an engine", got=error, do="build it again with `vivace build`") from error
     try:
         document: dict[str, Any] = json.loads(line) if magic == MAGIC else {}
         identity.read(document["identity"])

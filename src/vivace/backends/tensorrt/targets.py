@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from ...config import TensorRTBase
 from ...errors import ConfigError, Unsupported
 from .module import Module
 
@@ -76,6 +77,23 @@ def parse(text: str) -> tuple[Target, ...]:
             "unknown target", got=repr(", ".join(wrong) or text), wanted=f"current, or some of {', '.join(KNOWN)}"
         )
     return tuple(sorted({Target(int(name.removeprefix("sm"))) for name in names}))
+
+
+def choose_base(wanted: TensorRTBase | Literal["auto"], number: int, *, float32: bool) -> TensorRTBase:
+    """Compute type of the engines: float32 for a float32 model, else what was asked for or what the GPU has.
+
+    number  of the oldest target.  Raises ConfigError where a narrower type is asked of a float32 model.
+    """
+    if float32:
+        if wanted not in ("auto", "fp32"):
+            raise ConfigError(
+                f"engines in {wanted} of a model in float32", got=option("base", wanted),
+                wanted="a model in bfloat16", do="add --precision bfloat16 (or a plan), or leave base out",
+            )  # fmt: skip
+        return "fp32"
+    if wanted != "auto":
+        return wanted
+    return "bf16" if number >= FIRST[torch.bfloat16][0] else "fp16"
 
 
 def here(device: torch.device | str | None = None) -> Target:
