@@ -142,6 +142,21 @@ def test_bad_use_is_explained(capsys, tmp_path, monkeypatch, arguments, message)
     assert message in text
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "foo"), "--device"), (("--device", "meta"), "--device"), (("--device", "cuda:99"), "CUDA device"),
+        (("--seconds", "nan"), "--seconds"), (("--seconds", "-3"), "--seconds"), (("--out", "toy.toml"), "written to"),
+    ],
+)  # fmt: skip
+def test_options_of_train_are_checked_before_the_work(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("toy.toml").write_text(RECIPE.replace("DATA", RECORDED))
+    code, _, text = call(capsys, "train", "toy.toml", *options)
+    assert code == 2
+    assert message in text
+
+
 def test_the_module_trains_on_bare_machines(tmp_path, capsys):
     from vivace.train.__main__ import main as bare
 
@@ -153,6 +168,8 @@ def test_the_module_trains_on_bare_machines(tmp_path, capsys):
     assert [row["event"] for row in lines] == [row["event"] for row in log_of(tmp_path / "run")]
     assert bare([str(tmp_path / "toy.toml"), str(tmp_path / "run")]) == 2
     assert bare([]) == 2
+    assert bare([str(tmp_path / "toy.toml"), str(tmp_path / "other"), "soon"]) == 2
+    assert bare([str(tmp_path / "toy.toml"), str(tmp_path / "toy.toml")]) == 2
 
 
 def test_a_bundled_policy_is_found_by_name_and_hides_nothing(tmp_path, monkeypatch):
