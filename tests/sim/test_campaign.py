@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vivace.cli.main import main
-from vivace.sim import campaign, controls
+from vivace.sim import campaign, controls, stored
 from vivace.sim.arms import Arm, Axes, Delay, product
 from vivace.sim.campaign import Block, Job, Settings, collect, comparisons, jobs, run_job, run_jobs
 from vivace.sim.conveyor import ConveyorEnv
@@ -262,6 +262,52 @@ def test_a_crash_makes_the_exit_code_1(capsys, monkeypatch):
 def test_verb_names_what_is_wrong(capsys, options, message):
     assert main(["simulate", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def storing(capsys, monkeypatch, tmp_path, *options):
+    """`simulate --store` of a policy that is the expert under another name; (exit code, what was said, stored rates)."""
+    monkeypatch.setattr(stored, "EXPERT", "nobody")
+    monkeypatch.setattr(stored, "LEAST", 2)
+    monkeypatch.setattr(
+        "vivace.cli.simulate._played", lambda work, processes: [played(job) for job in work]
+    )  # fmt: skip
+
+    def played(job):
+        done = run_job(replace(job, arm=replace(job.arm, policy="expert")))
+        return replace(done, engine={"num_denoise_steps": 5, "backend": "eager", "precision": "float32"})
+
+    code = main(["simulate", "--policy", str(tmp_path), "--task", "static", "--store", *options])
+    return code, " ".join(capsys.readouterr().err.split()), stored.read(str(tmp_path)).rates
+
+
+def test_store_writes_a_rate_with_what_ran(capsys, monkeypatch, tmp_path):
+    code, _, rates = storing(capsys, monkeypatch, tmp_path, "--episodes", "2", "--no-controls")
+    assert code == 0
+    assert [(one.successes, one.n, one.steps, one.engine, one.precision) for one in rates] == [
+        (2, 2, 5, "eager", "float32")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--episodes", "1", "--no-controls"), 2, "too few episodes"),
+        (("--episodes", "2", "--no-controls", "--steps", "1", "5"), 2, "same conditions"),
+        (("--episodes", "2", "--no-controls", "--real-clock"), 2, "nothing to store"),
+        (("--episodes", "2", "--control-episodes", "1"), 1, "control blanked failed"),
+        (("--episodes", "2", "--no-controls"), 1, "episodes crashed"),
+    ],
+)
+def test_what_may_not_be_stored_is_not(capsys, monkeypatch, tmp_path, options, code, message):
+    if "crashed" in message:
+        monkeypatch.setattr(campaign, "actor", lambda *args, **kwargs: Altered(None))
+    if "control" in message:
+        bad = controls.Control("blanked", str(tmp_path), "failed", "", {})
+        monkeypatch.setattr(controls, "judge", lambda *_: [bad])
+        monkeypatch.setattr(controls, "control_jobs", lambda *_, **__: [])
+    got, said, rates = storing(capsys, monkeypatch, tmp_path, *options)
+    assert (got, rates) == (code, ())
+    assert message in said
 
 
 def test_axes_make_a_product_and_the_expert_has_no_engine():

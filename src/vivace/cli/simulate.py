@@ -94,7 +94,7 @@ class Args:
     keep_episodes: bool = False
     """Store a row for each episode, not only its outcome."""
     store: bool = False
-    """Write the reached rates into simulation.json beside the policies."""
+    """Write the reached rates into simulation.json beside the policies: of 50 episodes or more, no fewer than stored."""
     video: Path | None = None
     """Also write one episode as an annotated clip: .mp4 (vivace[video]), .webp or .gif. First arm, first seed."""
     rerun: Path | None = None
@@ -113,6 +113,8 @@ def run(args: Args) -> int:
         return _run_suite(args)
     arms, settings = _arms(args), _settings(args)
     statistics.paired(0, 0, 1, margin=args.margin)  # a bad margin is refused before hours of work
+    if args.store:
+        _check_store(arms, args.episodes)
     _film(args, arms[0], settings)
     work = campaign.jobs(arms, settings, processes=args.processes)
     extra = controls.control_jobs(arms, settings, episodes=args.control_episodes) if args.controls else []
@@ -126,12 +128,11 @@ def run(args: Args) -> int:
         "simulate", {"passed": passed, **body, "controls": [asdict(one) for one in judged]}, environment=collect()
     )
     _show(outcomes, compared, judged, args, f"{args.episodes} episodes each, equal seeds from {args.seed}")
-    if args.store:
-        _store(outcomes, settings)
     if args.output is not None:
         write_result(args.output, document)
     emit(document)
-    return OK if passed else FAILED
+    kept = _store(outcomes, judged, args.seed) if args.store else True
+    return OK if passed and kept else FAILED
 
 
 def _run_suite(args: Args) -> int:
@@ -280,20 +281,39 @@ def _film(args: Args, arm: Arm, settings: Settings) -> None:
     console.print(f"{written}: seed {args.seed}, {end} after {len(episode.actions) / episode.control_hz:.2f} s")
 
 
-def _store(outcomes: Sequence[Outcome], settings: Settings) -> None:
-    from ..sim import scene, stored
+def _check_store(arms: Sequence[Arm], episodes: int) -> None:
+    """Before the campaign: what it will not store anyway is no reason for hours of work."""
+    from ..sim import stored
 
-    for policy in {one.arm.policy for one in outcomes} - {"expert"}:
+    kept = [arm for arm in arms if stored.has_rate(arm)]
+    if not kept:
+        raise ConfigError("nothing to store", got="no arm", wanted="a checkpoint folder at a fixed delay, with --store")
+    for policy in dict.fromkeys(arm.policy for arm in kept):
+        mine = [stored.rate_of(arm, successes=0, n=episodes) for arm in kept if arm.policy == policy]
+        stored.check_rates(policy, mine)
+
+
+def _store(outcomes: Sequence[Outcome], judged: Sequence[Control], first_seed: int) -> bool:
+    """Write the rates of every policy whose controls held and whose episodes all ended; say which were not."""
+    from ..sim import stored
+
+    stored_all = True
+    for policy in dict.fromkeys(one.arm.policy for one in outcomes if stored.has_rate(one.arm)):
+        mine = [one for one in outcomes if one.arm.policy == policy and stored.has_rate(one.arm)]
+        failed = [one.name for one in judged if one.policy == policy and one.status == "failed"]
+        if failed or any(one.crashes for one in mine):
+            why = f"control {', '.join(failed)} failed" if failed else "episodes crashed"
+            hint = "; if the stored rate is the wrong one: --no-controls" if failed == ["stored rate"] else ""
+            console.print(f"stored no rate of {policy}: {why}{hint}", style="red", markup=False)
+            stored_all = False
+            continue
         rates = tuple(
-            stored.Rate(
-                task=one.arm.task, successes=one.successes, n=one.finished, belt=one.arm.belt, mode=one.arm.mode,
-                committed=one.arm.committed, execute_ticks=one.arm.execute_ticks, delay_ticks=one.arm.delay.ticks[0],
-                first_seed=settings.first_seed, **scene.versions(),
-            )
-            for one in outcomes
-            if one.arm.policy == policy and len(set(one.arm.delay.ticks)) == 1 and not one.arm.delay.measured
+            stored.rate_of(
+                one.arm, successes=one.successes, n=one.finished, first_seed=first_seed, engine=one.engine
+            ) for one in mine
         )  # fmt: skip
-        console.print(f"stored {len(rates)} rates in {stored.write_rates(policy, rates)}")
+        console.print(f"stored {len(rates)} rates in {stored.write_rates(policy, rates)}", markup=False)
+    return stored_all
 
 
 def _show(
