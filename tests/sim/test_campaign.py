@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -257,11 +259,40 @@ def test_a_crash_makes_the_exit_code_1(capsys, monkeypatch):
         (["--execute-ticks", "0"], "execute_ticks"),
         (["--video", "clip.avi"], "wanted a name that ends in .mp4"),
         (["--store"], "nothing to store"),
+        (["-o", "a-file/out.json"], "--output cannot be written to"),
+        (["-o", "a-folder"], "--output is a folder"),
+        (["--video", "a-file/clip.gif"], "--video cannot be written to"),
+        (["--rerun", "a-folder"], "--rerun is a folder"),
     ],
 )
-def test_verb_names_what_is_wrong(capsys, options, message):
+def test_verb_names_what_is_wrong(capsys, monkeypatch, tmp_path, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").touch()
+    (tmp_path / "a-folder").mkdir()
+    monkeypatch.setattr(campaign, "run_jobs", None)  # refused before the first episode
     assert main(["simulate", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def killed(job):
+    """Plays two blocks and dies at the third, as if for want of memory."""
+    if job.seeds[0] >= 4:
+        time.sleep(2.0)  # the others are reported meanwhile
+        os._exit(9)
+    return run_job(job)
+
+
+def test_a_killed_process_is_named_and_what_was_finished_is_kept(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(campaign, "run_job", killed)
+    monkeypatch.setattr(campaign, "BLOCK", 2)
+    file = tmp_path / "out.json"
+    asked = ["--task", "static", "--episodes", "6", "--processes", "2", "--no-controls", "-o", str(file)]
+    assert main(["simulate", *asked]) == 2
+    assert "a process of the campaign was killed" in capsys.readouterr().err
+    document = json.loads(file.read_text())
+    assert document["arms"][0]["outcomes"] == "SSSS"
+    assert "killed" in document["unfinished"]
+    assert not document["passed"]
 
 
 def storing(capsys, monkeypatch, tmp_path, *options):
@@ -269,7 +300,7 @@ def storing(capsys, monkeypatch, tmp_path, *options):
     monkeypatch.setattr(stored, "EXPERT", "nobody")
     monkeypatch.setattr(stored, "LEAST", 2)
     monkeypatch.setattr(
-        "vivace.cli.simulate._played", lambda work, processes: [played(job) for job in work]
+        "vivace.cli.simulate._played", lambda work, processes: ([played(job) for job in work], None)
     )  # fmt: skip
 
     def played(job):

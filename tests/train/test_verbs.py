@@ -133,10 +133,15 @@ def test_a_recorded_dataset_trains_and_starts_from_a_policy(tmp_path, capsys):
         (("train", "missing.toml"), "cannot read recipe"),
         (("record", "x", "--task", "nonsense"), "unknown task"),
         (("record", "x", "--processes", "0"), "processes"),
+        (("record", "x", "--image-px", "100000"), "image_px from 8 to"),
+        (("record", "x", "--sigma", "nan"), "noise levels"),
+        (("record", "a-file/x"), "cannot be written to"),
+        (("record", "a-file"), "cannot be written to"),
     ],
 )
 def test_bad_use_is_explained(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    Path("a-file").touch()
     code, _, text = call(capsys, *arguments)
     assert code == 2
     assert message in text

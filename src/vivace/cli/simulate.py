@@ -15,7 +15,8 @@ from rich.table import Table
 from ..check.environment import collect
 from ..check.results import result, write_result
 from ..checkpoints import bundled
-from ..errors import ConfigError
+from ..errors import ConfigError, WorkerDied
+from ..places import writable_file
 from .output import FAILED, OK, console, emit
 from .policy_args import CheckpointArgs
 
@@ -118,8 +119,10 @@ def run(args: Args) -> int:
     _film(args, arms[0], settings)
     work = campaign.jobs(arms, settings, processes=args.processes)
     extra = controls.control_jobs(arms, settings, episodes=args.control_episodes) if args.controls else []
-    blocks = _played([*work, *extra], args.processes)
+    blocks, died = _played([*work, *extra], args.processes)
     outcomes = campaign.collect(arms, blocks[: len(work)], keep=args.keep_episodes)
+    if died is not None:
+        _keep_unfinished(args, campaign.as_json(outcomes, settings, []), died)
     compared = campaign.comparisons(outcomes, margin=args.margin)
     judged = controls.judge(outcomes, extra, blocks[len(work) :], settings) if args.controls else []
     passed = not any(one.status == "failed" for one in judged) and not any(one.crashes for one in outcomes)
@@ -144,13 +147,16 @@ def _run_suite(args: Args) -> int:
     arms = _arms(args, suite)
     work = libero.jobs(arms, suite)
     extra = libero.control_jobs(arms, suite, episodes=args.control_episodes) if args.controls else []
-    blocks = _played([*work, *extra], args.processes, libero.run_job)
+    blocks, died = _played([*work, *extra], args.processes, libero.run_job)
     outcomes = campaign.collect(arms, blocks[: len(work)], keep=args.keep_episodes, units=libero.UNITS)
+    settings = campaign.Settings(episodes=suite.episodes_per_task, first_seed=args.seed, margin=args.margin)
+    simulator = libero.simulator(blocks, suite)
+    if died is not None:
+        _keep_unfinished(args, campaign.as_json(outcomes, settings, [], simulator=simulator), died)
     compared = campaign.comparisons(outcomes, margin=args.margin)
     judged = libero.judge(outcomes, extra, blocks[len(work) :])
     passed = not any(one.status == "failed" for one in judged) and not any(one.crashes for one in outcomes)
-    settings = campaign.Settings(episodes=suite.episodes_per_task, first_seed=args.seed, margin=args.margin)
-    body = campaign.as_json(outcomes, settings, compared, simulator=libero.simulator(blocks, suite))
+    body = campaign.as_json(outcomes, settings, compared, simulator=simulator)
     tasks = libero.by_task(outcomes, blocks, suite)
     document = result(
         "simulate",
@@ -211,6 +217,8 @@ def _check(args: Args) -> None:
     if args.store and set(args.policy) == {"expert"}:
         raise ConfigError("nothing to store", got="--policy expert", wanted="--store with a checkpoint folder")
     _check_suite(args)
+    for name in ("output", "video", "rerun"):
+        writable_file(getattr(args, name), name=f"--{name}")
     for policy in args.policy:
         if policy != "expert" and not bundled.find(Path(policy)).is_dir():
             wanted = f"expert, a checkpoint folder, or one of {bundled.names()}"
@@ -255,18 +263,32 @@ def _settings(args: Args) -> Settings:
     )
 
 
-def _played(work: Sequence[Any], processes: int, run: Callable[[Any], Block] | None = None) -> list[Block]:
-    """Run all blocks under a progress bar that counts episodes."""
+def _played(
+    work: Sequence[Any], processes: int, run: Callable[[Any], Block] | None = None
+) -> tuple[list[Block], WorkerDied | None]:
+    """Run all blocks under a progress bar that counts episodes; those before a process that was killed, and its error."""
     from ..sim.campaign import run_job, run_jobs
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     blocks = []
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("episodes", total=sum(len(job.seeds) for job in work))
-        for block in run_jobs(work, processes=processes, run=run or run_job):
-            blocks.append(block)
-            bar.update(task, advance=len(block.rows))
-    return blocks
+        try:
+            for block in run_jobs(work, processes=processes, run=run or run_job):
+                blocks.append(block)
+                bar.update(task, advance=len(block.rows))
+        except WorkerDied as error:
+            return blocks, error
+    return blocks, None
+
+
+def _keep_unfinished(args: Args, body: dict[str, Any], died: WorkerDied) -> None:
+    """Write what was finished, without comparisons and controls, and raise."""
+    if args.output is not None:
+        unfinished = {"passed": False, "unfinished": str(died), **body, "controls": []}
+        write_result(args.output, result("simulate", unfinished, environment=collect()))
+        console.print(f"{args.output}: what was finished", highlight=False, markup=False)
+    raise died
 
 
 def _film(args: Args, arm: Arm, settings: Settings) -> None:

@@ -11,13 +11,14 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ShapeError, VivaceError
+from ..errors import ShapeError, VivaceError, WorkerDied
 from ..types import Observation
 from . import scene
 from .actors import Actor, Options, actor, load
@@ -213,12 +214,22 @@ def run_jobs(work: Sequence[Any], *, processes: int = 1, run: Callable[[Any], Bl
     """Run blocks, in this process or in others; in the order given, each as soon as it and those before are done.
 
     run: what plays one block of `work`; a function of a module, so that other processes find it.
+    Raises: WorkerDied where a process is killed; the blocks before it have been yielded then.
     """
     if processes == 1:
         yield from map(run, work)
         return
+    count = 0
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(run, work)
+        try:
+            for block in pool.map(run, work):
+                yield block
+                count += 1
+        except BrokenProcessPool as error:
+            raise WorkerDied(
+                "a process of the campaign was killed", got=f"{count} of {len(work)} blocks of episodes finished before it",
+                do="often it is out of memory: run with fewer --processes",
+            ) from error  # fmt: skip
 
 
 def collect(

@@ -20,13 +20,14 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from ..errors import ConfigError, WorkerDied
 from .conveyor import VIEWS, ConveyorEnv
 from .expert import act, chunk
 from .tasks import SPEEDS_M_S, task
@@ -221,6 +222,7 @@ def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = 
     """All demonstrations of a plan in order, failed ones included (`Demo.success`); not more than a few are held.
 
     progress  called with 1 for every finished episode
+    Raises: WorkerDied where a process is killed.
     """
     if processes < 1:
         raise ConfigError("processes", got=processes, wanted="at least 1")
@@ -250,6 +252,11 @@ def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = 
                     done[waiting.pop(future)] = future.result()
                     progress(1)
             yield done.pop(index)
+    except BrokenProcessPool as error:
+        raise WorkerDied(
+            "a recording process was killed", got=f"{len(jobs)} episodes in {processes} processes",
+            do="often it is out of memory: use fewer processes, or smaller images",
+        ) from error  # fmt: skip
     finally:
         pool.shutdown(cancel_futures=True)
 
