@@ -231,7 +231,8 @@ def test_verb_writes_one_row_for_each_arm(capsys, tmp_path):
         ("pause", "0 ms"): "SSSSS", ("pause", "150 ms"): "FFFFF",
         ("aligned", "0 ms"): "SSSSS", ("aligned", "150 ms"): "SSSSS",
     }  # fmt: skip
-    assert set(document["simulator"]) == {"scene_sha256", "mujoco"}
+    assert set(document["simulator"]) == {"scene_sha256", "mujoco", "renderer"}
+    assert document["simulator"]["renderer"] is None  # the expert looks at nothing
     assert document["environment"]["python"]
     assert [one["name"] for one in document["controls"]] == ["stored rate", "blanked", "mask", "delay"]
     assert document["passed"]

@@ -100,6 +100,8 @@ class Args:
     """Also write one episode as an annotated clip: .mp4 (vivace[video]), .webp or .gif. First arm, first seed."""
     rerun: Path | None = None
     """Also log that episode for Rerun, .rrd; needs rerun-sdk."""
+    gl: Literal["auto", "egl", "osmesa"] = "auto"
+    """Which OpenGL draws the conveyor; auto = EGL where it gives a context, else OSMesa."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Also write the JSON here."""
     options: tyro.conf.OmitArgPrefixes[CheckpointArgs] = field(default_factory=CheckpointArgs)
@@ -122,11 +124,11 @@ def run(args: Args) -> int:
     blocks, died = _played([*work, *extra], args.processes)
     outcomes = campaign.collect(arms, blocks[: len(work)], keep=args.keep_episodes)
     if died is not None:
-        _keep_unfinished(args, campaign.as_json(outcomes, settings, []), died)
+        _keep_unfinished(args, campaign.as_json(outcomes, settings, [], simulator=campaign.simulator(blocks)), died)
     compared = campaign.comparisons(outcomes, margin=args.margin)
     judged = controls.judge(outcomes, extra, blocks[len(work) :], settings) if args.controls else []
     passed = not any(one.status == "failed" for one in judged) and not any(one.crashes for one in outcomes)
-    body = campaign.as_json(outcomes, settings, compared)
+    body = campaign.as_json(outcomes, settings, compared, simulator=campaign.simulator(blocks))
     document = result(
         "simulate", {"passed": passed, **body, "controls": [asdict(one) for one in judged]}, environment=collect()
     )
@@ -176,7 +178,7 @@ def _run_suite(args: Args) -> int:
 
 def _check_suite(args: Args) -> None:
     """No option is ignored: some are for the conveyor only, some for suites only."""
-    conveyor = "task", "episodes", "store", "video", "rerun"
+    conveyor = "task", "episodes", "store", "video", "rerun", "gl"
     suites = "convention", "suite_task", "episodes_per_task", "libero_python"
     for name in suites if args.suite is None else conveyor:
         if getattr(args, name) != getattr(Args, name):
@@ -259,7 +261,7 @@ def _settings(args: Args) -> Settings:
         first_seed=args.seed,
         margin=args.margin,
         keep=args.keep_episodes,
-        options=Options(**options),
+        options=Options(**options, gl=args.gl),
     )
 
 
