@@ -384,7 +384,7 @@ def _comparisons(outcomes: Sequence[Outcome], compared: Sequence[Comparison], ma
         low, high = r.interval
         sides = [escape(f"{_title(outcomes[i].arm)}, {outcomes[i].arm.delay.name}") for i in (one.arm, one.reference)]
         size = [f"{r.difference:+.1%}", f"{low:+.1%} to {high:+.1%}", str(r.gained), str(r.lost), f"{one.holm_p:.2g}"]
-        table.add_row(*sides, *size, "yes" if r.noninferior else "not shown")
+        table.add_row(*sides, *size, r.void or ("yes" if r.noninferior else "not shown"))
     if len(compared) > SHOWN:
         table.caption = f"{len(compared) - SHOWN} more in the JSON"
     return table

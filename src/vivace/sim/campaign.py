@@ -268,7 +268,7 @@ def comparisons(outcomes: Sequence[Outcome], *, margin: float) -> list[Compariso
 def simulator(blocks: Sequence[Block]) -> dict[str, Any]:
     """For a result file: versions of the conveyor, and which OpenGL drew the images (None: none were drawn)."""
     drawn = sorted({block.renderer for block in blocks if block.renderer is not None})
-    return {**scene.versions(), "renderer": ", ".join(drawn) or None}
+    return {**scene.versions(), "renderer": ", ".join(drawn) or None, "control_hz": scene.CONTROL_HZ}
 
 
 def as_json(
