@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vivace.cli.main import main
-from vivace.sim import campaign, controls, stored
+from vivace.sim import campaign, controls, scene, stored
 from vivace.sim.arms import Arm, Axes, Delay, product
 from vivace.sim.campaign import Block, Job, Settings, collect, comparisons, jobs, run_job, run_jobs
 from vivace.sim.conveyor import ConveyorEnv
@@ -217,6 +217,13 @@ def test_a_rate_that_is_not_reproduced_fails():
     assert controls.stored_rate(counted(Arm("static"), "S" * 40)).status == "passed"
     assert controls.stored_rate(counted(Arm("static", delay=Delay("", (3,))), "S" * 40)).status == "void"
     assert controls.stored_rate(counted(Arm("static"), "CCC")).status == "failed"
+
+
+def test_a_rate_of_another_scene_is_not_reproduced(monkeypatch):
+    for sha, status in ((scene.scene_sha256(), "passed"), ("0" * 64, "failed")):
+        rate = stored.Rate("static", 40, 40, scene_sha256=sha)
+        monkeypatch.setattr(controls, "read", lambda policy, rate=rate: stored.Stored(rates=(rate,)))
+        assert controls.stored_rate(counted(Arm("static"), "S" * 40)).status == status
 
 
 def test_a_delay_that_does_not_move_the_reaction_fails():

@@ -180,6 +180,9 @@ def test_the_exported_policy_is_the_trained_network(frames, blob, tmp_path):
         if form == "lerobot":
             prepared = policy.prepare(observation)
             assert prepared.tokens.tolist() == frames.tokens[2].tolist(), "training built another prompt"
+            served = torch.as_tensor(np.asarray(prepared.images)).reshape(3, 3, 16, 16)
+            undimmed = drawn(frames, brightness=0.0)[0].images
+            assert any(torch.allclose(served, image, atol=1e-6) for image in undimmed), "training sees other pixels"
             assert policy.checkpoint.rtc.training_max_delay == 2
             assert policy.checkpoint.num_denoise_steps == 3
     images = torch.from_numpy(np.stack(list(views.values()))).permute(0, 3, 1, 2)[None].float() / 255 * 2 - 1
@@ -262,6 +265,37 @@ def test_without_committed_actions_it_trains(frames):
     batch, draws = one.draw(frames)
     assert not draws.committed.any()
     assert float(one.learn(batch, draws).loss) > 0
+
+
+def drawn(frames, *, step=0, **optimise):
+    """What a learner draws for a step, from large batches so that shares can be told."""
+    one = learner.Learner(RECIPE.network.model(544), replace(RECIPE.optimise, batch=64, **optimise), device=CPU)
+    one.step = step
+    return one.draw(frames)
+
+
+def test_every_step_has_random_numbers_of_its_own(frames):
+    (one, first), (_, again), (other, second) = (drawn(frames, step=step) for step in (0, 0, 1))
+    assert torch.equal(first.noise, again.noise)
+    for a, b in ((first.noise, second.noise), (first.times, second.times), (one.images, other.images)):
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_draws_with_committed_actions_is_the_recipes(frames, share):
+    _, draws = drawn(frames, committed_share=share, max_committed=3)
+    assert frames.left.min() > 0  # so that every row may have some
+    assert float((draws.committed > 0).float().mean()) == pytest.approx(share, abs=0.1 if 0 < share < 1 else 0)
+
+
+def test_the_average_moves_towards_the_weights_by_its_decay(frames):
+    one = learner.Learner(RECIPE.network.model(544), replace(RECIPE.optimise, ema=0.9), device=CPU)
+    for decay in (2 / 11, 3 / 12):  # early on, (1 + n) / (10 + n)
+        before = [value.clone() for value in one.average.parameters()]
+        one.learn(*one.draw(frames))
+        for old, new, weight in zip(before, one.average.parameters(), one.model.parameters(), strict=True):
+            torch.testing.assert_close(new, decay * old + (1 - decay) * weight)
+    assert any(not torch.equal(a, b) for a, b in zip(one.average.parameters(), before, strict=True))
 
 
 def test_every_correction_happens_also_in_a_short_run():

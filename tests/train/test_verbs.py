@@ -11,6 +11,7 @@ import pytest
 from vivace.checkpoints.open import open_checkpoint
 from vivace.cli.main import main
 from vivace.robots.dataset import read_frames
+from vivace.train import closed_loop
 
 RECIPE = """
 name = "toy"
@@ -57,6 +58,7 @@ def test_a_recipe_becomes_a_policy(tmp_path, capsys):
     assert code == 0
     assert "static" in text
     assert facts["success"][0]["n"] == 1
+    assert facts["success"][0]["failed_seeds"] == [0], "success is measured on seeds that nothing was recorded on"
     rows = log_of(tmp_path / "run")
     events = [row["event"] for row in rows]
     assert events[-2:] == ["exported", "success"]
@@ -65,6 +67,7 @@ def test_a_recipe_becomes_a_policy(tmp_path, capsys):
     assert rows[-1]["simulator"]["mujoco"]
     corrected = next(row for row in rows if row["event"] == "corrected")
     assert corrected["examples"] > 0
+    assert corrected["rates"][0]["failed_seeds"] == [closed_loop.CORRECTION_SEED + 4000 * 50]
     opened = open_checkpoint(tmp_path / "run/policy")
     assert (opened.origin, opened.model.horizon, opened.rtc.training_max_delay) == ("lerobot", 12, 4)
     assert open_checkpoint(tmp_path / "run/policy_openpi").origin == "openpi_torch"
