@@ -14,8 +14,8 @@ import fake_libero
 import numpy as np
 import pytest
 
-from vivace.cli.main import main
 from vivace.check.report_simulation import section
+from vivace.cli.main import main
 from vivace.errors import ConfigError, ProtocolError, Unsupported
 from vivace.sim.arms import Axes, Delay
 from vivace.sim.campaign import collect, comparisons
