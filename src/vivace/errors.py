@@ -53,6 +53,10 @@ class NumericsError(VivaceError):
     """A result is not finite, or differs from the reference by more than its bound."""
 
 
+class WorkerDied(VivaceError):
+    """A process that vivace started for part of the work ended without its answer."""
+
+
 class ProtocolError(VivaceError):
     """A peer sent bytes that the wire protocol does not allow."""
 

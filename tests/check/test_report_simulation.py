@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from vivace.check.report_simulation import delay_figures, delay_ms, reaction_figures, section
+from vivace.check.report_simulation import delay_figures, delay_ticks, reaction_figures, section
 
 
 def arm(mode="aligned", ticks=0, rate=0.9, *, belt="fast", task="conveyor", committed=False, reaction=None):
@@ -49,7 +49,7 @@ def test_one_figure_for_each_belt_that_has_several_delays(document):
 def test_drawn_delays_stand_at_their_mean():
     drawn = arm()
     drawn["arm"]["delay"]["ticks"] = {"2": 3, "6": 1}
-    assert delay_ms(drawn) == 60.0
+    assert delay_ticks(drawn) == 3.0
 
 
 def test_reaction_is_drawn_with_its_theory(document):
@@ -66,6 +66,28 @@ def test_section_shows_pairs_and_controls_escaped(document):
     assert "9/10 &lt;broken&gt;" in page
     assert "-20.0 to +0.0" in page
     assert "0 / 1" in page
+
+
+def test_a_result_of_libero_names_its_suite_and_has_its_own_ticks(document):
+    document["arms"] = [arm("aligned", ticks, task="task", belt=None) for ticks in (0, 4)]
+    document["comparisons"] = []
+    conveyor = delay_figures(document)[0][0]
+    document["simulator"] = {
+        "name": "LIBERO", "suite": "libero_object", "convention": "openpi", "versions": {"mujoco": "3.2.3"},
+        "control_hz": 20.0,
+    }  # fmt: skip
+    assert "libero_object, protocol openpi, mujoco 3.2.3" in section(document)
+    assert ">80</text>" in conveyor  # the last label of the axis in ms
+    assert ">200</text>" in delay_figures(document)[0][0]
+    assert ">200</text>" not in conveyor
+
+
+def test_void_and_unfinished_are_said(document):
+    document["comparisons"][0]["result"] |= {"noninferior": None, "void": "reference too low"}
+    document["unfinished"] = "a process was killed"
+    page = section(document)
+    assert "reference too low" in page
+    assert "a process was killed" in page
 
 
 def test_a_document_without_its_keys_is_a_key_error(document):

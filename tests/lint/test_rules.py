@@ -21,7 +21,7 @@ MAX_FUNCTION_LINES = 40  # without its docstring: a contract may take the space 
 # Imports go one way: a package may import those of a lower rank, and of its own rank only itself. Training stands on the
 # simulation, where its demonstrations come from.
 RANK = {
-    "types": 0, "config": 0, "errors": 0, "robots": 1, "checkpoints": 1, "ops": 1, "precision": 1, "model": 2,
+    "types": 0, "config": 0, "errors": 0, "places": 0, "robots": 1, "checkpoints": 1, "ops": 1, "precision": 1, "model": 2,
     "backends": 3, "runtime": 4, "serving": 5, "check": 6, "sim": 6, "train": 7, "cli": 8,
 }  # fmt: skip
 # A precision plan names layers of ops and is calibrated on a model; it does not know who executes them.

@@ -96,6 +96,35 @@ def test_rates_are_stored_beside_the_policy_and_other_keys_stay(tmp_path):
     assert json.loads(file.read_text())["made_by"] == "recipe 3"
 
 
+def test_a_rate_is_not_replaced_by_less(tmp_path):
+    policy = str(tmp_path)
+    stored.write_rates(policy, (stored.Rate("static", 80, 100),))
+    for rates, message in (
+        ((stored.Rate("static", 81, 99),), "at least 100"),
+        ((stored.Rate("conveyor", 49, 49),), "at least 50"),
+        ((stored.Rate("conveyor", 0, 0),), "at least 50"),
+        ((stored.Rate("swap", 60, 60, steps=1), stored.Rate("swap", 60, 60, steps=5)), "same conditions"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            stored.write_rates(policy, rates)
+    assert stored.read(policy).rates == (stored.Rate("static", 80, 100),)
+    with pytest.raises(ConfigError, match="beside a policy"):
+        stored.write_rates("expert", (stored.Rate("static", 80, 100),))
+
+
+def test_a_rate_says_what_ran_and_fits_its_steps_only(tmp_path):
+    arm = Arm("static", policy=str(tmp_path))
+    ran = {"num_denoise_steps": 5, "backend": "eager", "precision": "bfloat16"}
+    rate = stored.rate_of(arm, successes=40, n=50, first_seed=900, engine=ran)
+    assert (rate.steps, rate.engine, rate.precision, rate.first_seed) == (5, "eager", "bfloat16", 900)
+    stored.write_rates(arm.policy, (rate,))
+    assert stored.read(arm.policy).rates == (rate,)
+    assert rate.fits(arm, steps=5)
+    assert rate.fits(arm)
+    assert not rate.fits(arm, steps=1)
+    assert stored.Rate("static", 40, 50).fits(arm, steps=1)  # an older file does not say
+
+
 def test_a_rate_fits_its_own_conditions_only():
     rate = stored.Rate("static", 80, 100)
     assert rate.fits(Arm("static", engine="compiled", precision="bfloat16"))

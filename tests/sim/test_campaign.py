@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from vivace.cli.main import main
-from vivace.sim import campaign, controls
+from vivace.sim import campaign, controls, scene, stored
 from vivace.sim.arms import Arm, Axes, Delay, product
 from vivace.sim.campaign import Block, Job, Settings, collect, comparisons, jobs, run_job, run_jobs
 from vivace.sim.conveyor import ConveyorEnv
@@ -133,6 +135,14 @@ def test_pairs_leave_out_crashes_and_join_what_differs_in_one_thing():
     assert pairs[2, 1, "committed"].n == 4
 
 
+def test_a_pair_is_one_test_whatever_it_is_compared_for():
+    arms = [delayed(5), delayed(5, mode="naive")]  # the same pair as reference and, the other way round, as mode
+    found = comparisons([counted(arms[0], "S" * 8), counted(arms[1], "F" * 8)], margin=0.05)
+    assert [(one.arm, one.reference, one.what) for one in found] == [(1, 0, "reference"), (0, 1, "mode")]
+    assert [one.holm_p for one in found] == [2 / 2**8] * 2
+    assert [one.result.void for one in found] == ["", "reference too low"]
+
+
 def test_aligned_beats_naive_at_160_ms_on_a_fast_belt():
     arms = [delayed(8, mode="naive"), delayed(8)]
     found = comparisons(run(arms, 10), margin=0.05)
@@ -146,9 +156,9 @@ def test_aligned_beats_naive_at_160_ms_on_a_fast_belt():
 
 @pytest.mark.parametrize(("mode", "ticks"), [("aligned", 0), ("naive", 3), ("pause", 3)])
 def test_reaction_is_what_theory_says(mode, ticks):
-    (one,) = run([Arm("perturb", mode=mode, delay=Delay("", (ticks,)))], 16)
-    assert one.reaction["reacted"] == 16
-    assert one.reaction["as_the_looks_imply"] >= 14  # a plan may begin as the old one went on
+    (one,) = run([Arm("perturb", mode=mode, delay=Delay("", (ticks,)))], 40)
+    assert one.reaction["reacted"] == 40
+    assert one.reaction["as_the_looks_imply"] >= 36  # a plan may begin as the old one went on
     assert one.reaction["sooner_than_possible"] == 0
     assert one.reaction["agrees"]
     assert one.reaction["theory_ticks"] == [ticks, ticks + (8 + ticks if mode == "pause" else 8) - 1]
@@ -159,6 +169,10 @@ def test_reaction_that_is_late_or_comes_from_nowhere_is_noticed():
     late = reaction(Arm("perturb"), rows)
     assert not late["agrees"]
     assert late["as_the_looks_imply"] == late["sooner_than_possible"] == 0
+    few = reaction(Arm("perturb"), rows[:19])
+    assert few["distance"] > 0
+    assert few["agrees"] is None
+    assert reaction(Arm("perturb"), rows[:20])["agrees"] is False
     leak = reaction(Arm("perturb"), [{"reaction": {"ticks": 2, "expected": 5, "event_tick": 9}}])
     assert leak["sooner_than_possible"] == 1
 
@@ -205,6 +219,13 @@ def test_a_rate_that_is_not_reproduced_fails():
     assert controls.stored_rate(counted(Arm("static"), "CCC")).status == "failed"
 
 
+def test_a_rate_of_another_scene_is_not_reproduced(monkeypatch):
+    for sha, status in ((scene.scene_sha256(), "passed"), ("0" * 64, "failed")):
+        rate = stored.Rate("static", 40, 40, scene_sha256=sha)
+        monkeypatch.setattr(controls, "read", lambda policy, rate=rate: stored.Stored(rates=(rate,)))
+        assert controls.stored_rate(counted(Arm("static"), "S" * 40)).status == status
+
+
 def test_a_delay_that_does_not_move_the_reaction_fails():
     def block(*reactions):
         return Block(0, tuple({"reaction": None if r is None else {"ticks": r}} for r in reactions), None)
@@ -229,7 +250,8 @@ def test_verb_writes_one_row_for_each_arm(capsys, tmp_path):
         ("pause", "0 ms"): "SSSSS", ("pause", "150 ms"): "FFFFF",
         ("aligned", "0 ms"): "SSSSS", ("aligned", "150 ms"): "SSSSS",
     }  # fmt: skip
-    assert set(document["simulator"]) == {"scene_sha256", "mujoco"}
+    assert set(document["simulator"]) == {"scene_sha256", "mujoco", "renderer", "control_hz"}
+    assert document["simulator"]["renderer"] is None  # the expert looks at nothing
     assert document["environment"]["python"]
     assert [one["name"] for one in document["controls"]] == ["stored rate", "blanked", "mask", "delay"]
     assert document["passed"]
@@ -257,11 +279,86 @@ def test_a_crash_makes_the_exit_code_1(capsys, monkeypatch):
         (["--execute-ticks", "0"], "execute_ticks"),
         (["--video", "clip.avi"], "wanted a name that ends in .mp4"),
         (["--store"], "nothing to store"),
+        (["-o", "a-file/out.json"], "cannot write a-file/out.json"),
+        (["-o", "a-folder"], "cannot write a-folder"),
+        (["--video", "a-file/clip.gif"], "cannot write a-file/clip.gif"),
+        (["--rerun", "a-folder"], "cannot write a-folder"),
     ],
 )
-def test_verb_names_what_is_wrong(capsys, options, message):
+def test_verb_names_what_is_wrong(capsys, monkeypatch, tmp_path, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").touch()
+    (tmp_path / "a-folder").mkdir()
+    monkeypatch.setattr(campaign, "run_jobs", None)  # refused before the first episode
     assert main(["simulate", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def killed(job):
+    """Plays two blocks and dies at the third, as if for want of memory."""
+    if job.seeds[0] >= 4:
+        time.sleep(2.0)  # the others are reported meanwhile
+        os._exit(9)
+    return run_job(job)
+
+
+def test_a_killed_process_is_named_and_what_was_finished_is_kept(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(campaign, "run_job", killed)
+    monkeypatch.setattr(campaign, "BLOCK", 2)
+    file = tmp_path / "out.json"
+    asked = ["--task", "static", "--episodes", "6", "--processes", "2", "--no-controls", "-o", str(file)]
+    assert main(["simulate", *asked]) == 2
+    assert "a process of the campaign was killed" in capsys.readouterr().err
+    document = json.loads(file.read_text())
+    assert document["arms"][0]["outcomes"] == "SSSS"
+    assert "killed" in document["unfinished"]
+    assert not document["passed"]
+
+
+def storing(capsys, monkeypatch, tmp_path, *options):
+    """`simulate --store` of a policy that is the expert under another name; (exit code, what was said, stored rates)."""
+    monkeypatch.setattr(stored, "EXPERT", "nobody")
+    monkeypatch.setattr(stored, "LEAST", 2)
+    monkeypatch.setattr(
+        "vivace.cli.simulate._played", lambda work, processes: ([played(job) for job in work], None)
+    )  # fmt: skip
+
+    def played(job):
+        done = run_job(replace(job, arm=replace(job.arm, policy="expert")))
+        return replace(done, engine={"num_denoise_steps": 5, "backend": "eager", "precision": "float32"})
+
+    code = main(["simulate", "--policy", str(tmp_path), "--task", "static", "--store", *options])
+    return code, " ".join(capsys.readouterr().err.split()), stored.read(str(tmp_path)).rates
+
+
+def test_store_writes_a_rate_with_what_ran(capsys, monkeypatch, tmp_path):
+    code, _, rates = storing(capsys, monkeypatch, tmp_path, "--episodes", "2", "--no-controls")
+    assert code == 0
+    assert [(one.successes, one.n, one.steps, one.engine, one.precision) for one in rates] == [
+        (2, 2, 5, "eager", "float32")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--episodes", "1", "--no-controls"), 2, "too few episodes"),
+        (("--episodes", "2", "--no-controls", "--steps", "1", "5"), 2, "same conditions"),
+        (("--episodes", "2", "--no-controls", "--real-clock"), 2, "nothing to store"),
+        (("--episodes", "2", "--control-episodes", "1"), 1, "control blanked failed"),
+        (("--episodes", "2", "--no-controls"), 1, "episodes crashed"),
+    ],
+)
+def test_what_may_not_be_stored_is_not(capsys, monkeypatch, tmp_path, options, code, message):
+    if "crashed" in message:
+        monkeypatch.setattr(campaign, "actor", lambda *args, **kwargs: Altered(None))
+    if "control" in message:
+        bad = controls.Control("blanked", str(tmp_path), "failed", "", {})
+        monkeypatch.setattr(controls, "judge", lambda *_: [bad])
+        monkeypatch.setattr(controls, "control_jobs", lambda *_, **__: [])
+    got, said, rates = storing(capsys, monkeypatch, tmp_path, *options)
+    assert (got, rates) == (code, ())
+    assert message in said
 
 
 def test_axes_make_a_product_and_the_expert_has_no_engine():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import warnings
 from dataclasses import replace
 
@@ -267,13 +268,35 @@ def test_the_front_camera_shows_the_cubes_that_are_there():
     env.close()
 
 
+def test_a_library_without_a_driver_is_noticed(monkeypatch):
+    """As MuJoCo says it: an ImportError when the context is made, not when the module is loaded."""
+    name = render.choose()
+    assert render._works(name)
+
+    def context(width, height):
+        raise ImportError("Cannot initialize a EGL device display")
+
+    monkeypatch.setattr(f"mujoco.{name}.GLContext", context)
+    with pytest.raises(Unsupported, match=f"{name} gives no OpenGL context.*EGL device display"):
+        render.Renderer(scene.load(), 8, library=name)
+    monkeypatch.setattr(render.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1))
+    render._works.cache_clear()
+    assert not render._works(name)
+    render._works.cache_clear()
+
+
 def test_the_gl_library_is_chosen_by_what_is_installed(monkeypatch):
     def installed(*names):
         monkeypatch.setattr("ctypes.util.find_library", lambda name: f"lib{name}.so" if name in names else None)
 
     installed("EGL", "OSMesa")
+    monkeypatch.setattr(render, "_works", lambda name: True)
     assert render.choose() == "egl"
     assert render.choose("osmesa") == "osmesa"
+    monkeypatch.setattr(render, "_works", lambda name: False)
+    assert render.choose() == "osmesa"
+    installed("EGL")
+    assert render.choose() == "egl"
     installed("OSMesa")
     assert render.choose() == "osmesa"
     installed()

@@ -7,7 +7,7 @@ import pytest
 from toy import HZ, Chunk, Line, clock, follow
 
 from vivace.errors import ConfigError, NumericsError, ShapeError
-from vivace.sim.episode import HELD, expected_reaction_ticks, reaction_ticks, rms_jerk
+from vivace.sim.episode import HELD, expected_reaction_ticks, hand_velocity_jumps, reaction_ticks, rms_jerk
 from vivace.sim.faults import blanked
 from vivace.sim.rollout import Execution, rollout, ticks
 
@@ -125,6 +125,13 @@ def test_blanked_images_reach_the_policy_black():
 
 def test_latencies_become_delays_by_rounding_up():
     assert ticks([0.0, 0.1, 19.9, 20.0, 20.1, 40.0, 1000.0], HZ) == (0, 1, 1, 1, 2, 2, 50)
+
+
+def test_a_jump_of_the_hand_is_one_of_velocity():
+    """At rest, then 1 cm a tick at 50 Hz: from 0 to 0.5 m/s and back."""
+    path = np.zeros((6, 3))
+    path[3:, 1] = [0.01, 0.02, 0.02]
+    assert hand_velocity_jumps(path, 50.0) == pytest.approx([0, 0.5, 0, 0.5])
 
 
 def test_jerk_of_a_cubic_is_its_third_derivative():

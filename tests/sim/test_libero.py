@@ -14,6 +14,7 @@ import fake_libero
 import numpy as np
 import pytest
 
+from vivace.check.report_simulation import section
 from vivace.cli.main import main
 from vivace.errors import ConfigError, ProtocolError, Unsupported
 from vivace.sim.arms import Axes, Delay
@@ -358,6 +359,7 @@ def test_the_verb(tmp_path, capsys):
     assert [(one["name"], one["status"]) for one in document["controls"]] == [("blanked", "passed")]
     assert document["simulator"]["versions"] == {**fake_libero.VERSIONS, "gl": "none"}
     assert document["environment"]["cpu"]
+    assert "libero_object, protocol openpi" in section(document)  # of vivace report
 
 
 @pytest.mark.parametrize(

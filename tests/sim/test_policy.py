@@ -114,7 +114,7 @@ def test_the_real_clock_turns_inference_time_into_ticks(folder):
     assert len(row["inference_ms"]) == row["inferences"]
     # two injected, and at least one for the inference itself; a machine so busy that nothing came in time has no ages
     assert all(age >= 3 for age in row["ages"])
-    assert row["ages"] or min(row["inference_ms"]) > 300
+    assert row["ages"] or row["inference_ms"][0] > 260  # with the 2 ticks, older than the chunk of 16 is long
 
 
 def test_the_expert_told_what_is_committed_plans_from_where_that_leads():
@@ -152,6 +152,7 @@ def test_verb_runs_a_policy_with_controls_that_it_cannot_meet(folder, capsys, mo
     assert arm["outcomes"] == "F"
     assert arm["arm"]["committed"]
     assert arm["engine"]["precision"] == "float32"
+    assert document["simulator"]["renderer"] in ("egl", "osmesa")
     assert arm["inference_ms"]["p50"] > 0
     status = {one["name"]: one["status"] for one in document["controls"]}
     assert status == {"stored rate": "void", "blanked": "void", "mask": "void", "delay": "passed"}

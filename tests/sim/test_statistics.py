@@ -104,6 +104,14 @@ def test_equal_arms_are_noninferior_only_with_enough_pairs():
     assert st.paired(0, 0, 100, margin=0.03).mcnemar_p == 1.0
 
 
+def test_a_reference_that_seldom_succeeds_makes_noninferiority_void():
+    """0 of 200 against 0 of 200 is no equality worth the name."""
+    low = st.paired(0, 0, 200, margin=0.05, reference=39)
+    assert (low.noninferior, low.noninferiority_p, low.void) == (None, None, "reference too low")
+    enough = st.paired(0, 0, 200, margin=0.05, reference=40)
+    assert (enough.noninferior, enough.void) == (True, "")
+
+
 def test_holm_by_hand():
     assert st.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert st.holm([0.5, 0.9]) == [1.0, 1.0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +20,13 @@ from vivace.robots.tokenizer import SentencePieceModel
 from vivace.train import export, learner, objective
 from vivace.train.config import Optimise, Recipe, build, read_recipe
 from vivace.train.frames import Frames, statistics
+from vivace.train.loop import Run
 from vivace.train.pieces import Piece
 from vivace.train.tokenizer import conveyor_tokenizer, pieces
 from vivace.types import Observation
 
 CPU = torch.device("cpu")
+STATIC = [{"task": "static", "episodes": 1}]
 NETWORK = {
     "vision": {"width": 16, "layers": 1, "mlp_width": 32, "num_heads": 2, "patch_size": 8, "image_size": 16},
     "prefix": {"width": 32, "layers": 2, "mlp_width": 32, "num_heads": 2, "head_dim": 16},
@@ -176,6 +180,9 @@ def test_the_exported_policy_is_the_trained_network(frames, blob, tmp_path):
         if form == "lerobot":
             prepared = policy.prepare(observation)
             assert prepared.tokens.tolist() == frames.tokens[2].tolist(), "training built another prompt"
+            served = torch.as_tensor(np.asarray(prepared.images)).reshape(3, 3, 16, 16)
+            undimmed = drawn(frames, brightness=0.0)[0].images
+            assert any(torch.allclose(served, image, atol=1e-6) for image in undimmed), "training sees other pixels"
             assert policy.checkpoint.rtc.training_max_delay == 2
             assert policy.checkpoint.num_denoise_steps == 3
     images = torch.from_numpy(np.stack(list(views.values()))).permute(0, 3, 1, 2)[None].float() / 255 * 2 - 1
@@ -220,6 +227,84 @@ def test_bad_recipes_are_explained(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
         read_recipe(tmp_path / "r.toml")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [
+        ("closed_loop", "processes", 0), ("closed_loop", "execute_ticks", 0), ("network", "action_width", 2),
+        ("network", "action_width", 4), ("network", "horizon", 0), ("network.prefix", "head_dim", 15),
+        ("network.prefix", "num_heads", 0), ("network.prefix", "num_kv_heads", 2), ("network.vision", "num_heads", 0),
+        ("network.expert", "width", 15), ("optimise", "learning_rate", -1.0), ("optimise", "learning_rate", math.nan),
+        ("optimise", "max_committed", 4), ("optimise", "clip_norm", 0.0), ("optimise", "weight_decay", -0.1),
+        ("optimise", "ema", 1.0), ("optimise", "brightness", 1.0), ("optimise", "committed_share", math.nan),
+        ("optimise", "warmup_steps", -1), ("export", "num_denoise_steps", 0), ("data", "processes", 0),
+        ("data", "stride", 0), ("data", "sigma", [math.nan]), ("data", "seed", -1),
+        ("closed_loop", "corrections", [{"at": 1.0, "sources": STATIC}]),
+        ("closed_loop", "corrections", [{"at": -0.1, "sources": STATIC}]),
+        ("closed_loop", "corrections", [{"at": 0.5, "sources": []}]),
+        ("closed_loop", "corrections", [{"at": 0.5, "sources": STATIC}] * 2),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_trained_are_refused_by_name(where, key, value):
+    table = {"network": copy.deepcopy(NETWORK), "data": {"sources": STATIC}, "optimise": {"max_committed": 2}}
+    build(Recipe, table, where="test")
+    inner = table
+    for name in where.split("."):
+        inner = inner.setdefault(name, {})
+    inner[key] = value
+    if key in ("head_dim", "num_kv_heads") or where == "network.prefix":
+        table["network"]["expert"][key] = value
+    with pytest.raises(ConfigError) as caught:
+        build(Recipe, table, where="test")
+    assert key in str(caught.value)
+
+
+def test_without_committed_actions_it_trains(frames):
+    one = learner.Learner(RECIPE.network.model(544), replace(RECIPE.optimise, max_committed=0), device=CPU)
+    batch, draws = one.draw(frames)
+    assert not draws.committed.any()
+    assert float(one.learn(batch, draws).loss) > 0
+
+
+def drawn(frames, *, step=0, **optimise):
+    """What a learner draws for a step, from large batches so that shares can be told."""
+    one = learner.Learner(RECIPE.network.model(544), replace(RECIPE.optimise, batch=64, **optimise), device=CPU)
+    one.step = step
+    return one.draw(frames)
+
+
+def test_every_step_has_random_numbers_of_its_own(frames):
+    (one, first), (_, again), (other, second) = (drawn(frames, step=step) for step in (0, 0, 1))
+    assert torch.equal(first.noise, again.noise)
+    for a, b in ((first.noise, second.noise), (first.times, second.times), (one.images, other.images)):
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_draws_with_committed_actions_is_the_recipes(frames, share):
+    _, draws = drawn(frames, committed_share=share, max_committed=3)
+    assert frames.left.min() > 0  # so that every row may have some
+    assert float((draws.committed > 0).float().mean()) == pytest.approx(share, abs=0.1 if 0 < share < 1 else 0)
+
+
+def test_the_average_moves_towards_the_weights_by_its_decay(frames):
+    one = learner.Learner(RECIPE.network.model(544), replace(RECIPE.optimise, ema=0.9), device=CPU)
+    for decay in (2 / 11, 3 / 12):  # early on, (1 + n) / (10 + n)
+        before = [value.clone() for value in one.average.parameters()]
+        one.learn(*one.draw(frames))
+        for old, new, weight in zip(before, one.average.parameters(), one.model.parameters(), strict=True):
+            torch.testing.assert_close(new, decay * old + (1 - decay) * weight)
+    assert any(not torch.equal(a, b) for a, b in zip(one.average.parameters(), before, strict=True))
+
+
+def test_every_correction_happens_also_in_a_short_run():
+    corrections = [{"at": at, "sources": STATIC} for at in (0.98, 0.5, 0.52)]
+    recipe = build(Recipe, {
+        "network": NETWORK, "data": {"sources": STATIC}, "optimise": {"steps": 4, "max_committed": 2},
+        "closed_loop": {"corrections": corrections}}, where="test")  # fmt: skip
+    run = Run(recipe, None, None, b"", Path(), print)
+    assert [(step, one.at) for step, one in run.corrections()] == [(2, 0.5), (2, 0.52), (3, 0.98)]
 
 
 @pytest.mark.parametrize(

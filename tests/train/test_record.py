@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from vivace.errors import ConfigError
+from vivace.errors import ConfigError, WorkerDied
 from vivace.sim import expert
 from vivace.sim.conveyor import VIEWS, ConveyorEnv
 from vivace.sim.record import Plan, Source, record, record_episode
@@ -151,6 +152,21 @@ def test_closed_loop_counts_and_collects_what_the_expert_would_do():
     assert len(one.piece.ticks) == 5  # looks at 0, 50, ..., 200
     assert not one.piece.joined
     env.close()
+
+
+def test_a_simulator_that_dies_is_named():
+    work = closed_loop.jobs((Source("static", 1),), first_seed=7, image_px=PX, horizon=6, execution=Execution())
+
+    def killed(observations):
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        return [np.zeros((60, 4), np.float32) for _ in observations]
+
+    with pytest.raises(WorkerDied, match="exit code -9, task static, seed 7"):
+        list(closed_loop.run(work, killed, processes=1))
+    with pytest.raises(ConfigError, match="processes"):
+        list(closed_loop.run(work, killed, processes=0))
 
 
 def test_each_thread_may_record():

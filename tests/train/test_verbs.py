@@ -11,6 +11,7 @@ import pytest
 from vivace.checkpoints.open import open_checkpoint
 from vivace.cli.main import main
 from vivace.robots.dataset import read_frames
+from vivace.train import closed_loop
 
 RECIPE = """
 name = "toy"
@@ -57,6 +58,7 @@ def test_a_recipe_becomes_a_policy(tmp_path, capsys):
     assert code == 0
     assert "static" in text
     assert facts["success"][0]["n"] == 1
+    assert facts["success"][0]["failed_seeds"] == [0], "success is measured on seeds that nothing was recorded on"
     rows = log_of(tmp_path / "run")
     events = [row["event"] for row in rows]
     assert events[-2:] == ["exported", "success"]
@@ -65,6 +67,7 @@ def test_a_recipe_becomes_a_policy(tmp_path, capsys):
     assert rows[-1]["simulator"]["mujoco"]
     corrected = next(row for row in rows if row["event"] == "corrected")
     assert corrected["examples"] > 0
+    assert corrected["rates"][0]["failed_seeds"] == [closed_loop.CORRECTION_SEED + 4000 * 50]
     opened = open_checkpoint(tmp_path / "run/policy")
     assert (opened.origin, opened.model.horizon, opened.rtc.training_max_delay) == ("lerobot", 12, 4)
     assert open_checkpoint(tmp_path / "run/policy_openpi").origin == "openpi_torch"
@@ -133,11 +136,31 @@ def test_a_recorded_dataset_trains_and_starts_from_a_policy(tmp_path, capsys):
         (("train", "missing.toml"), "cannot read recipe"),
         (("record", "x", "--task", "nonsense"), "unknown task"),
         (("record", "x", "--processes", "0"), "processes"),
+        (("record", "x", "--image-px", "100000"), "image_px from 8 to"),
+        (("record", "x", "--sigma", "nan"), "noise levels"),
+        (("record", "a-file/x"), "cannot be written to"),
+        (("record", "a-file"), "cannot be written to"),
     ],
 )
 def test_bad_use_is_explained(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    Path("a-file").touch()
     code, _, text = call(capsys, *arguments)
+    assert code == 2
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "foo"), "--device"), (("--device", "meta"), "--device"), (("--device", "cuda:99"), "CUDA device"),
+        (("--seconds", "nan"), "--seconds"), (("--seconds", "-3"), "--seconds"), (("--out", "toy.toml"), "written to"),
+    ],
+)  # fmt: skip
+def test_options_of_train_are_checked_before_the_work(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("toy.toml").write_text(RECIPE.replace("DATA", RECORDED))
+    code, _, text = call(capsys, "train", "toy.toml", *options)
     assert code == 2
     assert message in text
 
@@ -153,6 +176,8 @@ def test_the_module_trains_on_bare_machines(tmp_path, capsys):
     assert [row["event"] for row in lines] == [row["event"] for row in log_of(tmp_path / "run")]
     assert bare([str(tmp_path / "toy.toml"), str(tmp_path / "run")]) == 2
     assert bare([]) == 2
+    assert bare([str(tmp_path / "toy.toml"), str(tmp_path / "other"), "soon"]) == 2
+    assert bare([str(tmp_path / "toy.toml"), str(tmp_path / "toy.toml")]) == 2
 
 
 def test_a_bundled_policy_is_found_by_name_and_hides_nothing(tmp_path, monkeypatch):

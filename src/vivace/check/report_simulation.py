@@ -16,7 +16,8 @@ from .results import number
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
-TICK_MS = 20.0
+CONTROL_HZ = 50.0
+"""Of results that do not say: the conveyor's."""
 MODES = ("aligned, told", "aligned", "naive", "pause")
 """One colour each, whatever modes a result has. Told: the policy knows the actions that are executed meanwhile."""
 STATUS = {"passed": "good", "failed": "bad", "void": "warn"}
@@ -34,10 +35,11 @@ def section(document: Document) -> str:
         (f"{passed} / {len(controls)}", "controls passed"),
         (str(crashes), "crashes"),
     ]
-    what = f"MuJoCo {simulator['mujoco']}, scene {str(simulator['scene_sha256'])[:12]}"
+    unfinished = document.get("unfinished")
     return "".join(
         [
-            f'<p class="soft">{esc(what)}, {seeds["n"]} episodes an arm from seed {seeds["first"]}.</p>',
+            f"<p>{pill('unfinished', 'bad')} {esc(unfinished)}</p>" if unfinished else "",
+            f'<p class="soft">{esc(_simulator(simulator))}, {seeds["n"]} episodes an arm from seed {seeds["first"]}.</p>',
             tiles([(esc(value), name) for value, name in top]),
             figures([*delay_figures(document), *reaction_figures(document)]),
             fold("arms", arm_table(arms), is_open=len(arms) <= 12),
@@ -46,6 +48,20 @@ def section(document: Document) -> str:
             raw({**document, "arms": f"{len(arms)} arms, in the file"}),
         ]
     )
+
+
+def tick_ms(document: Document) -> float:
+    """Length of a control tick."""
+    return 1000.0 / number(document["simulator"].get("control_hz", CONTROL_HZ))
+
+
+def _simulator(facts: Row) -> str:
+    """Which one, and which version of it. Raises KeyError."""
+    if facts.get("name") == "LIBERO":
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        return f"{facts['suite']}, protocol {facts['convention']}" + (f", {versions}" if versions else "")
+    drawn = f", drawn by {facts['renderer']}" if facts.get("renderer") else ""
+    return f"MuJoCo {facts['mujoco']}, scene {str(facts['scene_sha256'])[:12]}{drawn}"
 
 
 def delay_figures(document: Document) -> list[tuple[str, str]]:
@@ -57,21 +73,22 @@ def delay_figures(document: Document) -> list[tuple[str, str]]:
         groups.setdefault(key, []).append(arm)
     found = []
     for key, arms in groups.items():
-        if len({delay_ms(arm) for arm in arms}) > 1:
+        if len({delay_ticks(arm) for arm in arms}) > 1:
             belt = f", {key[1]} belt" if key[1] else ""
             caption = f"{', '.join(name for name in key[2:] if name not in ('', 'auto'))}; band: Wilson, 95 %"
-            found.append((success_against_delay(arms, title=f"{key[0]}{belt}"), caption))
+            svg = success_against_delay(arms, title=f"{key[0]}{belt}", tick_ms=tick_ms(document))
+            found.append((svg, caption))
     return found
 
 
-def success_against_delay(arms: Sequence[Row], *, title: str) -> str:
+def success_against_delay(arms: Sequence[Row], *, title: str, tick_ms: float) -> str:
     """Success in % against inference delay in ms, one line for each execution mode, with its Wilson interval."""
     canvas = Canvas(title, height=3.3)
     for i, mode in enumerate(MODES):
-        mine = sorted((arm for arm in arms if mode_of(arm) == mode and arm["rate"] is not None), key=delay_ms)
+        mine = sorted((arm for arm in arms if mode_of(arm) == mode and arm["rate"] is not None), key=delay_ticks)
         if not mine:
             continue
-        x = [delay_ms(arm) for arm in mine]
+        x = [tick_ms * delay_ticks(arm) for arm in mine]
         low, high = ([100 * number(arm["interval"][side]) for arm in mine] for side in (0, 1))
         canvas.axes.fill_between(x, low, high, color=SERIES[i], alpha=0.15, linewidth=0)
         canvas.axes.plot(
@@ -90,23 +107,24 @@ def reaction_figures(document: Document) -> list[tuple[str, str]]:
             groups.setdefault((arm["arm"]["task"], arm["arm"]["belt"] or ""), []).append(arm)
     caption = "solid: measured with twins; dotted: uniform from the delay to the delay plus the time between looks"
     return [
-        (reaction_cdf(arms[:4], title=f"{' '.join(key).strip()}: reaction"), caption) for key, arms in groups.items()
+        (reaction_cdf(arms[:4], title=f"{' '.join(key).strip()}: reaction", tick_ms=tick_ms(document)), caption)
+        for key, arms in groups.items()
     ]
 
 
-def reaction_cdf(arms: Sequence[Row], *, title: str) -> str:
+def reaction_cdf(arms: Sequence[Row], *, title: str, tick_ms: float) -> str:
     """Share of episodes that had reacted by a time after the event."""
     canvas = Canvas(title, height=3.3)
     for i, arm in enumerate(arms):
         counts = {int(ticks): int(count) for ticks, count in arm["reaction"]["ticks"].items()}
-        x = np.repeat(list(counts), list(counts.values())) * TICK_MS
+        x = np.repeat(list(counts), list(counts.values())) * tick_ms
         share = 100 * np.arange(1, x.size + 1) / x.size
         name = f"{mode_of(arm)}, {arm['arm']['delay']['name']}"
         canvas.axes.step([0, *np.sort(x)], [0, *share], where="post", color=SERIES[i], label=name)
         if theory := arm["reaction"].get("theory_ticks"):
             ticks = np.arange(theory[0], theory[1] + 1)
             shares = [0, *(100 * np.arange(1, ticks.size + 1) / ticks.size)]
-            canvas.axes.step([0, *(ticks * TICK_MS)], shares, where="post", color=SERIES[i], linestyle=":")
+            canvas.axes.step([0, *(ticks * tick_ms)], shares, where="post", color=SERIES[i], linestyle=":")
     canvas.axes.set(xlabel="ms after the event", ylabel="% reacted", ylim=(0, 101))
     _legend_below(canvas)
     return canvas.svg()
@@ -118,10 +136,10 @@ def mode_of(arm: Row) -> str:
     return f"{facts['mode']}, told" if facts["committed"] else str(facts["mode"])
 
 
-def delay_ms(arm: Row) -> float:
-    """Mean delay of an arm in ms, in control ticks as it was simulated."""
+def delay_ticks(arm: Row) -> float:
+    """Mean delay of an arm, in control ticks as it was simulated."""
     ticks = {int(value): int(count) for value, count in arm["arm"]["delay"]["ticks"].items()}
-    return TICK_MS * sum(value * count for value, count in ticks.items()) / sum(ticks.values())
+    return sum(value * count for value, count in ticks.items()) / sum(ticks.values())
 
 
 def _legend_below(canvas: Canvas) -> None:
@@ -162,7 +180,7 @@ def _pairs(document: Document) -> str:
         low, high = (f"{100 * number(side):+.1f}" for side in r["interval"])
         sides = [esc(_title(document["arms"][one[name]])) for name in ("arm", "reference")]
         size = [f"{100 * number(r['difference']):+.1f}", f"{low} to {high}", str(r["gained"]), str(r["lost"])]
-        shown = pill("yes", "good") if r["noninferior"] else pill("not shown", "plain")
+        shown = pill("yes", "good") if r["noninferior"] else pill(r.get("void") or "not shown", "plain")
         rows.append([*sides, *size, num(one["holm_p"]), shown])
     return table(heads, rows, text_columns=(0, 1))
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..errors import ConfigError
+from ..places import writable_folder
 from .output import OK, console, emit
 
 
@@ -47,6 +49,9 @@ def run(args: Args) -> int:
         tuple(Source(task, args.episodes, args.belt) for task in args.task), seed=args.seed, image_px=args.image_px,
         horizon=args.horizon, sigma=args.sigma,
     )  # fmt: skip
+    if args.out.is_dir() and any(args.out.iterdir()):
+        raise ConfigError(f"{args.out} exists already", wanted="a new or empty folder")
+    writable_folder(args.out, name="the folder of the dataset")
     total = len(plan.jobs())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:

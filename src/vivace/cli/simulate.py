@@ -15,7 +15,7 @@ from rich.table import Table
 from ..check.environment import collect
 from ..check.results import result
 from ..checkpoints import bundled
-from ..errors import ConfigError
+from ..errors import ConfigError, WorkerDied
 from .output import FAILED, OK, console, deliver, refuse_output
 from .policy_args import CheckpointArgs
 
@@ -94,11 +94,13 @@ class Args:
     keep_episodes: bool = False
     """Store a row for each episode, not only its outcome."""
     store: bool = False
-    """Write the reached rates into simulation.json beside the policies."""
+    """Write the reached rates into simulation.json beside the policies: of 50 episodes or more, no fewer than stored."""
     video: Path | None = None
     """Also write one episode as an annotated clip: .mp4 (vivace[video]), .webp or .gif. First arm, first seed."""
     rerun: Path | None = None
     """Also log that episode for Rerun, .rrd; needs rerun-sdk."""
+    gl: Literal["auto", "egl", "osmesa"] = "auto"
+    """Which OpenGL draws the conveyor; auto = EGL where it gives a context, else OSMesa."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Also write the JSON here."""
     options: tyro.conf.OmitArgPrefixes[CheckpointArgs] = field(default_factory=CheckpointArgs)
@@ -109,28 +111,30 @@ def run(args: Args) -> int:
     from ..sim import campaign, controls, statistics  # Unsupported without the extra `sim`
 
     _check(args)
-    refuse_output(args.output)
     if args.suite is not None:
         return _run_suite(args)
     arms, settings = _arms(args), _settings(args)
     statistics.paired(0, 0, 1, margin=args.margin)  # a bad margin is refused before hours of work
+    if args.store:
+        _check_store(arms, args.episodes)
     _film(args, arms[0], settings)
     work = campaign.jobs(arms, settings, processes=args.processes)
     extra = controls.control_jobs(arms, settings, episodes=args.control_episodes) if args.controls else []
-    blocks = _played([*work, *extra], args.processes)
+    blocks, died = _played([*work, *extra], args.processes)
     outcomes = campaign.collect(arms, blocks[: len(work)], keep=args.keep_episodes)
+    if died is not None:
+        _keep_unfinished(args, campaign.as_json(outcomes, settings, [], simulator=campaign.simulator(blocks)), died)
     compared = campaign.comparisons(outcomes, margin=args.margin)
     judged = controls.judge(outcomes, extra, blocks[len(work) :], settings) if args.controls else []
     passed = not any(one.status == "failed" for one in judged) and not any(one.crashes for one in outcomes)
-    body = campaign.as_json(outcomes, settings, compared)
+    body = campaign.as_json(outcomes, settings, compared, simulator=campaign.simulator(blocks))
     document = result(
         "simulate", {"passed": passed, **body, "controls": [asdict(one) for one in judged]}, environment=collect()
     )
     _show(outcomes, compared, judged, args, f"{args.episodes} episodes each, equal seeds from {args.seed}")
-    if args.store:
-        _store(outcomes, settings)
     deliver(document, args.output)
-    return OK if passed else FAILED
+    kept = _store(outcomes, judged, args.seed) if args.store else True
+    return OK if passed and kept else FAILED
 
 
 def _run_suite(args: Args) -> int:
@@ -142,13 +146,16 @@ def _run_suite(args: Args) -> int:
     arms = _arms(args, suite)
     work = libero.jobs(arms, suite)
     extra = libero.control_jobs(arms, suite, episodes=args.control_episodes) if args.controls else []
-    blocks = _played([*work, *extra], args.processes, libero.run_job)
+    blocks, died = _played([*work, *extra], args.processes, libero.run_job)
     outcomes = campaign.collect(arms, blocks[: len(work)], keep=args.keep_episodes, units=libero.UNITS)
+    settings = campaign.Settings(episodes=suite.episodes_per_task, first_seed=args.seed, margin=args.margin)
+    simulator = libero.simulator(blocks, suite)
+    if died is not None:
+        _keep_unfinished(args, campaign.as_json(outcomes, settings, [], simulator=simulator), died)
     compared = campaign.comparisons(outcomes, margin=args.margin)
     judged = libero.judge(outcomes, extra, blocks[len(work) :])
     passed = not any(one.status == "failed" for one in judged) and not any(one.crashes for one in outcomes)
-    settings = campaign.Settings(episodes=suite.episodes_per_task, first_seed=args.seed, margin=args.margin)
-    body = campaign.as_json(outcomes, settings, compared, simulator=libero.simulator(blocks, suite))
+    body = campaign.as_json(outcomes, settings, compared, simulator=simulator)
     tasks = libero.by_task(outcomes, blocks, suite)
     document = result(
         "simulate",
@@ -166,7 +173,7 @@ def _run_suite(args: Args) -> int:
 
 def _check_suite(args: Args) -> None:
     """No option is ignored: some are for the conveyor only, some for suites only."""
-    conveyor = "task", "episodes", "store", "video", "rerun"
+    conveyor = "task", "episodes", "store", "video", "rerun", "gl"
     suites = "convention", "suite_task", "episodes_per_task", "libero_python"
     for name in suites if args.suite is None else conveyor:
         if getattr(args, name) != getattr(Args, name):
@@ -207,6 +214,8 @@ def _check(args: Args) -> None:
     if args.store and set(args.policy) == {"expert"}:
         raise ConfigError("nothing to store", got="--policy expert", wanted="--store with a checkpoint folder")
     _check_suite(args)
+    for path in (args.output, args.video, args.rerun):
+        refuse_output(path)
     for policy in args.policy:
         if policy != "expert" and not bundled.find(Path(policy)).is_dir():
             wanted = f"expert, a checkpoint folder, or one of {bundled.names()}"
@@ -247,22 +256,36 @@ def _settings(args: Args) -> Settings:
         first_seed=args.seed,
         margin=args.margin,
         keep=args.keep_episodes,
-        options=Options(**options),
+        options=Options(**options, gl=args.gl),
     )
 
 
-def _played(work: Sequence[Any], processes: int, run: Callable[[Any], Block] | None = None) -> list[Block]:
-    """Run all blocks under a progress bar that counts episodes."""
+def _played(
+    work: Sequence[Any], processes: int, run: Callable[[Any], Block] | None = None
+) -> tuple[list[Block], WorkerDied | None]:
+    """Run all blocks under a progress bar that counts episodes; those before a process that was killed, and its error."""
     from ..sim.campaign import run_job, run_jobs
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     blocks = []
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("episodes", total=sum(len(job.seeds) for job in work))
-        for block in run_jobs(work, processes=processes, run=run or run_job):
-            blocks.append(block)
-            bar.update(task, advance=len(block.rows))
-    return blocks
+        try:
+            for block in run_jobs(work, processes=processes, run=run or run_job):
+                blocks.append(block)
+                bar.update(task, advance=len(block.rows))
+        except WorkerDied as error:
+            return blocks, error
+    return blocks, None
+
+
+def _keep_unfinished(args: Args, body: dict[str, Any], died: WorkerDied) -> None:
+    """Write what was finished, without comparisons and controls, and raise."""
+    unfinished = {"passed": False, "unfinished": str(died), **body, "controls": []}
+    deliver(result("simulate", unfinished, environment=collect()), args.output)
+    if args.output is not None:
+        console.print(f"{args.output}: what was finished", highlight=False, markup=False)
+    raise died
 
 
 def _film(args: Args, arm: Arm, settings: Settings) -> None:
@@ -277,20 +300,39 @@ def _film(args: Args, arm: Arm, settings: Settings) -> None:
     console.print(f"{written}: seed {args.seed}, {end} after {len(episode.actions) / episode.control_hz:.2f} s")
 
 
-def _store(outcomes: Sequence[Outcome], settings: Settings) -> None:
-    from ..sim import scene, stored
+def _check_store(arms: Sequence[Arm], episodes: int) -> None:
+    """Before the campaign: what it will not store anyway is no reason for hours of work."""
+    from ..sim import stored
 
-    for policy in {one.arm.policy for one in outcomes} - {"expert"}:
+    kept = [arm for arm in arms if stored.has_rate(arm)]
+    if not kept:
+        raise ConfigError("nothing to store", got="no arm", wanted="a checkpoint folder at a fixed delay, with --store")
+    for policy in dict.fromkeys(arm.policy for arm in kept):
+        mine = [stored.rate_of(arm, successes=0, n=episodes) for arm in kept if arm.policy == policy]
+        stored.check_rates(policy, mine)
+
+
+def _store(outcomes: Sequence[Outcome], judged: Sequence[Control], first_seed: int) -> bool:
+    """Write the rates of every policy whose controls held and whose episodes all ended; say which were not."""
+    from ..sim import stored
+
+    stored_all = True
+    for policy in dict.fromkeys(one.arm.policy for one in outcomes if stored.has_rate(one.arm)):
+        mine = [one for one in outcomes if one.arm.policy == policy and stored.has_rate(one.arm)]
+        failed = [one.name for one in judged if one.policy == policy and one.status == "failed"]
+        if failed or any(one.crashes for one in mine):
+            why = f"control {', '.join(failed)} failed" if failed else "episodes crashed"
+            hint = "; if the stored rate is the wrong one: --no-controls" if failed == ["stored rate"] else ""
+            console.print(f"stored no rate of {policy}: {why}{hint}", style="red", markup=False)
+            stored_all = False
+            continue
         rates = tuple(
-            stored.Rate(
-                task=one.arm.task, successes=one.successes, n=one.finished, belt=one.arm.belt, mode=one.arm.mode,
-                committed=one.arm.committed, execute_ticks=one.arm.execute_ticks, delay_ticks=one.arm.delay.ticks[0],
-                first_seed=settings.first_seed, **scene.versions(),
-            )
-            for one in outcomes
-            if one.arm.policy == policy and len(set(one.arm.delay.ticks)) == 1 and not one.arm.delay.measured
+            stored.rate_of(
+                one.arm, successes=one.successes, n=one.finished, first_seed=first_seed, engine=one.engine
+            ) for one in mine
         )  # fmt: skip
-        console.print(f"stored {len(rates)} rates in {stored.write_rates(policy, rates)}")
+        console.print(f"stored {len(rates)} rates in {stored.write_rates(policy, rates)}", markup=False)
+    return stored_all
 
 
 def _show(
@@ -337,7 +379,7 @@ def _comparisons(outcomes: Sequence[Outcome], compared: Sequence[Comparison], ma
         low, high = r.interval
         sides = [escape(f"{_title(outcomes[i].arm)}, {outcomes[i].arm.delay.name}") for i in (one.arm, one.reference)]
         size = [f"{r.difference:+.1%}", f"{low:+.1%} to {high:+.1%}", str(r.gained), str(r.lost), f"{one.holm_p:.2g}"]
-        table.add_row(*sides, *size, "yes" if r.noninferior else "not shown")
+        table.add_row(*sides, *size, r.void or ("yes" if r.noninferior else "not shown"))
     if len(compared) > SHOWN:
         table.caption = f"{len(compared) - SHOWN} more in the JSON"
     return table

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ..errors import ConfigError
 from .output import OK, console, emit
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,17 @@ def run(args: Args) -> int:
     import torch
 
     from ..train.config import read_recipe  # Unsupported without the extra `sim`
-    from ..train.loop import train
+    from ..train.loop import prepare, train
 
     recipe = read_recipe(args.recipe)
+    if args.seconds is not None and not 0.0 < args.seconds < math.inf:
+        raise ConfigError("--seconds", got=args.seconds, wanted="a time above 0")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device", got=args.device, do="use --device cpu, or install a CUDA build of torch")
+    device = _device(name)
     state = args.out / "state.safetensors"
     if args.resume and not state.is_file():
         raise ConfigError(f"there is nothing to resume in {args.out}", wanted=state.name, do="leave --resume out")
-    args.out.mkdir(parents=True, exist_ok=True)
+    prepare(args.out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=console, transient=True) as bar,
@@ -65,6 +69,20 @@ def run(args: Args) -> int:
     console.print(f"{folder}: {told.summary()}", highlight=False, markup=False, soft_wrap=True)
     emit({"policy": str(folder), "log": str(args.out / "log.jsonl"), "success": told.rates})
     return OK
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError("--device", got=repr(name), wanted="cpu, cuda, cuda:1 ... or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError("--device", got=repr(name), wanted="cpu, cuda, cuda:1 ... or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError("no such CUDA device", got=name, do="use --device cpu, or install a CUDA build of torch")
+    return device
 
 
 class Told:

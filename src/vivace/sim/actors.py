@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -42,7 +42,10 @@ class Actor(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """How to load policies; see `runtime.policy.load_policy`. seed: of the engine; episodes have their own noise."""
+    """How to load policies, see `runtime.policy.load_policy`, and how to draw.
+
+    seed  of the engine; episodes have their own noise        gl  which OpenGL, see `render.choose`
+    """
 
     embodiment: str = "conveyor"
     tokenizer: str | None = None
@@ -54,6 +57,7 @@ class Options:
     lerobot_version: Any = "auto"
     device: str = "auto"
     seed: int | None = 0
+    gl: Literal["auto", "egl", "osmesa"] = "auto"
 
 
 @lru_cache(maxsize=1)

@@ -11,13 +11,14 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ShapeError, VivaceError
+from ..errors import ShapeError, VivaceError, WorkerDied
 from ..types import Observation
 from . import scene
 from .actors import Actor, Options, actor, load
@@ -77,11 +78,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Block:
-    """What came of a job: rows as in `Episode.summary`, with crash, reaction, ages and inference_ms."""
+    """What came of a job: rows as in `Episode.summary`, with crash, reaction, ages and inference_ms.
+
+    renderer  which OpenGL drew the images, None = none were drawn
+    """
 
     index: int
     rows: tuple[dict[str, Any], ...]
     engine: dict[str, Any] | None
+    renderer: str | None = field(default=None, kw_only=True)
 
 
 class PolicyCrash(VivaceError):
@@ -120,7 +125,7 @@ def environment(arm: Arm, *, options: Options, task_: Task | None = None) -> Con
     if arm.policy == EXPERT:
         return ConveyorEnv(named, belt_m_s=belt)
     size = read(arm.policy).image_px or load(arm.policy, arm.engine, arm.precision, arm.steps, options).io.image_size
-    return ConveyorEnv(named, belt_m_s=belt, image_px=size)
+    return ConveyorEnv(named, belt_m_s=belt, image_px=size, library=options.gl)
 
 
 def play(
@@ -154,13 +159,14 @@ def run_job(job: Job) -> Block:
     env = environment(job.arm, options=job.options, task_=job.task)
     try:
         rows = tuple(_row(env, job, seed, twin=i < job.twins) for i, seed in enumerate(job.seeds))
+        renderer = env.renderer
     finally:
         env.close()
     arm = job.arm
     if arm.policy == EXPERT:
-        return Block(job.index, rows, None)
+        return Block(job.index, rows, None, renderer=renderer)
     engine = load(arm.policy, arm.engine, arm.precision, arm.steps, job.options).engine
-    return Block(job.index, rows, engine.to_json())
+    return Block(job.index, rows, engine.to_json(), renderer=renderer)
 
 
 def _row(env: ConveyorEnv, job: Job, seed: int, *, twin: bool) -> dict[str, Any]:
@@ -213,12 +219,22 @@ def run_jobs(work: Sequence[Any], *, processes: int = 1, run: Callable[[Any], Bl
     """Run blocks, in this process or in others; in the order given, each as soon as it and those before are done.
 
     run: what plays one block of `work`; a function of a module, so that other processes find it.
+    Raises: WorkerDied where a process is killed; the blocks before it have been yielded then.
     """
     if processes == 1:
         yield from map(run, work)
         return
+    count = 0
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(run, work)
+        try:
+            for block in pool.map(run, work):
+                yield block
+                count += 1
+        except BrokenProcessPool as error:
+            raise WorkerDied(
+                "a process of the campaign was killed", got=f"{count} of {len(work)} blocks of episodes finished before it",
+                do="often it is out of memory: run with fewer --processes",
+            ) from error  # fmt: skip
 
 
 def collect(
@@ -249,14 +265,20 @@ def comparisons(outcomes: Sequence[Outcome], *, margin: float) -> list[Compariso
     return compare(outcomes, pairs, margin=margin)
 
 
+def simulator(blocks: Sequence[Block]) -> dict[str, Any]:
+    """For a result file: versions of the conveyor, and which OpenGL drew the images (None: none were drawn)."""
+    drawn = sorted({block.renderer for block in blocks if block.renderer is not None})
+    return {**scene.versions(), "renderer": ", ".join(drawn) or None, "control_hz": scene.CONTROL_HZ}
+
+
 def as_json(
     outcomes: Sequence[Outcome],
     settings: Settings,
     found: Sequence[Comparison],
     *,
-    simulator: Mapping[str, Any] | None = None,
+    simulator: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The body of a result file: versions of the simulator (None: the conveyor), seeds, a row an arm, comparisons."""
+    """The body of a result file: versions of the simulator, seeds, a row an arm, comparisons."""
     rows = []
     for one in outcomes:
         row = asdict(replace(one, episodes=()))
@@ -264,7 +286,7 @@ def as_json(
         row["episodes"] = list(one.episodes)
         rows.append(row)
     return {
-        "simulator": scene.versions() if simulator is None else dict(simulator),
+        "simulator": dict(simulator),
         "seeds": {"first": settings.first_seed, "n": settings.episodes},
         "method": {
             "interval": "Wilson, 95 %",

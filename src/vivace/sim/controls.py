@@ -93,7 +93,8 @@ def judge(
 def stored_rate(one: Outcome) -> Control:
     """Fisher's exact test of the arm's rate against the stored one."""
     policy = one.arm.policy
-    rate = next((rate for rate in read(policy).rates if rate.fits(one.arm)), None)
+    steps = (one.engine or {}).get("num_denoise_steps")
+    rate = next((rate for rate in read(policy).rates if rate.fits(one.arm, steps=steps)), None)
     if rate is None:
         return Control("stored rate", policy, "void", "no rate is stored for these conditions", {})
     if not one.finished:

@@ -36,6 +36,8 @@ class Units:
 CONVEYOR = Units(TICK_MS, SPEED_M_S, COMMAND_M)
 KS_1_PERCENT = 1.63
 """Kolmogorov-Smirnov: D * sqrt(n) above this has p < 1 %; for discrete distributions less."""
+LEAST_EVENTS = 20
+"""Fewer reactions agree with nearly every theory."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def reaction(arm: Arm, rows: Sequence[Row]) -> dict[str, Any] | None:
     A reaction may be later than implied, where the new plan begins as the old one went on; sooner is a leak.
 
     Theory for a fixed delay d: the event falls at any phase of the period P between looks alike, so reaction is uniform on
-    d .. d + P - 1. `distance` is that of the two distribution functions, `limit` the 1 % value of Kolmogorov and Smirnov.
+    d .. d + P - 1. `distance` is that of the two distribution functions, `limit` the 1 % value of Kolmogorov and Smirnov;
+    `agrees` is None below 20 reactions.
     """
     seen = [row["reaction"] for row in rows if row.get("reaction") is not None]
     if not seen:
@@ -176,13 +179,17 @@ def reaction(arm: Arm, rows: Sequence[Row]) -> dict[str, Any] | None:
         distance = distance_of_cdfs(measured, range(delay, delay + period))
         limit = KS_1_PERCENT / len(measured) ** 0.5
         theory = [delay, delay + period - 1]
-        body |= {"theory_ticks": theory, "distance": distance, "limit": limit, "agrees": distance <= limit}
+        agrees = distance <= limit if len(measured) >= LEAST_EVENTS else None
+        body |= {"theory_ticks": theory, "distance": distance, "limit": limit, "agrees": agrees}
     return body
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms, by their places in the result; holm_p adjusts McNemar's p for all comparisons of the same list."""
+    """Two arms, by their places in the result; holm_p adjusts McNemar's p for all pairs of the same list.
+
+    Two arms that are compared for several reasons, or both ways round, are one pair: one test.
+    """
 
     arm: int
     reference: int
@@ -199,9 +206,12 @@ def compare(outcomes: Sequence[Outcome], pairs: Sequence[tuple[int, int, str]], 
         whole = [(a == "S", r == "S") for a, r in both if "C" not in (a, r)]
         if whole:
             gained, lost = sum(a and not r for a, r in whole), sum(r and not a for a, r in whole)
-            found.append((arm, reference, what, paired(gained, lost, len(whole), margin=margin)))
-    adjusted = holm([one[3].mcnemar_p for one in found])
-    return [Comparison(*one, holm_p=p) for one, p in zip(found, adjusted, strict=True)]
+            succeeded = sum(r for _, r in whole)
+            result = paired(gained, lost, len(whole), margin=margin, reference=succeeded)
+            found.append((arm, reference, what, result))
+    tests = {frozenset(one[:2]): one[3].mcnemar_p for one in found}
+    adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
+    return [Comparison(*one, holm_p=adjusted[frozenset(one[:2])]) for one in found]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

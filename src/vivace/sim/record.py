@@ -20,19 +20,22 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from ..errors import ConfigError, WorkerDied
 from .conveyor import VIEWS, ConveyorEnv
 from .expert import act, chunk
 from .tasks import SPEEDS_M_S, task
 from .world import HISTORY_TICKS
 
 HOLD_TICKS = (1, 8)
+MAX_PX = 4096
+"""Every OpenGL draws images of this size."""
 GRIP_SLIP = 0.02
 """Chance of a noisy draw to also turn the fingers round: dropped cubes and empty grasps must be seen too."""
 
@@ -75,14 +78,14 @@ class Plan:
         """Refuse numbers that cannot be recorded."""
         if not self.sources:
             raise ConfigError("nothing to record", got="no sources", wanted="at least one task with episodes")
-        if self.image_px < 8 or self.horizon < 1 or self.seed < 0 or self.stride < 1:
+        if not 8 <= self.image_px <= MAX_PX or self.horizon < 1 or self.seed < 0 or self.stride < 1:
             raise ConfigError(
                 "recording plan",
                 got=f"image_px {self.image_px}, horizon {self.horizon}, seed {self.seed}, stride {self.stride}",
-                wanted="image_px >= 8, horizon >= 1, seed >= 0, stride >= 1",
+                wanted=f"image_px from 8 to {MAX_PX}, horizon >= 1, seed >= 0, stride >= 1",
             )
-        if not self.sigma or min(self.sigma) < 0 or max(self.sigma) > 2:
-            raise ConfigError("noise levels", got=self.sigma, wanted="numbers from 0 to 2")
+        if not self.sigma or not all(0 <= level <= 2 for level in self.sigma):
+            raise ConfigError("noise levels sigma", got=self.sigma, wanted="numbers from 0 to 2")
 
     def jobs(self) -> list[tuple[Source, int]]:
         """(source, seed of the episode) of every episode; sources are interleaved, so a part of the list is a mixture."""
@@ -219,6 +222,7 @@ def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = 
     """All demonstrations of a plan in order, failed ones included (`Demo.success`); not more than a few are held.
 
     progress  called with 1 for every finished episode
+    Raises: WorkerDied where a process is killed.
     """
     if processes < 1:
         raise ConfigError("processes", got=processes, wanted="at least 1")
@@ -248,6 +252,11 @@ def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = 
                     done[waiting.pop(future)] = future.result()
                     progress(1)
             yield done.pop(index)
+    except BrokenProcessPool as error:
+        raise WorkerDied(
+            "a recording process was killed", got=f"{len(jobs)} episodes in {processes} processes",
+            do="often it is out of memory: use fewer processes, or smaller images",
+        ) from error  # fmt: skip
     finally:
         pool.shutdown(cancel_futures=True)
 

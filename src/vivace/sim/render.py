@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import ctypes.util
 import importlib
+import subprocess
+import sys
+from functools import cache
 from typing import Any, Literal
 
 import mujoco
@@ -68,19 +71,31 @@ class Renderer:
 
 
 def choose(library: Library = "auto") -> Library:
-    """The library that would render: the one named, or the first of egl, osmesa that is installed.
+    """The library that would render: the one named, or of those installed the first of egl, osmesa that gives a context.
 
     Decided before anything is loaded: PyOpenGL binds to one library for the life of the process, there is no second try.
+    So where there is a choice, another process tries (once, half a second).
     Raises: Unsupported where none is installed, or for an unknown name.
     """
     if library in FILES:
         return library
     if library == "auto":
-        for name, file in FILES.items():
-            if ctypes.util.find_library(file):
-                return name
+        found = [name for name, file in FILES.items() if ctypes.util.find_library(file)]
+        if found:
+            return next((name for name in found[:-1] if _works(name)), found[-1])
     got = "neither is installed" if library == "auto" else repr(library)
     raise Unsupported("OpenGL without a screen", got=got, wanted="EGL or OSMesa", do=INSTALL)
+
+
+@cache
+def _works(name: Library) -> bool:
+    """Whether a context can be made, in a process of its own: a library without a driver fails only then."""
+    code = f"from mujoco.{name} import GLContext; c = GLContext(8, 8); c.make_current(); c.free()"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def _context(size_px: int, library: Library) -> tuple[Library, Any]:
@@ -94,7 +109,7 @@ def _context(size_px: int, library: Library) -> tuple[Library, Any]:
     try:
         context = module.GLContext(size_px, size_px)
         context.make_current()
-    except (RuntimeError, Error) as error:
+    except (RuntimeError, ImportError, Error) as error:  # ImportError is MuJoCo's for EGL without a driver
         other = next(one for one in FILES if one != name)
         raise Unsupported(
             f"{name} gives no OpenGL context", got=error, do=f"try library={other!r}; {INSTALL}"

@@ -23,6 +23,8 @@ Z95 = 1.959964
 """Two-sided 95 %."""
 Z90 = 1.644854
 """Two-sided 90 %, one-sided 95 %: what a non-inferiority test at 5 % uses."""
+LEAST_REFERENCE = 0.2
+"""Success rate of a reference below which "not worse" says nothing: where nothing succeeds, nothing can be lost."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Paired:
     margin                loss of rate that would not matter, fixed before the run
     noninferiority_p      one-sided: could the arm be worse than the reference by the margin or more?
     noninferior           that p is below 5 %
+    void                  why there is no such test ("" = there is one): both of the above are None then
     """
 
     n: int
@@ -43,16 +46,21 @@ class Paired:
     interval: tuple[float, float]
     mcnemar_p: float
     margin: float
-    noninferiority_p: float
-    noninferior: bool
+    noninferiority_p: float | None
+    noninferior: bool | None
+    void: str = ""
 
 
-def paired(gained: int, lost: int, n: int, *, margin: float) -> Paired:
-    """Compare two arms. Raises ConfigError for counts that are none, or a margin outside (0, 1)."""
+def paired(gained: int, lost: int, n: int, *, margin: float, reference: int | None = None) -> Paired:
+    """Compare two arms. Raises ConfigError for counts that are none, or a margin outside (0, 1).
+
+    reference: successes of the reference in these pairs, None = enough of them.
+    """
     _check_pairs(gained, lost, n)
     if not 0.0 < margin < 1.0:
         raise ConfigError("non-inferiority margin", got=margin, wanted="a share between 0 and 1, e.g. 0.03")
-    p = 1.0 - NormalDist().cdf(tango_score(gained, lost, n, difference=-margin))
+    low = reference is not None and reference < LEAST_REFERENCE * n
+    p = None if low else 1.0 - NormalDist().cdf(tango_score(gained, lost, n, difference=-margin))
     return Paired(
         n=n,
         gained=gained,
@@ -62,7 +70,8 @@ def paired(gained: int, lost: int, n: int, *, margin: float) -> Paired:
         mcnemar_p=mcnemar(gained, lost),
         margin=margin,
         noninferiority_p=p,
-        noninferior=p < 0.05,
+        noninferior=None if p is None else p < 0.05,
+        void="reference too low" if low else "",
     )
 
 

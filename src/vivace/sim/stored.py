@@ -2,29 +2,34 @@
 
     {"schema": 1, "image_px": 64, "execute_ticks": 8, "committed_max_ticks": 10,
      "rates": [{"task": "conveyor", "belt": null, "mode": "aligned", "committed": false, "execute_ticks": 8,
-                "delay_ticks": 0, "successes": 182, "n": 200, "first_seed": 50000, "scene_sha256": "...", "mujoco": "..."}]}
+                "delay_ticks": 0, "successes": 182, "n": 200, "first_seed": 50000, "scene_sha256": "...", "mujoco": "...",
+                "steps": 5, "engine": "eager", "precision": "bfloat16"}]}
 
-`vivace simulate --store` writes the rates; a campaign compares its own with them. Every key may be missing.
+`vivace simulate --store` writes the rates; a campaign compares its own with them. Every key may be missing. A rate is never
+replaced by one of fewer episodes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints import bundled
 from ..errors import ConfigError
+from . import scene
 from .arms import EXPERT, Arm
 
 FILE = "simulation.json"
+LEAST = 50
+"""Episodes below which a rate is not stored."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A success rate at one fixed delay, and which simulator and seeds gave it."""
+    """A success rate at one fixed delay, and which simulator, seeds and engine gave it. steps None, "" = not said."""
 
     task: str
     successes: int
@@ -37,9 +42,17 @@ class Rate:
     first_seed: int = 0
     scene_sha256: str = ""
     mujoco: str = ""
+    steps: int | None = None
+    engine: str = ""
+    precision: str = ""
 
-    def fits(self, arm: Arm) -> bool:
-        """Whether it was measured under this arm's conditions; engine and precision are what is being tested."""
+    def fits(self, arm: Arm, *, steps: int | None = None) -> bool:
+        """Whether it was measured under this arm's conditions; engine and precision are what is being tested.
+
+        steps: denoise steps that the arm really ran with, None = not known.
+        """
+        if None not in (steps, self.steps) and steps != self.steps:
+            return False
         mine = (self.task, self.belt, self.mode, self.committed, self.execute_ticks, (self.delay_ticks,))
         same = mine == (arm.task, arm.belt, arm.mode, arm.committed, arm.execute_ticks, arm.delay.ticks)
         return same and not arm.delay.measured and arm.fault is None
@@ -93,15 +106,54 @@ def write_trained(folder: Path, trained: Stored) -> None:
     (folder / FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
+def has_rate(arm: Arm) -> bool:
+    """Whether there is a place for the arm's rate: a checkpoint's, at one delay that every machine has."""
+    return arm.policy != EXPERT and len(set(arm.delay.ticks)) == 1 and not arm.delay.measured
+
+
+def rate_of(
+    arm: Arm, *, successes: int, n: int, first_seed: int = 0, engine: Mapping[str, Any] | None = None
+) -> Rate:  # fmt: skip
+    """The arm's rate in this simulator. engine: what really ran (`ResolvedEngine`)."""
+    ran = engine or {}
+    return Rate(
+        task=arm.task, successes=successes, n=n, belt=arm.belt, mode=arm.mode, committed=arm.committed,
+        execute_ticks=arm.execute_ticks, delay_ticks=arm.delay.ticks[0], first_seed=first_seed, **scene.versions(),
+        steps=ran.get("num_denoise_steps", arm.steps), engine=ran.get("backend", ""), precision=ran.get("precision", ""),
+    )  # fmt: skip
+
+
+def check_rates(policy: str, rates: Sequence[Rate]) -> None:
+    """Raise ConfigError for rates that may not be stored: of few episodes, fewer than those there, or of equal conditions.
+
+    Before a campaign with the episodes that are asked for, as well as after it with those that ended.
+    """
+    if policy == EXPERT or not bundled.find(Path(policy)).is_dir():
+        raise ConfigError("rates are stored beside a policy", got=repr(policy), wanted="a checkpoint folder")
+    conditions = [_conditions(rate) for rate in rates]
+    if twice := next((one for one in conditions if conditions.count(one) > 1), None):
+        raise ConfigError(
+            f"two rates of {policy} for the same conditions", got=twice,
+            wanted="one engine, precision and number of steps with --store",
+        )  # fmt: skip
+    old = {_conditions(rate): rate.n for rate in read(policy).rates}
+    for rate in rates:
+        least = max(LEAST, old.get(_conditions(rate), 0))
+        if rate.n < least:
+            there = f"; {old[_conditions(rate)]} are behind the stored one" if _conditions(rate) in old else ""
+            raise ConfigError(
+                f"too few episodes to store a rate of {policy}, task {rate.task}", got=rate.n,
+                wanted=f"at least {least}{there}", do=f"--episodes {least}, or leave --store out",
+            )  # fmt: skip
+
+
 def write_rates(policy: str, rates: tuple[Rate, ...]) -> Path:
     """Put rates into the file of a policy, in the place of those of the same conditions; the other keys stay.
 
-    Raises: ConfigError for the expert, or a folder that is not there.
+    Raises: ConfigError, see `check_rates`.
     """
-    folder = bundled.find(Path(policy))
-    if policy == EXPERT or not folder.is_dir():
-        raise ConfigError("rates are stored beside a policy", got=repr(policy), wanted="a checkpoint folder")
-    file = folder / FILE
+    check_rates(policy, rates)
+    file = bundled.find(Path(policy)) / FILE
     old = read(policy).rates
     kept = [rate for rate in old if not any(_conditions(rate) == _conditions(one) for one in rates)]
     document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"schema": 1}

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import VivaceError
 from .config import read_recipe
-from .loop import train
+from .loop import prepare, train
 
 
 def main(arguments: list[str]) -> int:
@@ -24,7 +24,12 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     recipe, out = Path(arguments[0]), Path(arguments[1])
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        seconds = float(arguments[2]) if len(arguments) == 3 else None
+        prepare(out)
+    except (VivaceError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     began = time.perf_counter()
@@ -40,7 +45,7 @@ def main(arguments: list[str]) -> int:
         try:
             train(
                 read_recipe(recipe), out, device=device, report=report, compiled=device.type == "cuda",
-                seconds=float(arguments[2]) if len(arguments) == 3 else None,
+                seconds=seconds,
             )  # fmt: skip
         except VivaceError as error:
             print(error, file=sys.stderr)

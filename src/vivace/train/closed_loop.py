@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ConfigError, WorkerDied
 from ..sim.record import Source
 from ..sim.rollout import Execution
 from ..sim.statistics import wilson
@@ -48,41 +49,84 @@ def jobs(
 
 
 def run(work: Sequence[Job], answer: Answer, *, processes: int) -> Iterator[Ended]:
-    """Run all jobs, each as it ends. A simulator that fails ends the run with its error."""
-    context = multiprocessing.get_context("spawn")
+    """Run all jobs, each as it ends. A simulator that fails ends the run: WorkerDied says at which episode."""
+    if processes < 1:
+        raise ConfigError("processes", got=processes, wanted="at least 1")
     waiting = list(reversed(work))
-    pipes: dict[Connection[Any, Any], Any] = {}
+    simulators: dict[Connection[Any, Any], _Simulator] = {}
     try:
         for _ in range(min(processes, len(work))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=simulate, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            pipes[ours] = process
-            ours.send(waiting.pop())
+            one = _Simulator()
+            simulators[one.pipe] = one
+            one.begin(waiting.pop())
         left = len(work)
         while left:
-            looks: list[tuple[Connection[Any, Any], Observation]] = []
-            for pipe in wait(list(pipes)):
+            looks: list[tuple[_Simulator, Observation]] = []
+            for pipe in wait(list(simulators)):
                 assert isinstance(pipe, Connection)
-                message = pipe.recv()
+                one = simulators[pipe]
+                message = one.hear()
                 if isinstance(message, Observation):
-                    looks.append((pipe, message))
+                    looks.append((one, message))
                     continue
                 left -= 1
                 if waiting:
-                    pipe.send(waiting.pop())
+                    one.begin(waiting.pop())
                 yield message
             if looks:
                 chunks = answer([observation for _, observation in looks])
-                for (pipe, _), actions in zip(looks, chunks, strict=True):
-                    pipe.send(np.asarray(actions))
+                for (one, _), actions in zip(looks, chunks, strict=True):
+                    one.tell(np.asarray(actions))
     finally:
-        for pipe, process in pipes.items():
-            pipe.close()
-            process.join(timeout=10)
-            if process.is_alive():
-                process.terminate()
+        for one in simulators.values():
+            one.end()
+
+
+class _Simulator:
+    """A process that plays one episode after the other, with the end of the pipe to it."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=simulate, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._job: Job | None = None
+
+    def begin(self, job: Job) -> None:
+        """The next episode."""
+        self._job = job
+        self.tell(job)
+
+    def tell(self, message: Any) -> None:
+        """Raises WorkerDied."""
+        try:
+            self.pipe.send(message)
+        except OSError as error:
+            raise self._died() from error
+
+    def hear(self) -> Any:
+        """Wait for a message. Raises WorkerDied."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+
+    def end(self) -> None:
+        """Close the pipe, which tells the process to end."""
+        self.pipe.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.terminate()
+
+    def _died(self) -> WorkerDied:
+        self._process.join(timeout=10)
+        job = self._job
+        return WorkerDied(
+            "a simulator's process ended in mid-episode",
+            got=f"exit code {self._process.exitcode}, task {job and job.source.task}, seed {job and job.seed}",
+            do="its own error, if it had one, is above; a negative exit code is a signal (-9: often out of memory)",
+        )
 
 
 def rates(ended: Sequence[Ended]) -> list[dict[str, Any]]:

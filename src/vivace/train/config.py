@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -17,7 +18,8 @@ from typing import Any, Literal, TypeVar
 
 from ..config import GemmaConfig, ModelConfig, VisionConfig
 from ..errors import ConfigError
-from ..sim.record import Source
+from ..sim.conveyor import STATE_DIM
+from ..sim.record import Plan, Source
 
 Record = TypeVar("Record")
 
@@ -31,6 +33,27 @@ class Network:
     expert: GemmaConfig
     action_width: int = 8
     horizon: int = 24
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no network has, or that a checkpoint folder cannot say."""
+        for stack in ("vision", "prefix", "expert"):
+            _at_least(f"network.{stack}", 1, vars(getattr(self, stack)))
+        _at_least("network", 1, {"horizon": self.horizon})
+        _at_least("network", STATE_DIM, {"action_width": self.action_width}, why=": state and actions have to fit")
+        v, p, e = self.vision, self.prefix, self.expert
+        if v.image_size % v.patch_size or v.width % v.num_heads:
+            raise ConfigError("network.vision", got=v, wanted="whole patches, whole heads")
+        if (p.num_heads, p.head_dim, p.num_kv_heads, p.layers) != (e.num_heads, e.head_dim, e.num_kv_heads, e.layers):
+            raise ConfigError(
+                "network: prefix and expert share keys and values", wanted="equal heads, head_dim and layers in both"
+            )
+        if p.num_kv_heads != 1:
+            raise ConfigError("network.prefix.num_kv_heads", got=p.num_kv_heads, wanted="1: folders cannot say another")
+        if p.head_dim % 2 or e.width % 2:
+            raise ConfigError(
+                "network", got=f"head_dim {p.head_dim}, expert.width {e.width}",
+                wanted="even numbers: positions and flow times are pairs of sine and cosine",
+            )  # fmt: skip
 
     def model(self, vocab_size: int) -> ModelConfig:
         """The network as its LeRobot folder will describe it."""
@@ -55,6 +78,14 @@ class Data:
     sigma: tuple[float, ...] = (0.0, 0.25, 0.5)
     stride: int = 5
     processes: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse no data, and data from two places."""
+        _at_least("data", 1, {"processes": self.processes})
+        if bool(self.sources) == bool(self.folder):
+            raise ConfigError(
+                "data", got="both" if self.folder else "neither", wanted="either sources or folder"
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +112,23 @@ class Optimise:
     log_every: int = 50
     save_every: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that nothing can be learnt with."""
+        positive = "steps", "batch", "flows", "log_every"
+        _at_least("optimise", 1, {name: getattr(self, name) for name in positive})
+        counts = "warmup_steps", "seed", "max_committed", "save_every"
+        _at_least("optimise", 0, {name: getattr(self, name) for name in counts})
+        for name in ("learning_rate", "clip_norm"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"optimise.{name}", got=getattr(self, name), wanted="a number above 0")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ConfigError("optimise.weight_decay", got=self.weight_decay, wanted="a number of at least 0")
+        if not 0.0 <= self.committed_share <= 1.0:
+            raise ConfigError("optimise.committed_share", got=self.committed_share, wanted="a share from 0 to 1")
+        for name in ("ema", "brightness"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"optimise.{name}", got=getattr(self, name), wanted="a share from 0 to below 1")
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -91,6 +139,18 @@ class Correction:
 
     at: float
     sources: tuple[Source, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a correction that would never happen, or teach nothing."""
+        if not 0.0 <= self.at < 1.0:
+            raise ConfigError("closed_loop.corrections.at", got=self.at, wanted="a share of the steps, below 1")
+        if not self.sources:
+            raise ConfigError("closed_loop.corrections.sources", got="none", wanted="at least one task with episodes")
+
+    @property
+    def seed_block(self) -> int:
+        """Which of the 100 blocks of correction seeds is its own."""
+        return round(100 * self.at)
 
 
 @dataclass(frozen=True)
@@ -105,6 +165,16 @@ class ClosedLoop:
     execute_ticks: int = 8
     processes: int = 2
 
+    def __post_init__(self) -> None:
+        """Refuse what would wait for ever, and corrections on each other's seeds."""
+        _at_least("closed_loop", 1, {"execute_ticks": self.execute_ticks, "processes": self.processes})
+        shares = [one.seed_block for one in self.corrections]
+        if len(set(shares)) < len(shares):
+            raise ConfigError(
+                "closed_loop.corrections", got=f"at {[one.at for one in self.corrections]}",
+                wanted="shares that differ by a hundredth or more: each correction has seeds of its own",
+            )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Export:
@@ -112,6 +182,10 @@ class Export:
 
     num_denoise_steps: int = 5
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        """Refuse a folder that could not be served."""
+        _at_least("export", 1, {"num_denoise_steps": self.num_denoise_steps})
 
 
 @dataclass(frozen=True)
@@ -128,26 +202,27 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained before anything is recorded."""
-        o, n = self.optimise, self.network
-        positive = {"steps": o.steps, "batch": o.batch, "flows": o.flows, "log_every": o.log_every}
-        for name, value in positive.items():
-            if value < 1:
-                raise ConfigError(f"optimise.{name}", got=value, wanted="at least 1")
-        if bool(self.data.sources) == bool(self.data.folder):
-            raise ConfigError("data", got="both or neither", wanted="either sources or folder")
-        if not 0 <= o.max_committed < n.horizon or not 0 <= o.committed_share <= 1 or not 0 <= o.ema < 1:
+        if self.optimise.max_committed >= self.network.horizon:
             raise ConfigError(
-                "optimise", got=f"max_committed {o.max_committed}, committed_share {o.committed_share}, ema {o.ema}",
-                wanted=f"max_committed below the horizon {n.horizon}, shares from 0 to 1, ema below 1",
+                "optimise.max_committed", got=self.optimise.max_committed,
+                wanted=f"below the horizon {self.network.horizon}",
             )  # fmt: skip
-        if n.vision.image_size % n.vision.patch_size or n.vision.width % n.vision.num_heads:
-            raise ConfigError("network.vision", got=n.vision, wanted="whole patches, whole heads")
-        if (n.prefix.num_heads, n.prefix.head_dim, n.prefix.num_kv_heads, n.prefix.layers) != (
-            n.expert.num_heads, n.expert.head_dim, n.expert.num_kv_heads, n.expert.layers,
-        ):  # fmt: skip
-            raise ConfigError(
-                "network: prefix and expert share keys and values", wanted="equal heads, head_dim and layers in both"
-            )
+        if self.data.sources:
+            self.plan()
+
+    def plan(self) -> Plan:
+        """What to record. Raises ConfigError for numbers that cannot be recorded."""
+        data, network = self.data, self.network
+        return Plan(
+            data.sources, seed=data.seed, image_px=network.vision.image_size, horizon=network.horizon, sigma=data.sigma,
+            stride=data.stride,
+        )  # fmt: skip
+
+
+def _at_least(where: str, least: int, values: dict[str, int], *, why: str = "") -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"{where}.{name}", got=value, wanted=f"at least {least}{why}")
 
 
 def read_recipe(file: Path) -> Recipe:

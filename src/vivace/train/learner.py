@@ -115,7 +115,9 @@ class Learner:
         rows, shape = frames.rows(row), (o.batch, o.flows)
         times = objective.flow_times(shape, generator, device)
         some = torch.rand(shape, generator=generator, device=device) < o.committed_share
-        committed = torch.randint(1, o.max_committed + 1, shape, generator=generator, device=device)
+        committed = torch.randint(
+            min(1, o.max_committed), o.max_committed + 1, shape, generator=generator, device=device
+        )
         committed = torch.minimum(committed * some, frames.left[row][:, None])
         noise = torch.randn((*shape, frames.horizon, frames.width), generator=generator, device=device)
         gain = 1.0 + o.brightness * (2.0 * torch.rand(o.batch, 1, 1, generator=generator, device=device) - 1.0)

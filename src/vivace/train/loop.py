@@ -5,6 +5,7 @@ Everything that happens is told to `report`, a row at a time (the verb writes th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,14 @@ from ..checkpoints.make import Format
 from ..checkpoints.open import open_checkpoint
 from ..config import EngineConfig
 from ..errors import ConfigError
+from ..places import writable_folder
 from ..robots import prompt
 from ..robots.conveyor import embodiment
 from ..robots.tokenizer import SentencePieceModel, Tokenizer
 from ..runtime.policy import Policy, load_policy
 from ..sim import scene, stored
 from ..sim.conveyor import STATE_DIM
-from ..sim.record import Plan, record
+from ..sim.record import record
 from ..sim.rollout import Execution
 from ..types import Observation
 from . import closed_loop, export
@@ -61,11 +63,12 @@ def train(
               the report says how many, for the recipe
     compiled  torch.compile the loss
     also      formats to write beside LeRobot's, into out/policy_<format>
-    Raises: ConfigError for data that cannot be used; NumericsError where the loss diverges.
+    Raises: ConfigError for data, a folder or seconds that cannot be used; NumericsError where the loss diverges;
+    WorkerDied where a simulator's process does.
     """
-    if (out / "policy").exists():
-        raise ConfigError(f"{out / 'policy'} exists already", do="choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    if seconds is not None and not 0.0 < seconds < math.inf:
+        raise ConfigError("seconds", got=seconds, wanted="a time above 0")
+    prepare(out)
     began = time.perf_counter()
     blob = conveyor_tokenizer()
     (out / "tokenizer.model").write_bytes(blob)
@@ -90,6 +93,13 @@ def train(
     if recipe.closed_loop.sources:
         run.evaluate(folder)
     return folder
+
+
+def prepare(out: Path) -> None:
+    """Make the folder of a run. Raises ConfigError where that cannot be, or where a policy is already."""
+    if (out / "policy").exists():
+        raise ConfigError(f"{out / 'policy'} exists already", do="choose another folder")
+    writable_folder(out, name="the folder of the run")
 
 
 class Run:
@@ -123,15 +133,15 @@ class Run:
     def steps(self) -> None:
         """All steps from where the learner stands, with the corrections in between."""
         o = self.recipe.optimise
-        due = {round(one.at * o.steps): one for one in self.recipe.closed_loop.corrections}
-        for step in sorted(due):
+        due = self.corrections()
+        for step, one in due:
             if step < self.learner.step:
-                self._correct(due[step], step)  # resumed: the examples are made again
+                self._correct(one, step)  # resumed: the examples are made again
         began, seen = time.perf_counter(), self.learner.step
         while self.learner.step < o.steps:
             step = self.learner.step
-            if step in due:
-                self._correct(due[step], step)
+            for one in [one for at, one in due if at == step]:
+                self._correct(one, step)
                 began, seen = time.perf_counter(), step
             batch, draws = self.learner.draw(self.frames)
             measured = self.learner.learn(batch, draws)
@@ -146,6 +156,12 @@ class Run:
                 )  # fmt: skip
             if o.save_every and (step + 1) % o.save_every == 0:
                 self.learner.save(self.out / "state.safetensors")
+
+    def corrections(self) -> list[tuple[int, Correction]]:
+        """(step before which it happens, correction), in order; several may share a step of a short run."""
+        steps = self.recipe.optimise.steps
+        due = [(min(round(one.at * steps), steps - 1), one) for one in self.recipe.closed_loop.corrections]
+        return sorted(due, key=lambda pair: (pair[0], pair[1].at))
 
     def trained(self) -> export.Trained:
         """The averaged weights with everything that serving needs."""
@@ -182,7 +198,7 @@ class Run:
         if not folder.exists():
             export.export(folder, self.trained(), format="lerobot")
         ended = self._episodes(
-            folder, correction.sources, first_seed=closed_loop.CORRECTION_SEED + 4000 * round(100 * correction.at),
+            folder, correction.sources, first_seed=closed_loop.CORRECTION_SEED + 4000 * correction.seed_block,
             correct=True,
         )  # fmt: skip
         ended.sort(key=lambda one: (one.job.source.task, one.job.source.belt, one.job.seed))
@@ -234,10 +250,7 @@ def _pieces(recipe: Recipe, report: Report, seconds: float | None) -> list[Piece
     if data.folder:
         network = recipe.network
         return read_pieces(Path(data.folder), horizon=network.horizon, image_px=network.vision.image_size)
-    plan = Plan(
-        data.sources, seed=data.seed, image_px=recipe.network.vision.image_size, horizon=recipe.network.horizon,
-        sigma=data.sigma, stride=data.stride,
-    )  # fmt: skip
+    plan = recipe.plan()
     pieces, total, began = [], len(plan.jobs()), time.perf_counter()
     for count, demo in enumerate(record(plan, processes=data.processes), start=1):
         if demo.success:  # a lost cube has nothing to teach
