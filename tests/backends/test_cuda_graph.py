@@ -83,6 +83,16 @@ def test_a_cpu_is_refused_with_the_reason():
     assert "need an NVIDIA GPU" in base.why_not("cuda_graph", device="cpu")
 
 
+def test_without_a_compiler_the_reason_is_said_before_triton_raises(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from vivace.ops import toolchain
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(toolchain, "compiler_missing", lambda: "Triton needs a C compiler")
+    assert base.why_not("cuda_graph", device="cuda") == "Triton needs a C compiler"
+
+
 def test_a_network_in_another_format_is_refused_by_the_name_of_its_layer():
     pytest.importorskip("triton", reason="triton is not installed")
     from vivace.backends import cuda_graph

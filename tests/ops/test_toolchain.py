@@ -18,6 +18,7 @@ def machine(tmp_path, monkeypatch):
     def make(*programs, cc=None, headers=True):
         monkeypatch.setattr(toolchain.shutil, "which", lambda name: f"/bin/{name}" if name in programs else None)
         monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path / "include")})
+        monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
         monkeypatch.delenv("CC", raising=False)
         if cc is not None:
             monkeypatch.setenv("CC", cc)
@@ -50,6 +51,14 @@ def test_no_headers(machine, tmp_path):
     said = machine("gcc", headers=False)
     assert str(tmp_path / "include" / "Python.h") in said
     assert "python3-dev" in said
+
+
+def test_a_launcher_in_the_cache_needs_no_compiler(machine, tmp_path):
+    assert machine() is not None
+    made = tmp_path / "cache" / "KEY" / "__triton_launcher.cpython-312-x86_64-linux-gnu.so"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    assert machine() is None
 
 
 def test_a_build_of_ones_own_needs_neither(machine, monkeypatch):

@@ -50,7 +50,9 @@ def why_not(*, device: str) -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "triton is not installed"
-    return None
+    from ..ops import toolchain
+
+    return toolchain.compiler_missing()
 
 
 def why_not_model(model: Pi) -> str | None:

@@ -16,13 +16,15 @@ def compiler_missing() -> str | None:
     """What Triton would not find when it compiles its launcher, and what to install; None = nothing is missing.
 
     The order is that of triton/runtime/build.py: the compiler that the user named (CC, as Triton's knobs say), gcc, clang.
-    A launcher that Triton compiled earlier and still has in its cache would run without; that is not looked at.
+    Where Triton's cache holds a launcher that was compiled earlier, nothing is missed: such a machine once had all kernels.
     """
     import triton  # only here: `vivace doctor` asks without it
 
     knobs = triton.knobs.build
     if knobs.impl is not None:
         return None  # whoever replaced the build knows how to
+    if any(Path(triton.knobs.cache.dir).glob("*/__triton_launcher*.so")):
+        return None
     named = knobs.cc
     if named is not None and shutil.which(named) is None:
         return f"Triton needs a C compiler; CC names {named!r}, which is not on the PATH; {INSTALL}, or unset CC"
