@@ -22,7 +22,9 @@ def test_buckets(length, wanted):
 
 def test_warm_up_meets_every_program():
     """Every prompt length up to the longest falls into a bucket that one of the warm-up lengths falls into."""
-    lengths = compiled.CompiledBackend.prompt_lengths(SimpleNamespace(_smallest=16), 200)
+    shapes = compiled.CompiledBackend.warm_shapes(SimpleNamespace(_smallest=16), 200, views=[3, 2])
+    assert {views for views, _ in shapes} == {3}
+    lengths = [length for _, length in shapes]
     warm = {compiled.bucket(length, smallest=16) for length in lengths}
     assert {compiled.bucket(length, smallest=16) for length in range(201)} == warm
     assert max(lengths) <= 200

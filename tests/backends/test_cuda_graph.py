@@ -352,9 +352,9 @@ def test_too_many_buckets_for_the_longest_prompt_are_refused():
     backend = cuda_graph.CudaGraphBackend.__new__(cuda_graph.CudaGraphBackend)
     backend._step = 8
     with pytest.raises(ConfigError, match="set prompt_bucket to 14 or more"):
-        backend.prompt_lengths(200)
+        backend.warm_shapes(200, views=[3])
     backend._step = 14
-    assert len(backend.prompt_lengths(200)) < cuda_graph.MAX_BUCKETS
+    assert len(backend.warm_shapes(200, views=[3])) < cuda_graph.MAX_BUCKETS
 
 
 def test_guidance_without_weights_is_refused_and_keeps_nothing_of_the_last_request():

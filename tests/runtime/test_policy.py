@@ -15,7 +15,7 @@ from vivace.backends.spans import Spans
 from vivace.checkpoints.make import Recipe, make_checkpoint
 from vivace.config import EngineConfig
 from vivace.runtime import noise as noise_source
-from vivace.types import PreviousChunk, Trace
+from vivace.types import Camera, PreviousChunk, Trace
 
 
 @pytest.fixture(scope="module")
@@ -267,13 +267,29 @@ def test_warm_up_feeds_what_robots_send(folders):
         return prefill(inputs, **more)
 
     policy.backend.prefill = watch
-    policy.backend.prompt_lengths = lambda longest: (16, longest)
+    policy.backend.warm_shapes = lambda longest, *, views: ((views[0], 16), (views[0], longest))
     policy.warmup()
     warm = set(seen)
     seen.clear()
     policy.infer(request_for(policy))
     assert {(dtype, shape) for dtype, shape, _ in seen} <= {(dtype, shape) for dtype, shape, _ in warm}
     assert {length for *_, length in warm} == {16, policy.io.max_prompt_tokens}
+
+
+@pytest.mark.parametrize(("required", "wanted"), [(3, [3]), (2, [3, 2]), (0, [3, 2, 1])])
+def test_warm_up_asks_for_every_number_of_pictures_that_may_come(folders, monkeypatch, required, wanted):
+    policy, asked = vivace.load_policy(folders["pi05"]), []
+    embodiment = policy.io.embodiment
+    cameras = tuple(Camera(f"v{i}", f"v{i}", required=i < required) for i in range(3))
+    io = replace(policy.io, embodiment=replace(embodiment, cameras=cameras))
+    policy.io, policy.pipeline = io, replace(policy.pipeline, io=io)
+    monkeypatch.setattr(
+        policy.backend, "warm_shapes", lambda longest, *, views: asked.append(list(views)) or ((views[-1], 4),)
+    )
+    monkeypatch.setattr(policy.backend, "look", lambda images: asked.append(images.shape[1]))
+    policy.warmup()
+    assert asked[0] == wanted
+    assert asked[1] == wanted[-1]
 
 
 def test_token_ids_beyond_the_embedding_are_refused(policy):

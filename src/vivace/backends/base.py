@@ -7,7 +7,7 @@ but it never defines the network again. Every backend must pass `tests/conforman
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,8 +60,12 @@ class Backend(Protocol):
         """`denoise` of `prefill`, the same bits, at once: what a robot calls, for backends that gain by seeing both."""
         ...
 
-    def prompt_lengths(self, longest: int) -> tuple[int, ...]:
-        """Prompt lengths to run before a robot waits, so that no prompt of up to `longest` tokens meets a cold path."""
+    def warm_shapes(self, longest: int, *, views: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """(views, prompt length) of what to run before a robot waits, so that as little as can be meets a cold path.
+
+        longest  the longest prompt that may come
+        views    how many pictures a request may have, all cameras first
+        """
         ...
 
     def describe(self) -> dict[str, Any]:

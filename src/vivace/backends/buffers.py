@@ -35,14 +35,25 @@ class Bucket:
         return f"{self.batch}x{self.views} views + {self.tokens} tokens{', masked' if self.masked else ''}"
 
 
-def choose(wanted: Bucket, known: Collection[Bucket]) -> Bucket:
+def choose(wanted: Bucket, known: Collection[Bucket], *, most: int) -> Bucket:
     """The bucket to run a request in: its own if its graphs exist, else one with masks that can hold it exactly.
 
     A prompt that fills its bucket needs no mask and runs a little faster without; but a prompt of changing length fills a
     bucket by chance, and then must not stop the robot for a capture.
+
+    A request that lacks a camera runs in a known bucket of a longer prompt rather than wait for its own to be recorded, and
+    so does any once `most` buckets are known: masked keys get zero probability, whatever their number.
     """
     masked = replace(wanted, masked=True)
-    return masked if wanted not in known and masked in known else wanted
+    if wanted in known:
+        return wanted
+    if masked in known:
+        return masked
+    if len(known) >= most or any(one.views > wanted.views for one in known):
+        longer = [one for one in known if replace(one, tokens=wanted.tokens) == masked and one.tokens > wanted.tokens]
+        if longer:
+            return min(longer, key=lambda one: one.tokens)
+    return wanted
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -114,10 +115,10 @@ class CompiledBackend:
         """See Backend.infer."""
         return self.denoise(self.prefill(inputs, spans=spans), noise, previous=previous, spans=spans)
 
-    def prompt_lengths(self, longest: int) -> tuple[int, ...]:
-        """See Backend.prompt_lengths: one per program."""
+    def warm_shapes(self, longest: int, *, views: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """See Backend.warm_shapes: one per program, with all cameras; those of fewer would cost seconds each."""
         sizes = {bucket(length, smallest=self._smallest) for length in range(longest + 1)}
-        return tuple(min(size, longest) for size in sorted(sizes))
+        return tuple((views[0], min(size, longest)) for size in sorted(sizes))
 
     def describe(self) -> dict[str, Any]:
         """See Backend.describe."""

@@ -14,7 +14,7 @@ step. At most `MAX_BUCKETS` buckets are kept; the one unused for longest goes fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -206,8 +206,12 @@ class CudaGraphBackend:
         self.infer(inputs, noise)
         return self._slot(inputs).whole[_flow_key(noise, None)].captured.replay
 
-    def prompt_lengths(self, longest: int) -> tuple[int, ...]:
-        """See Backend.prompt_lengths: one that does not fill each bucket, so that the graph with masks is captured."""
+    def warm_shapes(self, longest: int, *, views: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """See Backend.warm_shapes: a prompt that does not fill each bucket, so that the graph with masks is captured.
+
+        With fewer pictures, too, where there is room for all of their buckets; else the longest prompt's, which holds the
+        others once no more buckets fit (`buffers.choose`).
+        """
         lengths = range(self._step - 1, longest + self._step - 1, self._step)
         if len(lengths) >= MAX_BUCKETS:
             enough = -(-longest // (MAX_BUCKETS - 1))
@@ -215,7 +219,11 @@ class CudaGraphBackend:
                 "too many graphs for the prompts that may come", got=f"{longest} tokens in buckets of {self._step}",
                 wanted=f"fewer than {MAX_BUCKETS} buckets", do=f"set prompt_bucket to {enough} or more",
             )  # fmt: skip
-        return tuple(min(length, longest) for length in lengths)
+        sizes = [min(length, longest) for length in lengths]
+        shapes = [(views[0], size) for size in sizes]
+        if len(sizes) * len(views) <= MAX_BUCKETS:
+            return tuple((count, size) for count in views for size in sizes)
+        return tuple(shapes + [(count, sizes[-1]) for count in views[1 : 1 + MAX_BUCKETS - len(shapes)]])
 
     def describe(self) -> dict[str, Any]:
         """See Backend.describe."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,9 +62,9 @@ class EagerBackend:
         """See Backend.infer."""
         return self.denoise(self.prefill(inputs, spans=spans), noise, previous=previous, spans=spans)
 
-    def prompt_lengths(self, longest: int) -> tuple[int, ...]:
-        """See Backend.prompt_lengths: every length runs the same code."""
-        return (longest,)
+    def warm_shapes(self, longest: int, *, views: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """See Backend.warm_shapes: every shape runs the same code."""
+        return ((views[0], longest),)
 
     def describe(self) -> dict[str, Any]:
         """See Backend.describe."""

@@ -6,6 +6,7 @@ Slot    one bucket: a sight, the prompt's buffers, and the graphs of everything 
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from torch import Tensor
 from ..errors import Unsupported
 from .buffers import Bucket, FlowBuffers, InputBuffers, choose, input_buffers
 from .stage_events import StageEvents
+
+logger = logging.getLogger(__name__)
 
 MAX_BUCKETS = 16
 WARM_UP_CALLS = 2  # before a capture: compiles kernels, lets libraries make their handles and workspaces
@@ -115,6 +118,7 @@ class Slots:
         self._image_size, self._state_width, self._device = image_size, state_width, device
         self._slots: OrderedDict[Bucket, Slot] = OrderedDict()
         self._sights: dict[SightKey, Sight] = {}
+        self._told: set[Bucket] = set()
 
     def __iter__(self) -> Iterator[Slot]:
         """The slots, the one unused for longest first."""
@@ -133,7 +137,7 @@ class Slots:
 
     def slot(self, wanted: Bucket) -> Slot:
         """The slot to run a request of this bucket in, made if need be."""
-        bucket = choose(wanted, self._slots)
+        bucket = choose(wanted, self._slots, most=MAX_BUCKETS)
         if bucket not in self._slots:
             sight = self.sight(bucket.batch, bucket.views, bucket.pixels)
             while len(self._slots) >= MAX_BUCKETS:
@@ -141,6 +145,9 @@ class Slots:
                 self._slots.popitem(last=False)
             buffers = input_buffers(bucket, images=sight.images, state_width=self._state_width)
             self._slots[bucket] = Slot(bucket, sight, buffers)
+        if bucket.tokens > wanted.tokens and wanted not in self._told:
+            self._told.add(wanted)
+            logger.warning("%s has no graph of its own and runs as %s, a little slower", wanted.label, bucket.label)
         self._slots.move_to_end(bucket)
         return self._slots[bucket]
 

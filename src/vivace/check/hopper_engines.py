@@ -88,7 +88,7 @@ class Plain:
     def __init__(self, backend: base.Backend, device: torch.device) -> None:
         self._backend, self._device, self.name = backend, device, backend.name
         self.prefill, self.denoise, self.look = backend.prefill, backend.denoise, backend.look
-        self.prompt_lengths, self.describe = backend.prompt_lengths, backend.describe
+        self.warm_shapes, self.describe = backend.warm_shapes, backend.describe
 
     def infer(
         self, inputs: ModelInputs, noise: Tensor, *, previous: PreviousChunk | None = None, spans: Spans | None = None
@@ -168,9 +168,9 @@ class CompiledGraph:
         seen, held = self._fill(inputs), self._fill_noise(noise)
         return lambda: self._flow(self._prefix(seen, self._views(seen.images)), held)
 
-    def prompt_lengths(self, longest: int) -> tuple[int, ...]:
-        """See Backend.prompt_lengths."""
-        return (longest,)
+    def warm_shapes(self, longest: int, *, views: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """See Backend.warm_shapes."""
+        return ((views[0], longest),)
 
     def describe(self) -> dict[str, Any]:
         """See Backend.describe."""

@@ -97,16 +97,20 @@ class Policy:
     ) -> None:
         """Run once per prompt length, so that compilation, capture and page faults are over before a robot waits.
 
-        prompt_tokens  lengths to run; None = what the backend needs so that no prompt that fits is its first of a kind.
+        prompt_tokens  lengths to run, with all cameras; None = what the backend needs so that no prompt that fits is its
+                       first of a kind, and no missing optional camera either where the backend can afford it.
         chunking       kinds of real-time chunking that requests will use (`previous=`), beside requests without
-        All cameras are assumed present: a request without an optional one may still compile or capture, once.
 
         Also records, once, what the operations really ran: `engine.coverage`, and what the backend holds: `engine.details`.
         """
+        cameras = self.io.embodiment.cameras
+        counts = range(len(cameras), max(1, sum(camera.required for camera in cameras)) - 1, -1)
         if prompt_tokens is None:
-            prompt_tokens = self.backend.prompt_lengths(self.io.max_prompt_tokens)
+            shapes = self.backend.warm_shapes(self.io.max_prompt_tokens, views=counts)
+        else:
+            shapes = tuple((len(cameras), length) for length in prompt_tokens)
         # longest first: the graphs of shorter prompts then fit into the working memory of longer ones
-        rows = [self._blank(length) for length in sorted(prompt_tokens, reverse=True)]
+        rows = [self._blank(length, views) for views, length in sorted(shapes, reverse=True)]
         noise = np.zeros((1, self.engine.horizon, self.io.action_width), dtype=np.float32)
         with self._lock, self._device():
             for row in rows:
@@ -133,16 +137,16 @@ class Policy:
         weights = torch.zeros(noise.shape[1]) if mode == "guided" else None
         return PreviousChunk(torch.from_numpy(noise), 0, mode, weights)
 
-    def _blank(self, tokens: int) -> PreparedObservation:
-        """An observation of all cameras with a prompt of `tokens` tokens."""
-        V, size = len(self.io.embodiment.cameras), self.io.image_size
+    def _blank(self, tokens: int, views: int) -> PreparedObservation:
+        """An observation of the first `views` cameras with a prompt of `tokens` tokens."""
+        V, size = views, self.io.image_size
         return PreparedObservation(
             # the type that `prepare` hands over in this flavour: static programs depend on it
             images=np.zeros((V, 3, size, size), dtype=np.uint8 if self.io.image == "pil" else np.float32),
             tokens=np.full(min(tokens, self.io.max_prompt_tokens), 2, dtype=np.int32),
             state=np.zeros(self.io.action_width, dtype=np.float32),
             state_robot=np.zeros(0), state_normalized=np.zeros(0),
-            views=tuple(camera.view for camera in self.io.embodiment.cameras),
+            views=tuple(camera.view for camera in self.io.embodiment.cameras[:V]),
         )  # fmt: skip
 
     def _infer(
