@@ -188,3 +188,45 @@ def test_blanked_images_fail_where_the_policy_uses_them():
     assert rollout(env, seeing, seed=100, execution=execution).success
     assert not rollout(env, blanked(seeing), seed=100, execution=execution).success
     env.close()
+
+
+def passed(env, seed, drive):
+    """(success, collision, side of the post on which the hand passed it) of one episode of `bimodal`."""
+    env.reset(seed=seed)
+    ended, side = False, 0.0
+    while not ended:
+        sight = env.sight()
+        if sight.hand_m[1] > sight.post_m[1] and not side:
+            side = float(np.sign(sight.hand_m[0] - sight.post_m[0]))
+        _, _, terminated, truncated, info = env.step(drive(sight))
+        ended = terminated or truncated
+    return info["success"], info["collision"], side
+
+
+@pytest.mark.parametrize("way", [-1.0, 1.0])
+def test_both_ways_round_the_post_are_open_and_the_one_in_mind_is_taken(way):
+    env = ConveyorEnv("bimodal")
+    for seed in SEEDS:
+        assert passed(env, seed, lambda sight: act(replace(sight, way=way))) == (True, False, way)
+
+
+def test_the_mean_of_both_ways_never_gets_round_the_post():
+    """What a policy does that averages two modes: it stands in front of the post. This is why the task exists."""
+    env = ConveyorEnv("bimodal")
+
+    def mean(sight):
+        return np.mean([act(replace(sight, way=way)) for way in (-1.0, 1.0)], axis=0)
+
+    for seed in SEEDS:
+        success, _, side = passed(env, seed, mean)
+        assert (success, side) == (False, 0.0)
+
+
+def test_a_hand_that_went_round_far_enough_does_not_turn_back():
+    env = ConveyorEnv("bimodal")
+    env.reset(seed=0)
+    sight = env.sight()
+    beside = replace(
+        sight, hand_m=sight.post_m[0] * np.array([1.0, 0.0, 0.0]) + [0.05, sight.hand_m[1], sight.hand_m[2]]
+    )
+    assert np.array_equal(act(replace(beside, way=-1.0)), act(beside))

@@ -181,3 +181,23 @@ def test_each_thread_may_record():
     with ThreadPoolExecutor(1) as second:
         again = second.submit(run).result()
     assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_a_coin_decides_the_way_round_the_post_and_nothing_shown_tells_it():
+    near, coin = Source("bimodal", 40), Source("bimodal", 40, way="coin")
+    ways = [coin.way_of(seed) for seed in range(200)]
+    assert near.way_of(0) is None
+    assert 70 < sum(way == 1.0 for way in ways) < 130
+    assert ways == [coin.way_of(seed) for seed in range(200)]
+    seed = 1_000_000
+    env = ConveyorEnv("bimodal", image_px=PX)
+    left, right = (record_episode(env, seed=seed, sigma=(0.0,), horizon=8, stride=50, way=way) for way in (-1.0, 1.0))
+    assert np.array_equal(left.views[0], right.views[0])
+    assert np.array_equal(left.state[0], right.state[0])
+    assert left.chunk[0, :, 0].mean() < -0.2 < 0.2 < right.chunk[0, :, 0].mean()
+    plain, *_ = record(Plan((Source("bimodal", 1, way="coin"),), image_px=PX, horizon=8, stride=50, sigma=(0.0,)))
+    assert np.array_equal(plain.chunk[0], (right if coin.way_of(plain.seed) > 0 else left).chunk[0])
+    with pytest.raises(ConfigError, match="no post to pass"):
+        Source("static", 1, way="coin")
+    with pytest.raises(ConfigError, match="wanted near or coin"):
+        Source("bimodal", 1, way="dice")

@@ -28,6 +28,8 @@ OPEN, CLOSE = -1.0, 1.0
 GRIP_M = (0.030, 2 * CUBE_HALF_M + 0.0105)
 """Gap between pad centres (pads are 6 mm thick) that means a cube between them; 0.012 when closed on nothing."""
 PASS_M, PASS_Y_M = 0.105, 0.60
+UNDECIDED_M = 0.03
+"""Up to here beside the middle of the post both ways round it are open to a demonstrator who has one in mind."""
 CARRY_Z_M = 0.12
 
 FOLLOW = 0.35
@@ -117,10 +119,14 @@ def _pick(sight: Sight) -> NDArray[np.float32]:
 
 
 def _round_the_post(sight: Sight) -> Vector:
-    """Sideways first, then past the post; the side is that on which the hand already is."""
+    """Sideways first, then past the post, on the side on which the hand is; right before the post on the one in mind."""
     assert sight.post_m is not None
-    x = sight.post_m[0] + PASS_M * (1.0 if sight.hand_m[0] >= sight.post_m[0] else -1.0)
-    clear = abs(sight.hand_m[0] - sight.post_m[0]) > PASS_M - 0.02
+    beside = float(sight.hand_m[0] - sight.post_m[0])
+    side = 1.0 if beside >= 0.0 else -1.0
+    if sight.way is not None and abs(beside) < UNDECIDED_M:
+        side = sight.way
+    x = sight.post_m[0] + PASS_M * side
+    clear = abs(beside) > PASS_M - 0.02
     return np.array([x, PASS_Y_M if clear else min(sight.hand_m[1], 0.44), REST_Z_M + HOVER_M])
 
 

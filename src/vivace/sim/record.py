@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +42,17 @@ GRIP_SLIP = 0.02
 
 @dataclass(frozen=True)
 class Source:
-    """Episodes of one kind. belt: a name of tasks.SPEEDS_M_S, "" = the task's own."""
+    """Episodes of one kind.
+
+    belt  a name of tasks.SPEEDS_M_S, "" = the task's own
+    way   round a post: "near" = the side on which the hand is, so that the state says which; "coin" = drawn for each
+          episode, so that nothing seen says which, and there are two right answers to one picture
+    """
 
     task: str
     episodes: int
     belt: str = ""
+    way: Literal["near", "coin"] = "near"
 
     def __post_init__(self) -> None:
         """Refuse what no environment has."""
@@ -55,6 +61,14 @@ class Source:
             raise ConfigError(f"unknown belt speed {self.belt!r}", wanted=f"one of {sorted(SPEEDS_M_S)}")
         if self.episodes < 1:
             raise ConfigError(f"episodes of task {self.task}", got=self.episodes, wanted="at least 1")
+        if self.way not in ("near", "coin"):
+            raise ConfigError(f"way of task {self.task}", got=self.way, wanted="near or coin")
+        if self.way == "coin" and not task(self.task).post:
+            raise ConfigError(f"a coin for task {self.task}", got="no post to pass", wanted="a task with a post")
+
+    def way_of(self, seed: int) -> float | None:
+        """What the demonstrator of the episode with this seed has in mind, for `Sight.way`."""
+        return float(np.random.default_rng([seed, 8]).choice((-1.0, 1.0))) if self.way == "coin" else None
 
 
 @dataclass(frozen=True)
@@ -183,7 +197,9 @@ def other_instruction(env: ConveyorEnv, horizon: int) -> tuple[str, NDArray[np.f
     return env.prompt.replace(target, other), chunk(sight, horizon)
 
 
-def record_episode(env: ConveyorEnv, *, seed: int, sigma: tuple[float, ...], horizon: int, stride: int = 1) -> Demo:
+def record_episode(
+    env: ConveyorEnv, *, seed: int, sigma: tuple[float, ...], horizon: int, stride: int = 1, way: float | None = None
+) -> Demo:
     """Run the disturbed expert once. A function of its arguments; the environment may have been used before."""
     rng = np.random.default_rng([seed, 7])
     level = float(rng.choice(sigma))
@@ -196,7 +212,7 @@ def record_episode(env: ConveyorEnv, *, seed: int, sigma: tuple[float, ...], hor
     while not ended:
         if eyes.look(env, len(rows["action"])) and (other := other_instruction(env, horizon)) is not None:
             others.append(other)
-        sight = env.sight()
+        sight = replace(env.sight(), way=way)
         clean = act(sight)
         executed = noise.apply(clean)
         for name, value in zip(
@@ -275,4 +291,11 @@ def _run(plan: Plan, job: tuple[Source, int], environments: Environments) -> Dem
     if key not in environments:
         belt = SPEEDS_M_S[source.belt] if source.belt else None
         environments[key] = ConveyorEnv(source.task, belt_m_s=belt, image_px=plan.image_px)
-    return record_episode(environments[key], seed=seed, sigma=plan.sigma, horizon=plan.horizon, stride=plan.stride)
+    return record_episode(
+        environments[key],
+        seed=seed,
+        sigma=plan.sigma,
+        horizon=plan.horizon,
+        stride=plan.stride,
+        way=source.way_of(seed),
+    )

@@ -64,6 +64,7 @@ class Sight:
     target_m    [3], centre of the cube that the instruction names now
     belt_m_s    speed of the belt along x
     post_m, well_m  [2] and [3], None where the task has none
+    way         side of the post that the demonstrator has in mind, +1 or -1 along x; None: that on which the hand is
     """
 
     tick: int
@@ -74,6 +75,7 @@ class Sight:
     belt_m_s: float
     post_m: Vector | None
     well_m: Vector | None
+    way: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -69,9 +69,11 @@ def _episode(env: ConveyorEnv, job: Job, pipe: Connection[Any, Any]) -> Ended:
     seen: list[tuple[Observation, NDArray[np.float32]]] = []
     others: list[tuple[str, NDArray[np.float32]]] = []
 
+    way = job.source.way_of(job.seed)
+
     def policy(observation: Observation) -> ExpertChunk:
         if job.correct:
-            seen.append((observation, chunk(env.sight(), job.horizon)))
+            seen.append((observation, chunk(replace(env.sight(), way=way), job.horizon)))
             if (other := other_instruction(env, job.horizon)) is not None:
                 others.append(other)
         pipe.send(observation)
