@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -14,11 +13,10 @@ from wanted import Subject
 from vivace.backends.tensorrt import cache, identity, run, skeleton, targets
 from vivace.backends.tensorrt import module as modules
 from vivace.backends.tensorrt.build import Built
-from vivace.backends.tensorrt.engine import NoMemory
 from vivace.backends.tensorrt.identity import Identity, identify
 from vivace.backends.tensorrt.networks import Shapes
 from vivace.config import ModelConfig, TensorRTConfig
-from vivace.errors import ConfigError, Unsupported
+from vivace.errors import Unsupported
 from vivace.model.pi import Pi
 from vivace.precision.fit import all_layers
 from vivace.precision.plan import preset
@@ -179,137 +177,22 @@ def test_make_builds_once(rtx, tmp_path):
     assert "version 1.7" in third.refused[0]
 
 
-def test_a_second_start_of_the_full_policy_takes_less_than_ten_seconds(rtx, monkeypatch, tmp_path):
-    """Everything but the GPU's part: networks written, audited, hashed, found and read; prefix and step once for each of
-    four prompt buckets. 3.3 s on two cores of a shared machine, where building them takes 27."""
-    monkeypatch.setattr(run, "build", lambda *_, **__: Built(bytes(6_000_000), 3.0))
+def test_a_second_start_of_the_full_policy_builds_nothing(rtx, monkeypatch, tmp_path):
+    """Prefix and step once for each of four prompt buckets; how long it takes is measured, not asserted (docs/log.md)."""
+    built = []
+
+    def build(network, *_, **__):
+        built.append(network.label)
+        return Built(bytes(6_000_000), 3.0)
+
+    monkeypatch.setattr(run, "build", build)
     config, plan = ModelConfig(), preset("fp8-full")
     with torch.device("meta"):
         names = all_layers(Pi(config))
     outlined = skeleton.outline(config, base="bf16", formats=plan.formats(names))
     recipe = run.Recipe(rtx, outlined, {}, plan, baked=False, fused=False)
-    seconds = 0.0
-    for part, buckets in (("vision", 1), ("prefix", 4), ("step", 4)):
-        shapes = Shapes(batch=3) if part == "vision" else Shapes(keys=768 + 256)
-        assert run.make(recipe, part, shapes, targets=SM89, where=tmp_path).seconds > 0.0
-        begin = time.perf_counter()
-        assert run.make(recipe, part, shapes, targets=SM89, where=tmp_path).seconds == 0.0
-        seconds += buckets * (time.perf_counter() - begin)
-    assert seconds < 10.0
-
-
-def test_auto_weights():
-    rtx, full = modules.Module("tensorrt_rtx", "1", None), modules.Module("tensorrt", "11", None)
-    assert [run.is_baked(TensorRTConfig(), m) for m in (rtx, full)] == [False, True]
-    assert run.is_baked(TensorRTConfig(weights="baked"), rtx)
-    assert not run.is_baked(TensorRTConfig(weights="inputs"), full)
-
-
-def test_numbers_keep_their_memory_where_types_agree(rtx):
-    """Weights of a bfloat16 model are bound, not copied."""
-    config = tiny_config("pi05")
-    model = build_model(config, random_tensors(config), dtype_of=lambda name: torch.float32)
-    plan = run.recipe(model, rtx, TensorRTConfig(), base="fp32")
-    assert plan.numbers["prefix.layers.0.qkv.weight"].data_ptr() == model.prefix.block(0).qkv.weight.data_ptr()
-
-
-def test_only_numbers_that_a_network_uses_are_converted(rtx):
-    """The prompt's embedding is a gigabyte at full size, and stays where it is."""
-    for kind in ("pi05", "pi0"):
-        subject = Subject(rtx, kind=kind, base="fp16")
-        used = {name for part in ("vision", "prefix", "step") for name in subject.write(part).parameters}
-        assert set(subject.numbers) == used
-        assert "embedding" not in used
-
-
-class Refusing:
-    """Stands in for `Engine`: refuses plans of `bad`."""
-
-    def __init__(self, bad):
-        self.bad, self.plans = bad, []
-
-    def __call__(self, module, plan, **options):
-        self.plans.append(plan)
-        if plan in self.bad:
-            raise Unsupported("refuses the engine", got="built by another driver")
-        return plan
-
-
-@pytest.mark.parametrize("second", [b"new", b"old"])
-def test_a_cached_engine_that_the_run_time_refuses_is_built_again_once(tmp_path, monkeypatch, caplog, second):
-    stored, asked = tmp_path / "prefix.engine", []
-    stored.write_bytes(b"old")
-
-    def make(recipe, part, shapes, *, anew=False, **options):
-        asked.append((anew, stored.exists()))
-        return run.Made(None, second if anew else b"old", stored, 1.0 if anew else 0.0, ())
-
-    engine = Refusing({b"old"})
-    monkeypatch.setattr(run, "make", make)
-    monkeypatch.setattr(run, "Engine", engine)
-    monkeypatch.setattr(run.audit, "record", lambda *_, **__: None)
-    full = modules.Module("tensorrt", "11", None)
-    runner = run.EngineRunner(run.Recipe(full, None, {}, preset("bf16"), False, False), torch.device("cpu"), None)
-    if second == b"new":
-        assert runner._make("prefix", Shapes(keys=40), None) == b"new"
-    else:
-        with pytest.raises(Unsupported, match="another driver"):
-            runner._make("prefix", Shapes(keys=40), None)
-    assert engine.plans == [b"old", second]
-    assert asked == [(False, True), (True, False)]
-    assert "prefix.engine is deleted and built again" in caplog.text
-
-
-def test_a_sound_engine_without_memory_is_neither_deleted_nor_built_again(tmp_path, monkeypatch):
-    stored, asked = tmp_path / "prefix.engine", []
-    stored.write_bytes(b"old")
-
-    def make(recipe, part, shapes, **options):
-        asked.append(options.get("anew", False))
-        return run.Made(None, b"old", stored, 0.0, ())
-
-    def engine(*_, **__):
-        raise NoMemory("no memory left", got="out of memory")
-
-    monkeypatch.setattr(run, "make", make)
-    monkeypatch.setattr(run, "Engine", engine)
-    full = modules.Module("tensorrt", "11", None)
-    runner = run.EngineRunner(run.Recipe(full, None, {}, preset("bf16"), False, False), torch.device("cpu"), None)
-    with pytest.raises(NoMemory):
-        runner._make("prefix", Shapes(keys=40), None)
-    assert (asked, stored.read_bytes()) == ([False], b"old")
-
-
-def test_a_fresh_engine_that_is_refused_is_not_built_again(tmp_path, monkeypatch):
-    engine = Refusing({b"new"})
-    monkeypatch.setattr(run, "make", lambda *_, **__: run.Made(None, b"new", tmp_path / "x.engine", 1.0, ()))
-    monkeypatch.setattr(run, "Engine", engine)
-    full = modules.Module("tensorrt", "11", None)
-    runner = run.EngineRunner(run.Recipe(full, None, {}, preset("bf16"), False, False), torch.device("cpu"), None)
-    with pytest.raises(Unsupported, match="another driver"):
-        runner._make("prefix", Shapes(keys=40), None)
-    assert engine.plans == [b"new"]
-
-
-def test_anew_does_not_look_on_disk(rtx, tmp_path):
-    config = tiny_config("pi05")
-    plan = run.recipe(build_model(config, random_tensors(config)), rtx, TensorRTConfig(), base="fp16")
-    first = run.make(plan, "vision", Shapes(batch=2), targets=SM89, where=tmp_path)
-    again = run.make(plan, "vision", Shapes(batch=2), targets=SM89, where=tmp_path, anew=True)
-    assert first.path == again.path
-    assert again.seconds > 0.0
-
-
-def test_a_folder_with_the_name_of_an_engine_is_refused_like_a_damaged_one(tmp_path):
-    (tmp_path / "a.engine").mkdir()
-    found = cache.find(tmp_path, WHO)
-    assert found.engine is None
-    assert "Is a directory" in found.refused[0]
-    path = cache.store(tmp_path, WHO, ENGINE, facts={"part": "prefix"})
-    assert cache.find(tmp_path, WHO).path == path
-
-
-def test_an_engine_that_cannot_be_written_is_one_message(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="cannot write the engine"):
-        cache.store(tmp_path / "file" / "engines", WHO, ENGINE, facts={})
+    wanted = (("vision", Shapes(batch=3)), ("prefix", Shapes(keys=768 + 256)), ("step", Shapes(keys=768 + 256)))
+    for seconds in (3.0, 0.0):
+        for part, shapes in wanted:
+            assert run.make(recipe, part, shapes, targets=SM89, where=tmp_path).seconds == seconds
+    assert len(built) == len(wanted)
