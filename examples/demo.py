@@ -27,6 +27,7 @@ POLICY = "conveyor-small"
 # Two cores are often shared: a thread that spins at a barrier while its peer has no core costs seconds (docs/log.md)
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive"}
 VIVACE = [sys.executable, "-m", "vivace.cli.main"]
+CALIBRATION_FRAMES = 64
 FRAMES = 6
 """Recorded frames that check and bench use; calibration takes 256."""
 
@@ -48,25 +49,26 @@ def _short(word: str) -> str:
     return "vivace" if word == "vivace.cli.main" else Path(word).name if word == sys.executable else word
 
 
-def some_frames(demos: Path, folder: Path) -> None:
-    """A few frames of a dataset, spread over it, as .npz files with the keys of a request."""
+def some_frames(demos: Path, folder: Path, count: int) -> None:
+    """Frames of a dataset, spread over it, as .npz files with the keys of a request."""
     every = observations.recorded(demos)
     folder.mkdir()
-    for i in range(FRAMES):
-        np.savez(folder / f"{i}.npz", **every[i * len(every) // FRAMES])
+    for i in range(count):
+        np.savez(folder / f"{i:03}.npz", **every[i * len(every) // count])
 
 
 def look_and_measure(out: Path, files: dict[str, Path]) -> None:
     """Machine, checkpoint, demonstrations, a plan calibrated on them, accuracy and speed."""
     step("what this machine is", [*VIVACE, "doctor"], save=files["doctor"])
     step("what the policy is", [*VIVACE, "inspect", POLICY], save=files["inspect"])
-    demos, frames, plan = out / "demos", out / "frames", out / "plan.json"
-    for folder in (demos, frames):
+    demos, frames, many, plan = out / "demos", out / "frames", out / "frames-to-calibrate", out / "plan.json"
+    for folder in (demos, frames, many):
         shutil.rmtree(folder, ignore_errors=True)
     record = ["record", str(demos), "--task", "static", "conveyor", "--episodes", "3", "--image-px", "96"]
     step("six demonstrations of the scripted expert", [*VIVACE, *record, "--processes", "2"], threads=1)
-    some_frames(demos, frames)
-    calibrate = ["calibrate", POLICY, "--data", str(demos), "--preset", "fp8-mlp", "-o", str(plan)]
+    some_frames(demos, frames, FRAMES)
+    some_frames(demos, many, CALIBRATION_FRAMES)  # `--data` takes the dataset too, of which it uses 256
+    calibrate = ["calibrate", POLICY, "--data", str(many), "--preset", "fp8-mlp", "-o", str(plan)]
     step("which numbers meet each layer? An FP8 plan", [*VIVACE, *calibrate], save=files["calibrate"])
     check = [*VIVACE, "check", POLICY, "--observations", str(frames)]
     title = "what would FP8 cost? (simulated on a CPU: its rounding, not its speed)"
