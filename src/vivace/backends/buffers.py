@@ -42,7 +42,8 @@ def choose(wanted: Bucket, known: Collection[Bucket], *, most: int) -> Bucket:
     bucket by chance, and then must not stop the robot for a capture.
 
     A request that lacks a camera runs in a known bucket of a longer prompt rather than wait for its own to be recorded, and
-    so does any once `most` buckets are known: masked keys get zero probability, whatever their number.
+    so does any once `most` buckets are known: masked keys get zero probability, whatever their number. Answers of two
+    buckets agree to rounding, not in every bit.
     """
     masked = replace(wanted, masked=True)
     if wanted in known:

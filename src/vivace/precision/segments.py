@@ -1,7 +1,7 @@
 """Where torch's allocator puts tensors on a GPU, for those that stay: in segments of their own, so that others can go back.
 
 The allocator takes memory in segments and gives back whole ones only. A weight that is quantised leaves a hole of twice its
-new size, and the next result would be cut out of that hole or of a working copy, and hold the rest of it for good: half a
+new size, and the next result would be cut out of that hole or of a working copy, and hold the rest of it for good: a
 gigabyte of a full-size pi0.5 in E4M3.
 """
 
