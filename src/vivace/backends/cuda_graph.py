@@ -206,6 +206,11 @@ class CudaGraphBackend:
         self.infer(inputs, noise)
         return self._slot(inputs).whole[_flow_key(noise, None)].captured.replay
 
+    @property
+    def graph_pool(self) -> tuple[int, int]:
+        """The allocator's pool that holds everything between the inputs and the actions of all graphs."""
+        return self._record.pool
+
     def warm_shapes(self, longest: int, *, views: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """See Backend.warm_shapes: a prompt that does not fill each bucket, so that the graph with masks is captured.
 

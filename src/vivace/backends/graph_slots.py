@@ -42,10 +42,13 @@ class Captured:
 
 
 class Recorder:
-    """Records graphs that share one memory pool, so they must run one after the other.  count: how many so far."""
+    """Records graphs that share one memory pool, so they must run one after the other.
+
+    pool   the allocator's name of it       count  how many so far
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self.pool: tuple[int, int] = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self.count = 0
 
@@ -62,7 +65,7 @@ class Recorder:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = work()
         except torch.cuda.OutOfMemoryError as error:
             raise Unsupported(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import eager
+from ..backends.cuda_graph import CudaGraphBackend
 from ..config import EngineConfig
 from ..errors import NumericsError
 from ..model.pi import Pi
@@ -134,31 +135,38 @@ def fresh_policy(policy: Any, request: dict[str, Any], noise: Any) -> dict[str, 
 def poisoned(engine: Engine, inputs: ModelInputs, noise: Tensor, *, replays: int = 3) -> dict[str, Any]:
     """Replay over memory full of NaN: everything that a graph reads must be an input, a weight, or written before.
 
-    Every byte of every CUDA graph's memory pool is set to 0xFF (NaN in float32, bfloat16 and E4M3) before each replay.
+    Every byte of the memory pool of the engine's graphs is set to 0xFF (NaN in float32, bfloat16 and E4M3) before each
+    replay.
     """
-    replay = engine.backend.graph_of(inputs, noise)
+    backend = engine.backend
+    replay = backend.graph_of(inputs, noise)
     first, filled, same = replay().clone(), 0, 0
     for _ in range(replays):
-        filled = poison_graph_memory(engine.model.device)
+        if isinstance(backend, CudaGraphBackend):
+            filled = poison_pool(backend.graph_pool, engine.model.device)
         same += int(torch.equal(replay(), first))
     return {"bytes": filled, "replays": replays, "same": same, "passed": same == replays}
 
 
-def poison_graph_memory(device: torch.device) -> int:
-    """Fill the private pools of CUDA graphs with 0xFF; how many bytes that were."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize()
+def poison_pool(pool: tuple[int, int], device: torch.device) -> int:
+    """Fill all segments of one of the allocator's private pools with 0xFF; how many bytes that were.
+
+    Other pools are left alone: weights that a plan quantised lie in one of their own (`precision.segments`).
+    Raises NumericsError if the pool holds nothing: a proof over no memory would prove nothing.
+    """
+    torch.cuda.synchronize(device)
     filled = 0
     for segment in torch.cuda.memory_snapshot():
-        if tuple(segment["segment_pool_id"]) == (0, 0):
+        if tuple(segment["segment_pool_id"]) != tuple(pool):
             continue
         nbytes = int(segment["total_size"])
         storage = torch._C._construct_storage_from_data_pointer(segment["address"], device, nbytes)
         whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))
         whole.fill_(0xFF)
         filled += nbytes
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
+    if not filled:
+        raise NumericsError("nothing was poisoned", got=f"no memory in pool {tuple(pool)}", wanted="the graphs' pool")
     return filled
 
 
