@@ -1,0 +1,57 @@
+"""The proof over poisoned memory, on graphs of a network whose weights lie in a private pool of their own."""
+
+import pytest
+import torch
+
+from vivace.check import hopper_engines, hopper_proof, hopper_weights
+from vivace.checkpoints.sizes import SIZES
+from vivace.errors import NumericsError
+from vivace.types import ModelInputs
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def served():
+    """An engine in E4M3, as on a card that has it, else in bfloat16; a request and its noise."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device, config = torch.device("cuda"), SIZES["base"].model
+    checkpoint = hopper_weights.random_checkpoint(config, seed=0, outliers=2)
+    network = hopper_weights.load(checkpoint, device=device, precision="bfloat16")
+    draws = torch.Generator(device).manual_seed(0)
+    size = config.vision.image_size
+    images = torch.randint(256, (1, 2, 3, size, size), dtype=torch.uint8, device=device, generator=draws)
+    inputs = ModelInputs(images, torch.arange(2, 18, device=device)[None])
+    noise = torch.randn(1, config.horizon, config.action_width, device=device, generator=draws)
+    plan = None
+    if torch.cuda.get_device_capability() >= (8, 9):
+        ranges = hopper_engines.ranges_of(network, [(inputs, noise)])
+        (plan,) = hopper_engines.plans_of(["fp8-all"], ranges, data="synthetic: a test")
+    return hopper_engines.make(hopper_engines.OURS, network, plan=plan), inputs, noise
+
+
+def bits(model):
+    """Copies of all tensors, as bytes: E4M3 has no equality in torch."""
+    return {name: one.detach().flatten().view(torch.uint8).clone() for name, one in model.state_dict().items()}
+
+
+def test_graphs_write_all_that_they_read(served):
+    engine, inputs, noise = served
+    row = hopper_proof.poisoned(engine, inputs, noise)
+    assert row["passed"]
+    assert row["bytes"] > 0
+
+
+def test_poison_reaches_what_graphs_keep_and_no_weight(served):
+    engine, inputs, noise = served
+    cache = engine.backend.prefill(inputs)
+    weights = bits(engine.model)
+    hopper_proof.poison_pool(engine.backend.graph_pool, engine.model.device)
+    assert cache.k[0].isnan().all()
+    assert all(torch.equal(one, weights[name]) for name, one in bits(engine.model).items())
+
+
+def test_a_pool_without_memory_proves_nothing(served):
+    with pytest.raises(NumericsError, match="nothing was poisoned"):
+        hopper_proof.poison_pool((12345, 6), served[0].model.device)
