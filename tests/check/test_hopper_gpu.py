@@ -44,7 +44,7 @@ def test_graphs_write_all_that_they_read(served):
 
 
 def test_poison_reaches_what_graphs_keep_and_no_weight(served):
-    engine, inputs, noise = served
+    engine, inputs, _ = served
     cache = engine.backend.prefill(inputs)
     weights = bits(engine.model)
     hopper_proof.poison_pool(engine.backend.graph_pool, engine.model.device)

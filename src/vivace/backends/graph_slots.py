@@ -48,7 +48,7 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.pool: tuple[int, int] = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self.count = 0
 
