@@ -111,6 +111,21 @@ def test_a_batch_answers_each_as_alone(policy):
     assert policy.infer_batch([]) == []
 
 
+def test_a_batch_of_continued_chunks_answers_each_as_alone(policy):
+    """Every row goes on from its own older chunk."""
+    requests, horizon = [request_for(policy, seed) for seed in (1, 2)], policy.engine.horizon
+    rng = np.random.default_rng(0)
+    older, noise = (rng.standard_normal((2, horizon, 32), dtype=np.float32) for _ in range(2))
+    together = policy.infer_batch(
+        requests, noise=noise, previous=PreviousChunk(torch.from_numpy(older), 3, "trained")
+    )  # fmt: skip
+    for row, (request, chunk) in enumerate(zip(requests, together, strict=True)):
+        previous = PreviousChunk(torch.from_numpy(older[row : row + 1]), 3, "trained")
+        alone = policy.infer(request, noise=noise[row], previous=previous)
+        assert np.array_equal(chunk.actions_normalized[:3], older[row, :3])
+        assert np.abs(chunk.actions - alone.actions).max() <= 1e-5 * np.abs(alone.actions).max()
+
+
 def test_threads_do_not_mix(policy):
     expected = {seed: policy.infer(request_for(policy, seed)).actions for seed in range(4)}
     wrong = []

@@ -20,10 +20,11 @@ from vivace.robots.tokenizer import SentencePieceModel
 from vivace.train import export, learner, objective
 from vivace.train.config import Optimise, Recipe, build, read_recipe
 from vivace.train.frames import Frames, statistics
-from vivace.train.loop import Run
+from vivace.train.loop import Run, answering
 from vivace.train.pieces import Piece
+from vivace.train.simulator import Look
 from vivace.train.tokenizer import conveyor_tokenizer, pieces
-from vivace.types import Observation
+from vivace.types import ActionChunk, Observation
 
 CPU = torch.device("cpu")
 STATIC = [{"task": "static", "episodes": 1}]
@@ -37,7 +38,7 @@ RECIPE = build(Recipe, {"network": NETWORK, "data": {"folder": "somewhere"}, "op
     "steps": 6, "batch": 4, "flows": 2, "warmup_steps": 2, "max_committed": 2}}, where="test")  # fmt: skip
 
 
-def piece(rows: int = 6, *, seed: int = 0, joined: bool = True) -> Piece:
+def piece(rows: int = 6, *, seed: int = 0) -> Piece:
     """Labels at `rows` ticks, images at every second."""
     rng = np.random.default_rng(seed)
     ticks = np.arange(0, rows, 2)
@@ -48,7 +49,6 @@ def piece(rows: int = 6, *, seed: int = 0, joined: bool = True) -> Piece:
         prompts=("pick up the red cube",) * len(ticks),
         executed=rng.uniform(-1, 1, (rows, 4)).astype(np.float32),
         chunk=rng.uniform(-1, 1, (rows, 4, 4)).astype(np.float32),
-        joined=joined,
     )
 
 
@@ -80,11 +80,14 @@ def test_targets_are_executed_actions_then_the_later_plan(frames):
     assert frames.left.tolist() == [5, 3, 1] * 2
 
 
-def test_corrections_have_no_successor_and_join_later(frames):
+def test_corrections_join_later_and_may_have_committed_actions_too(frames):
     before = len(frames)
-    frames.add([piece(seed=2, joined=False)])
+    frames.add([piece(seed=2)])
     assert len(frames) == before + 3
-    assert frames.left[before:].tolist() == [0] * 3
+    assert frames.left[before:].tolist() == [5, 3, 1]
+    got = frames.targets(torch.tensor([before]), torch.tensor([[2]]))[0, 0, :2, :4].numpy()
+    low, high = frames.action_stats.q01, frames.action_stats.q99
+    assert np.allclose((got + 1) / 2 * (high - low) + low, piece(seed=2).executed[:2], atol=1e-5)
     images = frames.rows(torch.tensor([before + 1])).images[0, 2].numpy()
     assert (images == piece(seed=2).views[1, 2]).all()
 
@@ -244,6 +247,8 @@ def test_bad_recipes_are_explained(tmp_path, text, message):
         ("closed_loop", "corrections", [{"at": -0.1, "sources": STATIC}]),
         ("closed_loop", "corrections", [{"at": 0.5, "sources": []}]),
         ("closed_loop", "corrections", [{"at": 0.5, "sources": STATIC}] * 2),
+        ("closed_loop", "corrections", [{"at": 0.5, "sources": STATIC, "delay_ticks": -1}]),
+        ("closed_loop", "corrections", [{"at": 0.5, "sources": STATIC, "delay_ticks": 3}]),
     ],
 )  # fmt: skip
 def test_numbers_that_cannot_be_trained_are_refused_by_name(where, key, value):
@@ -296,6 +301,38 @@ def test_the_average_moves_towards_the_weights_by_its_decay(frames):
         for old, new, weight in zip(before, one.average.parameters(), one.model.parameters(), strict=True):
             torch.testing.assert_close(new, decay * old + (1 - decay) * weight)
     assert any(not torch.equal(a, b) for a, b in zip(one.average.parameters(), before, strict=True))
+
+
+def test_a_delay_needs_draws_with_committed_actions():
+    table = {"network": NETWORK, "data": {"sources": STATIC}, "optimise": {"max_committed": 2, "committed_share": 0.1},
+             "closed_loop": {"corrections": [{"at": 0.5, "sources": STATIC, "delay_ticks": 2}]}}  # fmt: skip
+    assert build(Recipe, table, where="test").closed_loop.corrections[0].delay_ticks == 2
+    table["optimise"]["committed_share"] = 0.0
+    with pytest.raises(ConfigError, match="at most the 0 committed actions"):
+        build(Recipe, table, where="test")
+
+
+def test_looks_are_answered_in_batches_of_equal_delay_and_in_their_order():
+    calls = []
+
+    class Told:
+        def infer_batch(self, observations, *, previous):
+            calls.append((len(observations), previous))
+            return [
+                ActionChunk(np.full((4, 4), one.state[0]), np.ones((4, 8)), None, 50.0, {}, None)
+                for one in observations
+            ]
+
+    older = np.arange(32, dtype=np.float32).reshape(4, 8)
+    looks = [
+        Look(Observation({}, state=np.array([float(i)])), None if ticks == 0 else older + i, ticks)
+        for i, ticks in enumerate((2, 0, 1, 2))
+    ]
+    answers = answering(Told())(looks)
+    assert [one.actions[0, 0] for one in answers] == [0.0, 1.0, 2.0, 3.0]
+    assert [(count, previous and previous.inference_delay) for count, previous in calls] == [(1, None), (1, 1), (2, 2)]
+    assert np.array_equal(calls[2][1].actions.numpy(), np.stack([older, older + 3]))
+    assert calls[2][1].mode == "trained"
 
 
 def test_every_correction_happens_also_in_a_short_run():

@@ -14,6 +14,7 @@ from vivace.sim.conveyor import VIEWS, ConveyorEnv
 from vivace.sim.record import Plan, Source, record, record_episode
 from vivace.sim.rollout import Execution
 from vivace.train import closed_loop
+from vivace.train.simulator import Answered
 
 PX = 16
 
@@ -126,6 +127,11 @@ def test_bad_plans_are_explained():
         list(record(Plan((Source("static", 1),)), processes=0))
 
 
+def answered(actions):
+    """A policy's answer whose model space is ten times as wide as the robot's units."""
+    return Answered(actions, 10 * actions)
+
+
 def test_closed_loop_counts_and_collects_what_the_expert_would_do():
     """A policy that stands still fails everywhere; its corrections are the expert's chunks at its looks."""
     sources = (Source("static", 2), Source("conveyor", 1))
@@ -134,9 +140,10 @@ def test_closed_loop_counts_and_collects_what_the_expert_would_do():
     )  # fmt: skip
     sizes = []
 
-    def still(observations):
-        sizes.append(len(observations))
-        return [np.tile(np.array([0.0, 0, 0, -1], np.float32), (60, 1)) for _ in observations]
+    def still(looks):
+        sizes.append(len(looks))
+        assert all(look.older is None and look.ticks == 0 for look in looks)
+        return [answered(np.tile(np.array([0.0, 0, 0, -1], np.float32), (60, 1))) for _ in looks]
 
     ended = list(closed_loop.run(work, still, processes=2))
     rows = {row["task"]: row for row in closed_loop.rates(ended)}
@@ -149,19 +156,52 @@ def test_closed_loop_counts_and_collects_what_the_expert_would_do():
     env.reset(seed=0)
     assert np.array_equal(one.piece.chunk[0], expert.chunk(env.sight(), 6))
     assert np.array_equal(one.piece.views[0, 1], env.look().views[VIEWS[1]])
-    assert len(one.piece.ticks) == 5  # looks at 0, 50, ..., 200
-    assert not one.piece.joined
+    assert one.piece.ticks.tolist() == [0, 50, 100, 150, 200]
+    assert len(one.piece.executed) == len(one.piece.chunk) == one.ticks, (
+        "a plan for every tick, so later ones can follow"
+    )
+    env.close()
+
+
+def test_with_a_delay_the_policy_is_told_what_is_executed_meanwhile():
+    work = closed_loop.jobs(
+        (Source("static", 1),), first_seed=0, image_px=PX, horizon=6, execution=Execution("aligned", 8, 3), correct=True
+    )  # fmt: skip
+    looks, answers, rng = [], [], np.random.default_rng(0)
+
+    def wander(asked):
+        looks.extend(asked)
+        answers.extend(answered(rng.uniform(-0.1, 0.1, (20, 4)).astype(np.float32)) for _ in asked)
+        return answers[-1:]
+
+    (ended,) = closed_loop.run(work, wander, processes=1)
+    piece = ended.piece
+    assert looks[0].older is None
+    assert looks[0].ticks == 0, "the robot waits for its first chunk"
+    for index, look in enumerate(looks[1:]):
+        before = answers[index].actions_normalized
+        assert look.ticks == 3
+        assert np.array_equal(look.older, np.concatenate([before[8:], np.zeros_like(before[:8])]))
+        tick = piece.ticks[index + 1]
+        assert tick == 8 * (index + 1)
+        meanwhile = piece.executed[tick : tick + 3]
+        assert np.array_equal(meanwhile, answers[index].actions[8 : 8 + len(meanwhile)])
+    env = ConveyorEnv("static", image_px=PX)
+    env.reset(seed=0)
+    for tick in range(12):
+        assert np.array_equal(piece.chunk[tick], expert.chunk(env.sight(), 6)), "the plan from each tick, as it came"
+        env.step(piece.executed[tick])
     env.close()
 
 
 def test_a_simulator_that_dies_is_named():
     work = closed_loop.jobs((Source("static", 1),), first_seed=7, image_px=PX, horizon=6, execution=Execution())
 
-    def killed(observations):
+    def killed(looks):
         for child in multiprocessing.active_children():
             child.kill()
             child.join()
-        return [np.zeros((60, 4), np.float32) for _ in observations]
+        return [answered(np.zeros((60, 4), np.float32)) for _ in looks]
 
     with pytest.raises(WorkerDied, match="exit code -9, task static, seed 7"):
         list(closed_loop.run(work, killed, processes=1))

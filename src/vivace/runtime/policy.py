@@ -85,12 +85,18 @@ class Policy:
         return self._infer([request], given, previous, trace)[0]
 
     def infer_batch(
-        self, requests: Sequence[Request], *, noise: NDArray[np.float32] | None = None
-    ) -> list[ActionChunk]:
-        """Answer several observations in one forward; noise float32 [B, H, 32]. Each answer equals the one alone."""
+        self, requests: Sequence[Request], *, noise: NDArray[np.float32] | None = None,
+        previous: PreviousChunk | None = None,
+    ) -> list[ActionChunk]:  # fmt: skip
+        """Answer several observations in one forward. Each answer equals the one alone.
+
+        noise     float32 [B, H, 32], None = drawn
+        previous  what is left of the chunks being executed, actions [B, H, 32]; one delay and mode for all
+        Raises    as `infer`
+        """
         if not requests:
             return []
-        return self._infer(requests, noise, None, None)
+        return self._infer(requests, noise, previous, None)
 
     def warmup(
         self, prompt_tokens: Sequence[int] | None = None, *, chunking: Sequence[Literal["trained", "guided"]] = ()

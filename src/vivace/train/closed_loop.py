@@ -4,8 +4,8 @@ Each simulator is a process; whoever is at a look sends the observation and wait
 batch. Which observations share a batch depends on timing, and with it the last bits of the answers, so an episode may
 differ between runs where it hangs on a hair; rates do not.
 
-Corrections (DAgger, Ross et al. 2011): at every look the expert says what it would do there. These rows have no successor
-eight ticks long, so they are never used with committed actions.
+Corrections (DAgger, Ross et al. 2011): at every tick the expert says what it would do there. With an inference delay the
+policy is told the committed actions, as it will be when it is served: so it also sees where its own late plans lead.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import ConfigError, WorkerDied
 from ..sim.record import Source
 from ..sim.rollout import Execution
 from ..sim.statistics import wilson
-from ..types import Observation
-from .simulator import Ended, Job, simulate
+from .simulator import Answered, Ended, Job, Look, simulate
 
-Answer = Callable[[list[Observation]], list[NDArray[Any]]]
-"""Observations -> chunks [H, 4] in robot units."""
+Answer = Callable[[list[Look]], list[Answered]]
 CORRECTION_SEED = 500_000
 """Corrections run on seeds from here to 999 999; success is measured from 0 on; recording uses 1 000 000 and more."""
 
@@ -61,12 +58,12 @@ def run(work: Sequence[Job], answer: Answer, *, processes: int) -> Iterator[Ende
             one.begin(waiting.pop())
         left = len(work)
         while left:
-            looks: list[tuple[_Simulator, Observation]] = []
+            looks: list[tuple[_Simulator, Look]] = []
             for pipe in wait(list(simulators)):
                 assert isinstance(pipe, Connection)
                 one = simulators[pipe]
                 message = one.hear()
-                if isinstance(message, Observation):
+                if isinstance(message, Look):
                     looks.append((one, message))
                     continue
                 left -= 1
@@ -74,9 +71,9 @@ def run(work: Sequence[Job], answer: Answer, *, processes: int) -> Iterator[Ende
                     one.begin(waiting.pop())
                 yield message
             if looks:
-                chunks = answer([observation for _, observation in looks])
-                for (one, _), actions in zip(looks, chunks, strict=True):
-                    one.tell(np.asarray(actions))
+                chunks = answer([look for _, look in looks])
+                for (one, _), answered in zip(looks, chunks, strict=True):
+                    one.tell(answered)
     finally:
         for one in simulators.values():
             one.end()

@@ -134,11 +134,13 @@ class Optimise:
 class Correction:
     """Data from where the policy itself gets to (DAgger): episodes run with it, labels by the expert.
 
-    at        share of the steps after which it happens
+    at           share of the steps after which it happens
+    delay_ticks  inference delay in these episodes; the policy is told which actions are executed meanwhile
     """
 
     at: float
     sources: tuple[Source, ...]
+    delay_ticks: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a correction that would never happen, or teach nothing."""
@@ -146,6 +148,7 @@ class Correction:
             raise ConfigError("closed_loop.corrections.at", got=self.at, wanted="a share of the steps, below 1")
         if not self.sources:
             raise ConfigError("closed_loop.corrections.sources", got="none", wanted="at least one task with episodes")
+        _at_least("closed_loop.corrections", 0, {"delay_ticks": self.delay_ticks})
 
     @property
     def seed_block(self) -> int:
@@ -207,6 +210,13 @@ class Recipe:
                 "optimise.max_committed", got=self.optimise.max_committed,
                 wanted=f"below the horizon {self.network.horizon}",
             )  # fmt: skip
+        told = self.optimise.max_committed if self.optimise.committed_share else 0
+        for one in self.closed_loop.corrections:
+            if one.delay_ticks > told:
+                raise ConfigError(
+                    "closed_loop.corrections.delay_ticks", got=one.delay_ticks,
+                    wanted=f"at most the {told} committed actions that optimise.max_committed trains for",
+                )  # fmt: skip
         if self.data.sources:
             self.plan()
 

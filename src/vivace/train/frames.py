@@ -79,7 +79,7 @@ class Frames:
         """Append examples. Rows keep their numbers."""
         for piece in pieces:
             left = len(piece.chunk) - 1 - piece.ticks
-            self._rows(piece.prompts, piece.state, left=left if piece.joined else np.zeros_like(left))
+            self._rows(piece.prompts, piece.state, left=left)
             self._table("label", piece.ticks + self._labelled)
             self._labels(piece.executed, piece.chunk)
             if piece.other_chunk is not None:  # the same pictures once more

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..checkpoints.make import Format
 from ..checkpoints.open import open_checkpoint
@@ -30,13 +29,13 @@ from ..sim import scene, stored
 from ..sim.conveyor import STATE_DIM
 from ..sim.record import record
 from ..sim.rollout import Execution
-from ..types import Observation
+from ..types import PreviousChunk
 from . import closed_loop, export
 from .config import Correction, Recipe
 from .frames import FLAVOUR, Frames
 from .learner import Learner, check_loss
 from .pieces import Piece, piece_of
-from .simulator import Ended
+from .simulator import Answered, Ended, Look
 from .stored import read_pieces
 from .tokenizer import conveyor_tokenizer, pieces
 
@@ -184,7 +183,7 @@ class Run:
 
     def evaluate(self, folder: Path) -> list[dict[str, Any]]:
         """Success rates on the held-out seeds 0, 1, ..."""
-        ended = self._episodes(folder, self.recipe.closed_loop.sources, first_seed=0, correct=False)
+        ended = self._episodes(folder, self.recipe.closed_loop.sources, first_seed=0)
         rows = closed_loop.rates(ended)
         self.report(
             {"event": "success", "step": self.learner.step, "rates": rows, "simulator": scene.versions(),
@@ -199,31 +198,42 @@ class Run:
             export.export(folder, self.trained(), format="lerobot")
         ended = self._episodes(
             folder, correction.sources, first_seed=closed_loop.CORRECTION_SEED + 4000 * correction.seed_block,
-            correct=True,
+            delay_ticks=correction.delay_ticks, correct=True,
         )  # fmt: skip
         ended.sort(key=lambda one: (one.job.source.task, one.job.source.belt, one.job.seed))
         before = len(self.frames)
         self.frames.add(one.piece for one in ended if one.piece is not None)
         rows = closed_loop.rates(ended)
         self.report(
-            {"event": "corrected", "step": step, "rates": rows, "examples": len(self.frames) - before}
+            {"event": "corrected", "step": step, "delay_ticks": correction.delay_ticks, "rates": rows,
+             "examples": len(self.frames) - before}
         )  # fmt: skip
 
-    def _episodes(self, folder: Path, sources: Any, *, first_seed: int, correct: bool) -> list[Ended]:
+    def _episodes(
+        self, folder: Path, sources: Any, *, first_seed: int, delay_ticks: int = 0, correct: bool = False
+    ) -> list[Ended]:
         network, loop = self.recipe.network, self.recipe.closed_loop
         policy = load_policy(folder, config=EngineConfig(device=str(self.learner.device), backend="eager"))
         work = closed_loop.jobs(
             sources, first_seed=first_seed, image_px=network.vision.image_size, horizon=network.horizon,
-            execution=Execution("aligned", loop.execute_ticks, 0), correct=correct,
+            execution=Execution("aligned", loop.execute_ticks, delay_ticks), correct=correct,
         )  # fmt: skip
         return list(closed_loop.run(work, answering(policy), processes=loop.processes))
 
 
 def answering(policy: Policy) -> closed_loop.Answer:
-    """A policy as `closed_loop` calls it."""
+    """A policy as `closed_loop` calls it: looks with as many committed actions are answered in one batch."""
 
-    def answer(observations: list[Observation]) -> list[NDArray[Any]]:
-        return [one.actions for one in policy.infer_batch(observations)]
+    def answer(looks: list[Look]) -> list[Answered]:
+        found: dict[int, Answered] = {}
+        for ticks in sorted({look.ticks for look in looks}):
+            places = [index for index, look in enumerate(looks) if look.ticks == ticks]
+            older = [one for one in (looks[index].older for index in places) if one is not None]
+            previous = PreviousChunk(torch.from_numpy(np.stack(older)), ticks, "trained") if older else None
+            chunks = policy.infer_batch([looks[index].observation for index in places], previous=previous)
+            for index, one in zip(places, chunks, strict=True):
+                found[index] = Answered(one.actions, one.actions_normalized)
+        return [found[index] for index in range(len(looks))]
 
     return answer
 

@@ -18,7 +18,6 @@ class Piece:
     state     float32 [R, n]             prompts  R strings
     executed  float32 [T, A]             chunk  float32 [T, H, A]
     other_prompts, other_chunk  R strings, float32 [R, H, A]: the same looks, another instruction; () and None: unknown
-    joined    True: label k + 1 is one tick after label k, so a target may be continued by a later plan
     """
 
     ticks: NDArray[np.int64]
@@ -27,7 +26,6 @@ class Piece:
     prompts: tuple[str, ...]
     executed: NDArray[np.float32]
     chunk: NDArray[np.float32]
-    joined: bool = True
     other_prompts: tuple[str, ...] = ()
     other_chunk: NDArray[np.float32] | None = None
 
@@ -42,7 +40,6 @@ def piece_of(demo: Demo) -> Piece:
         prompts,
         demo.executed,
         demo.chunk,
-        True,
         demo.other_prompts,
         demo.other_chunk,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -11,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..sim.conveyor import VIEWS, ConveyorEnv
-from ..sim.expert import ExpertChunk, chunk
+from ..sim.expert import chunk
 from ..sim.record import Source, other_instruction
-from ..sim.rollout import Execution, rollout
+from ..sim.rollout import Committed, Execution, Moment, rollout
 from ..sim.tasks import SPEEDS_M_S
 from ..types import Observation
 from .pieces import Piece
@@ -29,6 +28,27 @@ class Job:
     horizon: int
     execution: Execution = field(default_factory=Execution)
     correct: bool = False
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a simulator asks.
+
+    older, ticks  the rest of the chunk in execution, float32 [H, width] in model space, from this look on, of which the
+                  first `ticks` actions will be executed before the answer comes; None, 0: no such action is known
+    """
+
+    observation: Observation
+    older: NDArray[np.float32] | None = None
+    ticks: int = 0
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A policy's chunk: actions [H, 4] in robot units, actions_normalized float32 [H, width] in model space."""
+
+    actions: NDArray[Any]
+    actions_normalized: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -66,36 +86,69 @@ def simulate(pipe: Connection[Any, Any]) -> None:
 
 
 def _episode(env: ConveyorEnv, job: Job, pipe: Connection[Any, Any]) -> Ended:
-    seen: list[tuple[Observation, NDArray[np.float32]]] = []
-    others: list[tuple[str, NDArray[np.float32]]] = []
+    notes = _Notes(env, job) if job.correct else None
 
-    way = job.source.way_of(job.seed)
+    def ask(look: Look) -> Answered:
+        if notes is not None:
+            notes.look(look.observation)
+        pipe.send(look)
+        answered: Answered = pipe.recv()
+        return answered
 
-    def policy(observation: Observation) -> ExpertChunk:
-        if job.correct:
-            seen.append((observation, chunk(replace(env.sight(), way=way), job.horizon)))
-            if (other := other_instruction(env, job.horizon)) is not None:
-                others.append(other)
-        pipe.send(observation)
-        return ExpertChunk(pipe.recv())
-
-    episode = rollout(env, policy, seed=job.seed, execution=job.execution)
-    piece = _piece(seen, others) if job.correct else None
+    episode = rollout(
+        env,
+        lambda observation: ask(Look(observation)),
+        continuing=lambda observation, committed: ask(Look(observation, _rest(committed), committed.ticks)),
+        seed=job.seed,
+        execution=job.execution,
+        watch=None if notes is None else notes.tick,
+    )
+    piece = None if notes is None else notes.piece()
     return Ended(job, episode.success, episode.wrong_object, len(episode.actions), piece)
 
 
-def _piece(
-    seen: Sequence[tuple[Observation, NDArray[np.float32]]], others: Sequence[tuple[str, NDArray[np.float32]]]
-) -> Piece:
-    chunks = np.stack([actions for _, actions in seen])
-    return Piece(
-        ticks=np.arange(len(seen)),
-        views=np.stack([np.stack([observation.views[name] for name in VIEWS]) for observation, _ in seen]),
-        state=np.stack([np.asarray(observation.state, np.float32) for observation, _ in seen]),
-        prompts=tuple(observation.prompt for observation, _ in seen),
-        executed=chunks[:, 0],
-        chunk=chunks,
-        joined=False,
-        other_prompts=tuple(text for text, _ in others),
-        other_chunk=np.stack([actions for _, actions in others]) if others else None,
-    )
+def _rest(committed: Committed) -> NDArray[np.float32]:
+    """The chunk in execution from the look on, zeros behind its end."""
+    assert isinstance(committed.chunk, Answered)
+    whole = committed.chunk.actions_normalized
+    moved = np.zeros_like(whole)
+    moved[: len(whole) - committed.start] = whole[committed.start :]
+    return moved
+
+
+class _Notes:
+    """What the expert would do at every tick of an episode that somebody else acts in, and what was executed there."""
+
+    def __init__(self, env: ConveyorEnv, job: Job) -> None:
+        self._env, self._horizon, self._way = env, job.horizon, job.source.way_of(job.seed)
+        self._executed: list[NDArray[np.float32]] = []
+        self._chunks: list[NDArray[np.float32]] = []
+        self._ticks: list[int] = []
+        self._seen: list[Observation] = []
+        self._others: list[tuple[str, NDArray[np.float32]]] = []
+
+    def look(self, observation: Observation) -> None:
+        """The policy sees this; `tick` of the same tick follows."""
+        self._ticks.append(len(self._executed))
+        self._seen.append(observation)
+        if (other := other_instruction(self._env, self._horizon)) is not None:
+            self._others.append(other)
+
+    def tick(self, moment: Moment) -> None:
+        """The world is about to move."""
+        self._executed.append(np.asarray(moment.action, np.float32))
+        self._chunks.append(chunk(replace(self._env.sight(), way=self._way), self._horizon))
+
+    def piece(self) -> Piece:
+        """All of it."""
+        seen = self._seen
+        return Piece(
+            ticks=np.array(self._ticks),
+            views=np.stack([np.stack([one.views[name] for name in VIEWS]) for one in seen]),
+            state=np.stack([np.asarray(one.state, np.float32) for one in seen]),
+            prompts=tuple(one.prompt for one in seen),
+            executed=np.stack(self._executed),
+            chunk=np.stack(self._chunks),
+            other_prompts=tuple(text for text, _ in self._others),
+            other_chunk=np.stack([actions for _, actions in self._others]) if self._others else None,
+        )
