@@ -120,23 +120,42 @@ def test_figures_in_the_text_are_the_results_own():
     def load(name):
         return json.loads((results / name).read_text(encoding="utf-8"))
 
+    def rows_of(document):
+        return {(r["setting"], r["engine"], r["boundary"]): r["latency"]["p50_ms"] for r in document["rows"]}
+
     soak = load("hopper-soak-h100-2026-11-25.json")["soak"][0]["latency"]
-    start = {row["caches"]: row for row in load("hopper-h100-2026-11-25.json")["start"]}
-    rows = {(r["setting"], r["engine"], r["boundary"]): r for r in load("hopper-h100-2026-11-25.json")["rows"]}
-    later = load("host-memory-h200-2026-11-30.json")
-    host = later["host"]["settings"]["3,200,50"]
-    memory = {plan: later["memory"][plan][-1]["ratio"] for plan in ("fp8-all", "bf16")}
-    added = host["policy.infer"]["p50_ms"] - host["whole replay + sync"]["p50_ms"]
-    missed = [rows["3,200,50", f"cuda_graph {plan}", "B0"]["latency"]["p50_ms"] for plan in ("fp8-mlp", "fp8-full")]
+    older, newer = rows_of(load("hopper-h100-2026-11-25.json")), load("hopper-h200-2026-11-30.json")
+    missed = [older["3,200,50", f"cuda_graph {plan}", "B0"] for plan in ("fp8-mlp", "fp8-full")]
+
+    def added(rows):
+        more = [
+            ms - rows[setting, engine, "B0"] for (setting, engine, boundary), ms in rows.items() if boundary == "B2"
+        ]
+        return min(more), max(more)
+
+    (least, most), (before_least, before_most) = added(rows_of(newer)), added(older)
+    start = {row["caches"]: row for row in newer["start"]}
     warm, cold = start["warm"], start["cold"]
+    one_bucket = {row["precision"]: row["ratio"] for row in newer["memory"]}["bf16"]
+    check = load("check-full-size-fp8-all-h200-2026-11-30.json")
+    marks = {mark["what"]: mark for mark in check["marks"]}
+    failed = [mark for mark in check["marks"] if not mark["passed"]]
+    assert load("check-full-size-bf16-h200-2026-11-30.json")["passed"]
+    assert newer["passed"]
+    assert newer["missed"] == newer["not_run"] == []
+    assert len(failed) == 2
+    assert all(mark["what"].startswith("K layer") and mark["wanted"] == 0.99 for mark in failed)
     wanted = (
         f"fp8-mlp ({missed[0]:.2f}) and fp8-full ({missed[1]:.2f}) miss",
         f"{soak['samples']:,} replays in a row",
         f"p99 is {soak['p99_ms'] / soak['p50_ms']:.3f} times p50",
         f"first action {warm['first_action_s']:.0f} s after its start and has every prompt bucket ready after "
         f"{warm['every_bucket_s']:.0f} s, {cold['first_action_s']:.0f} and {cold['every_bucket_s']:.0f} s without",
-        f"`policy.infer` {added:.2f} ms above a synchronised replay",
-        f"reserves {memory['fp8-all']:.2f} times weights and cache (fp8-all; bfloat16 {memory['bf16']:.2f})",
+        f"`policy.infer` takes {least:.2f} to {most:.2f} ms more than B0",
+        f"(H100, before that: {before_least:.1f} to {before_most:.1f})",
+        f"{warm['ratio']:.2f} times weights and cache with 14 buckets in fp8-all, {one_bucket:.2f} with one in bfloat16",
+        f"actions (cosine {marks['actions, mean cosine']['got']:.5f}, mark 0.999)",
+        f"two of 18 layers ({min(mark['got'] for mark in failed):.4f}, mark 0.99)",
     )
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert [claim for claim in wanted if claim not in text] == []
