@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive"}
 VIVACE = [sys.executable, "-m", "vivace.cli.main"]
 CALIBRATION_FRAMES = 64
 FRAMES = 6
-"""Recorded frames that check and bench use; calibration takes 256."""
+"""Recorded frames that check and bench use."""
 
 
 def step(title: str, command: list[str], *, save: Path | None = None, threads: int | None = None) -> None:

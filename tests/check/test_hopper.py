@@ -269,6 +269,11 @@ def test_only_b0_is_launched_behind_a_spin(monkeypatch):
     assert asked == [bench.SPIN_MS, 0.0, 0.0]
 
 
+def test_graphs_whose_memory_is_not_known_are_not_called_proven(network):
+    with pytest.raises(ConfigError, match="cannot be poisoned"):
+        hopper_proof.poisoned(graphed(network), some_request(), torch.randn(1, 5, 32))
+
+
 def test_accuracy_is_that_of_infer_and_infer_must_equal_two_calls(network):
     samples = hopper_proof.Samples([some_request(i) for i in range(3)], torch.randn(3, 2, 5, 32))
     right, wrong = graphed(network), graphed(network, wrong_infer=True)

@@ -19,7 +19,7 @@ from vivace.model.pi import Pi
 from vivace.robots.tokenizer import SentencePieceModel
 from vivace.train import export, learner, objective
 from vivace.train.config import Optimise, Recipe, build, read_recipe
-from vivace.train.frames import Frames, statistics
+from vivace.train.frames import Frames, statistics, ticks_left
 from vivace.train.loop import Run, answering
 from vivace.train.pieces import Piece
 from vivace.train.simulator import Look
@@ -90,6 +90,13 @@ def test_corrections_join_later_and_may_have_committed_actions_too(frames):
     assert np.allclose((got + 1) / 2 * (high - low) + low, piece(seed=2).executed[:2], atol=1e-5)
     images = frames.rows(torch.tensor([before + 1])).images[0, 2].numpy()
     assert (images == piece(seed=2).views[1, 2]).all()
+
+
+def test_no_plan_for_a_new_instruction_continues_an_older_one():
+    """Looks at 0, 2, 4 of 6 ticks; the cube that is named changes between the second and the third."""
+    source = replace(piece(), prompts=("red", "red", "blue"))
+    assert ticks_left(source).tolist() == [2, 0, 1]
+    assert ticks_left(piece()).tolist() == [5, 3, 1]
 
 
 def test_another_instruction_shares_the_picture(tokenizer):
@@ -304,11 +311,18 @@ def test_the_average_moves_towards_the_weights_by_its_decay(frames):
 
 
 def test_a_delay_needs_draws_with_committed_actions():
+    corrections = [{"at": 0.5, "sources": STATIC, "delay_ticks": 2}]
     table = {"network": NETWORK, "data": {"sources": STATIC}, "optimise": {"max_committed": 2, "committed_share": 0.1},
-             "closed_loop": {"corrections": [{"at": 0.5, "sources": STATIC, "delay_ticks": 2}]}}  # fmt: skip
-    assert build(Recipe, table, where="test").closed_loop.corrections[0].delay_ticks == 2
+             "closed_loop": {"execute_ticks": 2, "corrections": corrections}}  # fmt: skip
+    made = build(Recipe, table, where="test")
+    assert (made.closed_loop.corrections[0].delay_ticks, made.optimise.told_ticks) == (2, 2)
     table["optimise"]["committed_share"] = 0.0
+    assert replace(made.optimise, committed_share=0.0).told_ticks == 0
     with pytest.raises(ConfigError, match="at most the 0 committed actions"):
+        build(Recipe, table, where="test")
+    table["optimise"]["committed_share"] = 0.1
+    table["closed_loop"]["execute_ticks"] = 3
+    with pytest.raises(ConfigError, match="chunks of 4 that last 3 ticks longer"):
         build(Recipe, table, where="test")
 
 
@@ -333,6 +347,23 @@ def test_looks_are_answered_in_batches_of_equal_delay_and_in_their_order():
     assert [(count, previous and previous.inference_delay) for count, previous in calls] == [(1, None), (1, 1), (2, 2)]
     assert np.array_equal(calls[2][1].actions.numpy(), np.stack([older, older + 3]))
     assert calls[2][1].mode == "trained"
+
+
+def test_corrections_of_an_earlier_run_are_used_only_when_it_is_resumed(tmp_path, monkeypatch):
+    """A folder that was left by a run that was cut off holds another run's weights."""
+    written = []
+    monkeypatch.setattr(export, "export", lambda folder, trained, *, format: written.append(folder) or folder.mkdir())
+    monkeypatch.setattr(Run, "trained", lambda self: None)
+    run = Run(RECIPE, None, None, b"", tmp_path, print)
+    left = tmp_path / "correction_3"
+    left.mkdir()
+    (left / "model.safetensors").touch()
+    assert run._as_then(3) == left
+    assert (left / "model.safetensors").exists()
+    assert run._as_now(3) == left
+    assert not (left / "model.safetensors").exists()
+    assert run._as_then(5) == tmp_path / "correction_5"
+    assert written == [left, tmp_path / "correction_5"]
 
 
 def test_every_correction_happens_also_in_a_short_run():

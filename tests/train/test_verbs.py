@@ -11,7 +11,7 @@ import pytest
 from vivace.checkpoints.open import open_checkpoint
 from vivace.cli.main import main
 from vivace.robots.dataset import read_frames
-from vivace.train import closed_loop
+from vivace.train import closed_loop, loop
 
 RECIPE = """
 name = "toy"
@@ -31,9 +31,9 @@ max_committed = 4
 log_every = 2
 save_every = 3
 [closed_loop]
-execute_ticks = 12
+execute_ticks = 8
 sources = [{task="static", episodes=1}]
-corrections = [{at=0.5, sources=[{task="conveyor", episodes=1}]}]
+corrections = [{at=0.5, delay_ticks=3, sources=[{task="conveyor", episodes=1}]}]
 processes = 1
 """
 RECORDED = 'sources = [{task="static", episodes=1}, {task="conveyor", episodes=1}]\nstride = 10\nprocesses = 1'
@@ -50,7 +50,20 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_recipe_becomes_a_policy(tmp_path, capsys):
+def test_a_recipe_becomes_a_policy(tmp_path, capsys, monkeypatch):
+    delays = []  # of every look, as the policy is told
+    answering = loop.answering
+
+    def noted(policy):
+        answer = answering(policy)
+
+        def told(looks):
+            delays.append([look.ticks for look in looks])
+            return answer(looks)
+
+        return told
+
+    monkeypatch.setattr(loop, "answering", noted)
     (tmp_path / "toy.toml").write_text(RECIPE.replace("DATA", RECORDED))
     code, facts, text = call(
         capsys, "train", tmp_path / "toy.toml", "--out", tmp_path / "run", "--device", "cpu", "--also", "openpi"
@@ -67,6 +80,11 @@ def test_a_recipe_becomes_a_policy(tmp_path, capsys):
     assert rows[-1]["simulator"]["mujoco"]
     corrected = next(row for row in rows if row["event"] == "corrected")
     assert corrected["examples"] > 0
+    assert corrected["delay_ticks"] == 3
+    first, *others = [ticks for (ticks,) in delays[: corrected["examples"] // 2]]  # examples with two instructions each
+    assert first == 0
+    assert set(others) == {3}, "in corrections"
+    assert {ticks for (ticks,) in delays[corrected["examples"] // 2 :]} == {0}, "when success is measured"
     assert corrected["rates"][0]["failed_seeds"] == [closed_loop.CORRECTION_SEED + 4000 * 50]
     opened = open_checkpoint(tmp_path / "run/policy")
     assert (opened.origin, opened.model.horizon, opened.rtc.training_max_delay) == ("lerobot", 12, 4)
@@ -79,7 +97,7 @@ def test_a_recipe_becomes_a_policy(tmp_path, capsys):
 
 def test_resumed_from_half_way_is_the_whole_run(tmp_path, capsys):
     whole = RECIPE.replace("DATA", RECORDED).replace(
-        'corrections = [{at=0.5, sources=[{task="conveyor", episodes=1}]}]', ""
+        'corrections = [{at=0.5, delay_ticks=3, sources=[{task="conveyor", episodes=1}]}]', ""
     )
     whole = whole.replace('sources = [{task="static", episodes=1}]\n\nprocesses', "processes")
     (tmp_path / "whole.toml").write_text(whole)

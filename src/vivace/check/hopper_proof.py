@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends import eager
 from ..backends.cuda_graph import CudaGraphBackend
 from ..config import EngineConfig
-from ..errors import NumericsError
+from ..errors import ConfigError, NumericsError
 from ..model.pi import Pi
 from ..types import ModelInputs, PrefixCache
 from . import targets
@@ -136,9 +136,11 @@ def poisoned(engine: Engine, inputs: ModelInputs, noise: Tensor, *, replays: int
     """Replay over memory full of NaN: everything that a graph reads must be an input, a weight, or written before.
 
     Every byte of the memory pool of the engine's graphs is set to 0xFF (NaN in float32, bfloat16 and E4M3) before each
-    replay.
+    replay. Raises ConfigError for graphs whose pool is not known.
     """
     backend = engine.backend
+    if engine.graphed and not isinstance(backend, CudaGraphBackend):
+        raise ConfigError("the memory of these graphs cannot be poisoned", got=engine.name, wanted="cuda_graph")
     replay = backend.graph_of(inputs, noise)
     first, filled, same = replay().clone(), 0, 0
     for _ in range(replays):

@@ -22,7 +22,7 @@ VERBS: dict[str, str] = {
     "build": "TensorRT engines of a policy, for GPUs that need not be here",
     "bench": "time named engines side by side: percentiles, stages, environment",
     "budget": "what must shrink, and by how much, to reach a control rate",
-    "simulate": "success against inference delay in a simulated pick-up task (scripted expert)",
+    "simulate": "success against inference delay in a simulated pick-up task (scripted expert or a policy)",
     "record": "demonstrations of the scripted expert as a LeRobot dataset",
     "train": "flow-matching training of a policy from a recipe: data, steps, checkpoint folder, success rates",
     "report": "one self-contained HTML page from result files",

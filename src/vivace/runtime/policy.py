@@ -88,7 +88,7 @@ class Policy:
         self, requests: Sequence[Request], *, noise: NDArray[np.float32] | None = None,
         previous: PreviousChunk | None = None,
     ) -> list[ActionChunk]:  # fmt: skip
-        """Answer several observations in one forward. Each answer equals the one alone.
+        """Answer several observations in one forward. Each answer equals the one alone, to rounding.
 
         noise     float32 [B, H, 32], None = drawn
         previous  what is left of the chunks being executed, actions [B, H, 32]; one delay and mode for all

@@ -112,6 +112,11 @@ class Optimise:
     log_every: int = 50
     save_every: int = 0
 
+    @property
+    def told_ticks(self) -> int:
+        """Most committed actions that the policy learns to continue."""
+        return self.max_committed if self.committed_share else 0
+
     def __post_init__(self) -> None:
         """Refuse numbers that nothing can be learnt with."""
         positive = "steps", "batch", "flows", "log_every"
@@ -210,12 +215,14 @@ class Recipe:
                 "optimise.max_committed", got=self.optimise.max_committed,
                 wanted=f"below the horizon {self.network.horizon}",
             )  # fmt: skip
-        told = self.optimise.max_committed if self.optimise.committed_share else 0
+        told = self.optimise.told_ticks
+        most = min(told, self.network.horizon - self.closed_loop.execute_ticks)
         for one in self.closed_loop.corrections:
-            if one.delay_ticks > told:
+            if one.delay_ticks > max(0, most):
                 raise ConfigError(
                     "closed_loop.corrections.delay_ticks", got=one.delay_ticks,
-                    wanted=f"at most the {told} committed actions that optimise.max_committed trains for",
+                    wanted=f"at most the {told} committed actions that [optimise] trains for, "
+                    f"and chunks of {self.network.horizon} that last {self.closed_loop.execute_ticks} ticks longer",
                 )  # fmt: skip
         if self.data.sources:
             self.plan()

@@ -50,6 +50,20 @@ class Rows:
     length: Tensor
 
 
+def ticks_left(piece: Piece) -> NDArray[np.int64]:
+    """int64 [R]: how many ticks later a plan may begin that still continues each look.
+
+    Up to the end of the episode, and not beyond the last look with the same prompt: what comes after a new instruction is
+    no answer to the old one.
+    """
+    last = np.full(len(piece.ticks), len(piece.chunk) - 1)
+    for i in range(len(last) - 2, -1, -1):
+        same = piece.prompts[i] == piece.prompts[i + 1]
+        last[i] = last[i + 1] if same else piece.ticks[i]
+    left: NDArray[np.int64] = last - piece.ticks
+    return left
+
+
 class Frames:
     """All examples on one device; `add` appends, so corrections can join later.
 
@@ -78,7 +92,7 @@ class Frames:
     def add(self, pieces: Iterable[Piece]) -> None:
         """Append examples. Rows keep their numbers."""
         for piece in pieces:
-            left = len(piece.chunk) - 1 - piece.ticks
+            left = ticks_left(piece)
             self._rows(piece.prompts, piece.state, left=left)
             self._table("label", piece.ticks + self._labelled)
             self._labels(piece.executed, piece.chunk)

@@ -6,6 +6,7 @@ Everything that happens is told to `report`, a row at a time (the verb writes th
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -134,13 +135,13 @@ class Run:
         o = self.recipe.optimise
         due = self.corrections()
         for step, one in due:
-            if step < self.learner.step:
-                self._correct(one, step)  # resumed: the examples are made again
+            if step < self.learner.step:  # resumed: the examples are made again, by the weights of then
+                self._correct(one, step, self._as_then(step))
         began, seen = time.perf_counter(), self.learner.step
         while self.learner.step < o.steps:
             step = self.learner.step
             for one in [one for at, one in due if at == step]:
-                self._correct(one, step)
+                self._correct(one, step, self._as_now(step))
                 began, seen = time.perf_counter(), step
             batch, draws = self.learner.draw(self.frames)
             measured = self.learner.learn(batch, draws)
@@ -169,7 +170,7 @@ class Run:
             model=self.learner.average, state=self.frames.state_stats, action=self.frames.action_stats,
             cameras=CAMERAS, tokenizer=self._tokenizer, max_tokens=MAX_TOKENS,
             num_denoise_steps=recipe.export.num_denoise_steps,
-            max_committed=recipe.optimise.max_committed, dtype=recipe.export.dtype,
+            max_committed=recipe.optimise.told_ticks, dtype=recipe.export.dtype,
         )  # fmt: skip
 
     def remember(self, folder: Path) -> None:
@@ -177,7 +178,7 @@ class Run:
         recipe = self.recipe
         trained = stored.Stored(
             image_px=recipe.network.vision.image_size, execute_ticks=recipe.closed_loop.execute_ticks,
-            committed_max_ticks=recipe.optimise.max_committed if recipe.optimise.committed_share else 0,
+            committed_max_ticks=recipe.optimise.told_ticks,
         )  # fmt: skip
         stored.write_trained(folder, trained)
 
@@ -191,11 +192,20 @@ class Run:
         )  # fmt: skip
         return rows
 
-    def _correct(self, correction: Correction, step: int) -> None:
-        """Run the averaged weights, add what the expert says about where they got."""
+    def _as_now(self, step: int) -> Path:
+        """The averaged weights as a folder; what an earlier run left there is replaced."""
         folder = self.out / f"correction_{step}"
-        if not folder.exists():
-            export.export(folder, self.trained(), format="lerobot")
+        shutil.rmtree(folder, ignore_errors=True)
+        export.export(folder, self.trained(), format="lerobot")
+        return folder
+
+    def _as_then(self, step: int) -> Path:
+        """Those of an earlier step of this run; the present ones where it was run in another folder."""
+        folder = self.out / f"correction_{step}"
+        return folder if folder.exists() else self._as_now(step)
+
+    def _correct(self, correction: Correction, step: int, folder: Path) -> None:
+        """Run a policy, add what the expert says about where it got."""
         ended = self._episodes(
             folder, correction.sources, first_seed=closed_loop.CORRECTION_SEED + 4000 * correction.seed_block,
             delay_ticks=correction.delay_ticks, correct=True,

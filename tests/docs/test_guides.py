@@ -1,0 +1,112 @@
+"""The figures of the guides about the bundled policy are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SIMULATION = " ".join((ROOT / "docs/guides/simulation.md").read_text(encoding="utf-8").split())
+TRAINING = " ".join((ROOT / "docs/guides/training.md").read_text(encoding="utf-8").split())
+
+
+def load(name, date="2026-11-30"):
+    return json.loads((RESULTS / f"conveyor-small-{name}-{date}.json").read_text(encoding="utf-8"))
+
+
+def share(arm):
+    return f"{100 * arm['successes'] / arm['n']:.0f}"
+
+
+def counts(name):
+    return [f"{arm['successes']}/{arm['n']}" for arm in load(name)["arms"]]
+
+
+def test_every_result_of_the_guides_is_of_the_policy_that_comes_with_vivace():
+    """Two policies were trained on one day; files of the other one say so in their names."""
+    names = "rates", "events", "belts", "delay", "100ms", "steps", "steps-bimodal", "steps-bimodal-24", "plans-h200"
+    hashes = {arm["engine"]["checkpoint_hash"] for name in names for arm in load(name)["arms"]}
+    other = {arm["engine"]["checkpoint_hash"] for arm in load("rates", "2026-11-30-earlier-policy")["arms"]}
+    assert len(hashes) == 1
+    assert hashes.isdisjoint(other)
+
+
+def test_rates_without_delay():
+    arms = [arm for name in ("rates", "events", "belts") for arm in load(name)["arms"]]
+    assert [(arm["successes"], arm["n"]) for arm in arms] == [(200, 200)] * 7
+    assert sum(arm["wrong_object"] for arm in arms) == 0
+    assert "200/200 each" in SIMULATION
+    assert f"wrong object 0 of {sum(arm['n'] for arm in arms)}" in SIMULATION
+
+
+def test_table_of_delays():
+    arms = load("delay")["arms"]
+    assert {arm["n"] for arm in arms} == {50}
+    for belt in ("slow", "middle", "fast"):
+        for mode in ("pause", "naive", "aligned"):
+            row = [arm for arm in arms if (arm["arm"]["belt"], arm["arm"]["mode"]) == (belt, mode)]
+            cells = " | ".join(share(arm) for arm in sorted(row, key=lambda arm: int(arm["arm"]["delay"]["name"][:-3])))
+            at_100 = next(arm for arm in row if arm["arm"]["delay"]["name"] == "100 ms")
+            median = f"{at_100['time_to_success_s']['median']:.2f} s" if at_100["successes"] else "-"
+            assert f"| {belt} | {mode} | {cells} | {median} |" in SIMULATION
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [("steps", "conveyor"), ("steps-bimodal", "bimodal"), ("steps-bimodal-24", "bimodal, whole chunks")],
+)
+def test_table_of_denoise_steps(name, row):
+    assert [arm["arm"]["steps"] for arm in load(name)["arms"]] == [1, 2, 3, 5, 10]
+    assert f"| {row} | {' | '.join(counts(name))} |" in SIMULATION
+
+
+def test_aligned_against_naive_and_the_real_clock():
+    aligned, naive = (arm["successes"] for arm in load("100ms")["arms"])
+    assert f"aligned {aligned}, naive {naive} (McNemar" in SIMULATION
+    a, a_late, b, b_late = counts("real-clock-h200")
+    assert (
+        f"aligned {a}, naive {b}; with 80 ms on top, so 100 ms in ticks, aligned {a_late}, naive {b_late}" in SIMULATION
+    )
+
+
+def test_plans_on_a_gpu():
+    low, mlp, every = (arm["successes"] for arm in load("plans-h200")["arms"])
+    assert f"bfloat16 {low}, fp8-mlp {mlp}, fp8-all {every}" in SIMULATION
+
+
+def test_training_run():
+    log = load("training-h200")["log"]
+    last = {row["event"]: row for row in log}
+    assert f"made the bundled policy in {last['exported']['t_s']:.0f} s" in TRAINING
+    recorded, data = last["recorded"], last["data"]
+    assert f"{recorded['seconds']:.0f} s for {recorded['episodes']:,} demonstrations" in TRAINING
+    assert f"({recorded['kept']:,} succeeded, {data['examples']:,} examples)" in TRAINING
+    corrected = [row for row in log if row["event"] == "corrected"]
+    assert f"{sum(row['examples'] for row in corrected):,} examples" in TRAINING
+    places = [("static", "task's own"), ("conveyor", "task's own"), ("conveyor", "middle"), ("conveyor", "fast"),
+              ("bimodal", "task's own")]  # fmt: skip
+    for row in corrected:
+        found = {(one["task"], one["belt"]): f"{one['successes']}/{one['n']}" for one in row["rates"]}
+        delay = f"{20 * row['delay_ticks']} ms" if row["delay_ticks"] else "0"
+        cells = " | ".join(found.get(place, "") for place in places)
+        assert f"| {row['step']:,} | {delay} | {' '.join(cells.split())} |" in TRAINING
+
+
+def test_the_policy_before_it():
+    for mode in ("aligned", "naive"):
+        arms = load("delay", "2026-11-30-earlier-policy")["arms"]
+        late = {
+            arm["arm"]["belt"]: arm["successes"]
+            for arm in arms
+            if (arm["arm"]["mode"], arm["arm"]["delay"]["name"]) == (mode, "160 ms")
+        }
+        if mode == "aligned":
+            assert f"{late['slow']}, {late['middle']} and {late['fast']} of 40 on the three belts" in TRAINING
+            told = late
+    assert (
+        f"({told['slow']} and {told['middle']} of 40 at 160 ms, naive {late['slow']} and {late['middle']},"
+        in SIMULATION
+    )
