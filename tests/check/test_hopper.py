@@ -41,6 +41,14 @@ SMALL = ("--network", "tiny", "--device", "cpu", "--observations", "2", "--draws
          "--reuse-calls", "3")  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _cold():
+    """Nothing here is about speed: engines need not settle before they are timed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hopper_rows, "WARM_UP", bench.WarmUp(max_calls=2))
+        yield
+
+
 def draw(name, **changes):
     given = {"seed": 0, "outliers": 2, "device": CPU} | changes
     return hopper_weights.device_tensor(name, expected_shapes(CONFIG)[name], **given)

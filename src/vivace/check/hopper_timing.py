@@ -20,6 +20,8 @@ from .targets import RIVAL_RATIO, Size
 
 BY_TORCH = "torch"
 """What coverage calls an operation that no kernel of ours reported: plain PyTorch, its libraries' products among them."""
+STAGE_CALLS = 30
+"""Of the stages apart, no more than of the whole."""
 
 
 def rows(run: Run) -> None:
@@ -122,7 +124,7 @@ def _replays(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.
         for e in engines
     ]
     for row, engine in zip(hopper_rows.time_rows(size, "B0", timed), engines, strict=True):
-        stages = hopper_rows.stage_ms(engine, inputs, drawn, calls=30)
+        stages = hopper_rows.stage_ms(engine, inputs, drawn, calls=min(STAGE_CALLS, o.calls))
         row |= {"stages_ms": stages, "rates": hopper_rows.rates(engine, size, stages, run.document["ceilings"])}
         _said(run, row)
 
