@@ -27,7 +27,18 @@ def counts(name):
 
 def test_every_result_of_the_guides_is_of_the_policy_that_comes_with_vivace():
     """Two policies were trained on one day; files of the other one say so in their names."""
-    names = "rates", "events", "belts", "delay", "100ms", "steps", "steps-bimodal", "steps-bimodal-24", "plans-h200"
+    names = (
+        "rates",
+        "events",
+        "belts",
+        "delay",
+        "100ms",
+        "steps",
+        "steps-bimodal",
+        "steps-bimodal-24",
+        "plans-h200",
+        "plans-cpu",
+    )
     hashes = {arm["engine"]["checkpoint_hash"] for name in names for arm in load(name)["arms"]}
     other = {arm["engine"]["checkpoint_hash"] for arm in load("rates", "2026-11-30-earlier-policy")["arms"]}
     assert len(hashes) == 1
@@ -72,7 +83,11 @@ def test_aligned_against_naive_and_the_real_clock():
     )
 
 
-def test_plans_on_a_gpu():
+def test_plans():
+    cpu = load("plans-cpu")
+    assert f"float32 on a CPU {cpu['arms'][0]['successes']} (" in SIMULATION
+    assert [f"{row['noninferiority_p']:.1g}" for row in cpu["against_h200"].values()] == ["0.003", "0.0009", "0.01"]
+    assert "(p = 0.003, 0.0009, 0.010)" in SIMULATION
     low, mlp, every = (arm["successes"] for arm in load("plans-h200")["arms"])
     assert f"bfloat16 {low}, fp8-mlp {mlp}, fp8-all {every}" in SIMULATION
 
