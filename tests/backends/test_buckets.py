@@ -42,7 +42,7 @@ def test_a_missing_camera_takes_a_longer_prompts_bucket_rather_than_a_capture():
     assert choose(of(20), {usual, replace(longest, batch=2)}, most=1) == of(20)
 
 
-@pytest.mark.parametrize(("step", "longest"), [(16, 200), (16, 48), (64, 200)])
+@pytest.mark.parametrize(("step", "longest"), [(16, 200), (16, 48), (64, 200), (1, 5)])
 @pytest.mark.parametrize("views", [[3], [3, 2, 1], [2, 1]])
 def test_after_warm_up_no_request_is_new(step, longest, views):
     backend = SimpleNamespace(_step=step)

@@ -6,6 +6,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from vivace.precision import plan as plans
 from vivace.precision import quantize
 from vivace.precision.flavours import parameter_dtype
 from vivace.runtime import choice
-from vivace.types import ModelInputs, PreviousChunk
+from vivace.types import ModelInputs, PreviousChunk, Trace
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -379,6 +380,80 @@ def test_guidance_without_weights_is_refused_and_keeps_nothing_of_the_last_reque
     assert made.max_guidance.item() == 3.0
     with pytest.raises(ShapeError, match="weight per action"):
         made.fill(noise, PreviousChunk(noise, 2, "guided"))
+
+
+def some_buffers(batch):
+    bucket = buffers.Bucket(batch, 2, 16, torch.uint8, masked=True)
+    images = torch.zeros(batch, 2, 3, 56, 56, dtype=torch.uint8)
+    return buffers.input_buffers(bucket, images=images, state_width=32)
+
+
+@pytest.mark.parametrize("part", ["images", "tokens", "state", "token_mask", "view_mask"])
+def test_one_rows_request_does_not_become_a_batchs(part):
+    """`copy_` would broadcast it: every robot would get the first one's prompt."""
+    pair = {
+        "images": torch.zeros(2, 2, 3, 56, 56, dtype=torch.uint8), "tokens": torch.ones(2, 5, dtype=torch.int64),
+        "state": torch.zeros(2, 32), "token_mask": torch.ones(2, 5, dtype=torch.bool),
+        "view_mask": torch.ones(2, 2, dtype=torch.bool),
+    }  # fmt: skip
+    some_buffers(2).fill(ModelInputs(**pair))
+    with pytest.raises(ShapeError, match=f"{part.replace('_', ' ')} of another size"):
+        some_buffers(2).fill(ModelInputs(**{**pair, part: pair[part][:1]}))
+
+
+def test_one_rows_noise_and_older_chunk_do_not_become_a_batchs():
+    made, noise = buffers.flow_buffers(2, 6, 32, torch.device("cpu")), torch.randn(2, 6, 32)
+    made.fill(noise, PreviousChunk(noise, 2, "guided", torch.ones(6), 3.0))
+    for wrong in (
+        (noise[:1], None),
+        (noise, PreviousChunk(noise[:1], 2, "trained")),
+        (noise, PreviousChunk(noise, 2, "guided", torch.ones(1), 3.0)),
+    ):
+        with pytest.raises(ShapeError, match="of another size"):
+            made.fill(*wrong)
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 32), (2, 20, 31), (20, 32)])
+def test_noise_that_does_not_fit_is_refused_before_anything_is_captured(shape):
+    backend = cuda_graph.CudaGraphBackend.__new__(cuda_graph.CudaGraphBackend)
+    backend.model = SimpleNamespace(config=tiny_config("pi05"), device=torch.device("cpu"))
+    with pytest.raises(ShapeError, match=r"noise does not fit.*wanted \[2, H, 32\]"):
+        backend.infer(
+            ModelInputs(torch.zeros(2, 2, 3, 56, 56), torch.ones(2, 5, dtype=torch.int64)), torch.zeros(shape)
+        )
+
+
+@gpu
+@pytest.mark.gpu
+def test_a_trace_survives_the_next_request(pair):
+    made, *_ = pair
+    traces = [Trace(), Trace()]
+    made.prefill(state_for(request(9, seed=1, device="cuda")), trace=traces[0])
+    kept = traces[0].prefix_embeds.clone()
+    made.prefill(state_for(request(9, seed=2, device="cuda")), trace=traces[1])
+    assert torch.equal(traces[0].prefix_embeds, kept)
+    assert not torch.equal(traces[1].prefix_embeds, kept)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_network_on_another_gpu_than_the_current_one_is_right():
+    config = small_config()
+    tensors, engine = random_tensors(config), EngineConfig(num_denoise_steps=4)
+
+    def bf16(name):
+        return parameter_dtype(name, precision="bfloat16", flavour="openpi_torch")
+
+    answers = []
+    for device in ("cuda:0", "cuda:1"):
+        made = base.build("cuda_graph", build(config, tensors, dtype_of=bf16, device=device), engine)
+        inputs, noise = request(9, device=device), torch.ones(1, 20, 32, device=device)
+        made.look(inputs.images)
+        answers.append(made.infer(inputs, noise, spans=(spans := Spans(cuda=True))).cpu())
+        assert torch.equal(actions(made, inputs, noise).cpu(), answers[-1])
+        assert set(spans.milliseconds()) >= {"prefix", "denoise"}
+    assert torch.equal(*answers)
 
 
 @gpu

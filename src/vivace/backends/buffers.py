@@ -78,18 +78,19 @@ class InputBuffers:
         """Copy a request in; asynchronous. Whatever the last request left beyond the new prompt is masked, not read.
 
         pixels  False: they are there already
+        Raises  ShapeError for a part of another size than the buffer.
         """
         L = request.tokens.shape[1]
         if pixels:
-            self.images.copy_(request.images, non_blocking=True)
-        self.tokens[:, :L].copy_(request.tokens, non_blocking=True)
+            _put(self.images, request.images, "images")
+        _put(self.tokens[:, :L], request.tokens, "tokens")
         if request.state is not None:
-            self.state.copy_(request.state, non_blocking=True)
+            _put(self.state, request.state, "state")
         if not self.masked:
             return
         self.token_mask[:, L:].fill_(False)
-        _fill_mask(self.token_mask[:, :L], request.token_mask)
-        _fill_mask(self.view_mask, request.view_mask)
+        _fill_mask(self.token_mask[:, :L], request.token_mask, "token mask")
+        _fill_mask(self.view_mask, request.view_mask, "view mask")
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,14 @@ class FlowBuffers:
     max_guidance: Tensor
 
     def fill(self, noise: Tensor, previous: PreviousChunk | None) -> None:
-        """Copy one request's noise and older chunk in; asynchronous. Raises ShapeError for guidance without weights."""
-        self.noise.copy_(noise, non_blocking=True)
+        """Copy one request's noise and older chunk in; asynchronous.
+
+        Raises  ShapeError for guidance without weights, and for a part of another size than the buffer.
+        """
+        _put(self.noise, noise, "noise")
         if previous is None:
             return
-        self.older.copy_(previous.actions, non_blocking=True)
+        _put(self.older, previous.actions, "actions of the previous chunk")
         self.delay.fill_(previous.inference_delay)
         if previous.mode != "guided":
             return
@@ -115,12 +119,12 @@ class FlowBuffers:
             raise ShapeError(
                 "guided chunking needs a weight per action", got="none", do="see model.flow.prefix_weights"
             )
-        self.weights.copy_(previous.weights, non_blocking=True)
+        _put(self.weights, previous.weights, "weights of guided chunking")
         self.max_guidance.fill_(previous.max_guidance)
 
 
 def input_buffers(bucket: Bucket, *, images: Tensor, state_width: int) -> InputBuffers:
-    """Zeroed buffers of one bucket, everything masked out.  images: the buffer of its pixels, which buckets share."""
+    """Zeroed buffers of one bucket, nothing masked.  images: the buffer of its pixels, which buckets share."""
     B, V, L, device = bucket.batch, bucket.views, bucket.tokens, images.device
     return InputBuffers(
         images=images,
@@ -153,8 +157,15 @@ def bucket_of(request: ModelInputs, *, step: int) -> Bucket:
     return Bucket(B, V, size, request.images.dtype, masked)
 
 
-def _fill_mask(target: Tensor, mask: Tensor | None) -> None:
+def _put(target: Tensor, value: Tensor, what: str) -> None:
+    """Copy, asynchronously, without the broadcasting that `copy_` does: one row's noise is not a batch's."""
+    if value.shape != target.shape:
+        raise ShapeError(f"{what} of another size", got=list(value.shape), wanted=list(target.shape))
+    target.copy_(value, non_blocking=True)
+
+
+def _fill_mask(target: Tensor, mask: Tensor | None, what: str) -> None:
     if mask is None:
         target.fill_(True)
     else:
-        target.copy_(mask, non_blocking=True)
+        _put(target, mask, what)

@@ -14,8 +14,9 @@ step. At most `MAX_BUCKETS` buckets are kept; the one unused for longest goes fi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,9 +32,13 @@ from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
 from .buffers import FlowBuffers, bucket_of, flow_buffers
 from .graph_slots import MAX_BUCKETS, Captured, Flowing, FlowKey, Recorder, Sight, Slot, Slots
 from .loop import run_flow
+from .on_device import on
 from .spans import Spans, span
 from .stage_events import StageEvents
 from .wavefront import Wavefront
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 MAX_POSITIONS = 4096  # rotary tables: views, prompt and actions together; a longer request computes its angles
 
@@ -77,6 +82,19 @@ def _remedy(name: str) -> str:
     return "; --precision bfloat16+vision rounds what LeRobot keeps in float32" if in_vision else ""
 
 
+def on_own_device(
+    method: Callable[Concatenate[CudaGraphBackend, Given], Made],
+) -> Callable[Concatenate[CudaGraphBackend, Given], Made]:
+    """`method` without gradients, on the network's device: its streams, graphs and kernels belong there."""
+
+    @functools.wraps(method)
+    def there(self: CudaGraphBackend, /, *args: Given.args, **named: Given.kwargs) -> Made:
+        with torch.no_grad(), on(self.model.device):
+            return method(self, *args, **named)
+
+    return there
+
+
 class CudaGraphBackend:
     """See the module's docstring. `ops` executes the model; `model.ops` is replaced by it.
 
@@ -90,10 +108,9 @@ class CudaGraphBackend:
         wavefront: bool = True,
     ) -> None:  # fmt: skip
         self.model, self._step, self._coverage = model, config.prompt_bucket, {} if coverage is None else coverage
-        model.ops = self._ops = (
-            ops  # kept: graphs read the weights that it packed, also when the model gets other operations
-        )
-        with torch.no_grad():
+        # kept: graphs read the weights that it packed, also when the model gets other operations
+        model.ops = self._ops = ops
+        with torch.no_grad(), on(model.device):
             self._table = model.time_table(config.steps)
             self._rope = model.rope_tables(MAX_POSITIONS)
         self._slots = Slots(
@@ -101,9 +118,8 @@ class CudaGraphBackend:
         )
         self._record = Recorder(model.device)
         self._looked: Tensor | None = None  # the pictures whose vision graph was started last
-        self._aside = torch.cuda.Stream(
-            model.device
-        )  # `look` runs there, so that the prompt's copies need not wait for it
+        # `look` runs there, so that the prompt's copies need not wait for it
+        self._aside = torch.cuda.Stream(model.device)
         self._readable: PrefixCache | None = None  # the last prefill's, as long as nothing ran that may use its memory
         # pi0 appends its state token to the keys of all layers when the last one is there: no layer is ready early
         behind = wavefront and model.config.kind == "pi05"
@@ -111,7 +127,7 @@ class CudaGraphBackend:
 
     # --- Backend --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @on_own_device
     def prefill(self, inputs: ModelInputs, *, trace: Trace | None = None, spans: Spans | None = None) -> PrefixCache:
         """See Backend.prefill. The cache lies in memory that the next prefill or `infer` may use: denoise it before."""
         slot = self._filled(inputs)
@@ -123,21 +139,19 @@ class CudaGraphBackend:
         with span(spans, "prefix"):
             embeds, cache = slot.prefix.replay()
         if trace is not None:
-            trace.vision_tokens, trace.prefix_embeds = (
-                views.clone(),
-                embeds[:, : views.shape[1] + inputs.tokens.shape[1]],
-            )
+            trace.vision_tokens = views.clone()
+            trace.prefix_embeds = embeds[:, : views.shape[1] + inputs.tokens.shape[1]].clone()
         self._readable = cache
         made: PrefixCache = cache
         return made
 
-    @torch.no_grad()
+    @on_own_device
     def denoise(
         self, cache: PrefixCache, noise: Tensor, *, previous: PreviousChunk | None = None, trace: Trace | None = None,
         spans: Spans | None = None,
     ) -> Tensor:  # fmt: skip
         """See Backend.denoise. The actions are a copy: the next call does not change them."""
-        flow.committed_mask(previous, noise.shape[1], noise.device)  # refuses a delay outside the chunk
+        self._check(cache.k[0].shape[0], noise, previous)
         if trace is not None:  # the same kernels on the same data, one by one: the same bits
             with span(spans, "denoise"):
                 return run_flow(self.model, None, self._table, cache, noise, previous=previous, trace=trace)
@@ -154,7 +168,7 @@ class CudaGraphBackend:
             actions: Tensor = captured.replay()
         return actions.clone()
 
-    @torch.no_grad()
+    @on_own_device
     def look(self, images: Tensor) -> None:
         """See Backend.look: vision runs from here on, in a graph that all prompts share."""
         sight = self._slots.sight(images.shape[0], images.shape[1], images.dtype)
@@ -171,12 +185,12 @@ class CudaGraphBackend:
         """The current stream waits for the last `look`: graphs share their memory, and vision its pixels."""
         torch.cuda.current_stream().wait_stream(self._aside)
 
-    @torch.no_grad()
+    @on_own_device
     def infer(
         self, inputs: ModelInputs, noise: Tensor, *, previous: PreviousChunk | None = None, spans: Spans | None = None
     ) -> Tensor:
         """See Backend.infer: from pixels to actions in one replay, or what is left of it after `look`."""
-        flow.committed_mask(previous, noise.shape[1], noise.device)  # refuses a delay outside the chunk
+        self._check(inputs.images.shape[0], noise, previous)
         looked = self._looked is inputs.images
         slot = self._slot(inputs)
         seen, sight = slot.buffers.inputs, slot.sight
@@ -206,6 +220,15 @@ class CudaGraphBackend:
         self.infer(inputs, noise)
         return self._slot(inputs).whole[_flow_key(noise, None)].captured.replay
 
+    def graph_results(self) -> list[Tensor]:
+        """What the recorded graphs hand over, at the addresses where a replay must write it again: for proofs."""
+        found: list[Tensor] = []
+        for slot in self._slots:
+            found += [one.captured.result for one in (*slot.whole.values(), *slot.behind.values())]
+            found += [captured.result for _, captured in slot.flows.values()]
+            found += [slot.sight.vision.result] if slot.sight.vision is not None else []
+        return found
+
     @property
     def graph_pool(self) -> tuple[int, int]:
         """The allocator's pool that holds everything between the inputs and the actions of all graphs."""
@@ -215,16 +238,16 @@ class CudaGraphBackend:
         """See Backend.warm_shapes: a prompt that does not fill each bucket, so that the graph with masks is captured.
 
         With fewer pictures, too, where there is room for all of their buckets; else the longest prompt's, which holds the
-        others once no more buckets fit (`buffers.choose`).
+        others once no more buckets fit (`buffers.choose`); in buckets of one token nothing is masked, so none holds another.
         """
-        lengths = range(self._step - 1, longest + self._step - 1, self._step)
-        if len(lengths) >= MAX_BUCKETS:
+        fills = range(self._step, longest + self._step, self._step)
+        if len(fills) >= MAX_BUCKETS:
             enough = -(-longest // (MAX_BUCKETS - 1))
             raise ConfigError(
                 "too many graphs for the prompts that may come", got=f"{longest} tokens in buckets of {self._step}",
                 wanted=f"fewer than {MAX_BUCKETS} buckets", do=f"set prompt_bucket to {enough} or more",
             )  # fmt: skip
-        sizes = [min(length, longest) for length in lengths]
+        sizes = [min(max(fill - 1, 1), longest) for fill in fills] if self._step > 1 else list(fills)
         shapes = [(views[0], size) for size in sizes]
         if len(sizes) * len(views) <= MAX_BUCKETS:
             return tuple((count, size) for count in views for size in sizes)
@@ -305,6 +328,13 @@ class CudaGraphBackend:
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
+    def _check(self, batch: int, noise: Tensor, previous: PreviousChunk | None) -> None:
+        """Raise ShapeError before anything is captured: for noise of another size, or a delay outside the chunk."""
+        width = self.model.config.action_width
+        if noise.dim() != 3 or (noise.shape[0], noise.shape[2]) != (batch, width):
+            raise ShapeError("noise does not fit the request", got=list(noise.shape), wanted=f"[{batch}, H, {width}]")
+        flow.committed_mask(previous, noise.shape[1], noise.device)
+
     def _slot(self, inputs: ModelInputs) -> Slot:
         """The slot of a request. Graphs share memory: from here on no older cache is readable, nor what `look` saw."""
         if self.model.config.kind == "pi0" and inputs.state is None:
@@ -361,7 +391,8 @@ def create(model: Pi, config: EngineConfig) -> CudaGraphBackend:
     from ..ops import denoise, prefill
 
     coverage = Coverage(kernel="torch")  # calls that no kernel of ours reports are torch's own
-    ops = denoise.denoise_ops(prefill.prefill_ops(model, record=coverage.record), record=coverage.record)
-    backend = CudaGraphBackend(model, config, ops=coverage.wrap(ops), coverage=coverage.kernels)
+    with on(model.device):
+        ops = denoise.denoise_ops(prefill.prefill_ops(model, record=coverage.record), record=coverage.record)
+        backend = CudaGraphBackend(model, config, ops=coverage.wrap(ops), coverage=coverage.kernels)
     coverage.clear()  # making the time table is no part of an inference
     return backend

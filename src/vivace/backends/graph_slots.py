@@ -57,14 +57,14 @@ class Recorder:
 
         Both on one stream, the same for all graphs: cuBLAS keeps 32 MB for every stream that it ever saw.
         """
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UP_CALLS):
-                work()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
         try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UP_CALLS):
+                    work()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.synchronize()
             with torch.cuda.graph(graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = work()
         except torch.cuda.OutOfMemoryError as error:
@@ -115,7 +115,10 @@ class Slot:
 
 
 class Slots:
-    """Slots of at most MAX_BUCKETS buckets and as many sights; the one unused for longest goes first."""
+    """Slots of at most MAX_BUCKETS buckets, of which the one unused for longest goes first.
+
+    Sights without a slot are dropped once there are MAX_BUCKETS; one more than that can stand, for the next slot.
+    """
 
     def __init__(self, *, image_size: int, state_width: int, device: torch.device) -> None:
         self._image_size, self._state_width, self._device = image_size, state_width, device

@@ -6,15 +6,18 @@ The file (kind "hopper") is written after every row, so what was measured surviv
 
     setup       how weights, requests and ranges were made; seed; calls; phases; estimated_s
     ceilings    bf16_tflops, fp8_tflops, copy_gb_s that torch reaches here on large work; published: the datasheet's
-    rows[]      setting, engine, precision, boundary B0|B0 reuse|B1|B2, batch, steps, calls (how many made the percentiles),
+    rows[]      setting, engine, precision, boundary B0|B0 reuse|B1|B2|B3, batch, steps, calls (behind the percentiles),
                 latency {p50_ms, p95_ms, p99_ms, max_ms, min_ms, mean_ms, samples}, clock, stable, bit_identical {same, of,
                 output_poisoned}; at B0 also launches {exposed, of}, stages_ms and rates per stage {tflop, gb, fp8_share,
                 tflop_s, gb_s, floor_ms, of_floor}; rivals: compile_mode, ours_in_the_same_rounds {engine: {p50_ms,
-                ratio}}; at B2 parts_ms, what the policy says of its own parts
+                ratio}}; at B2 parts_ms, what the policy says of its own parts; at B3 server_p50_ms, its
+                `policy.infer`
     accuracy[]  setting, engine, precision, observations, noise_draws, cosine_mean, cosine_worst, rel_l2, rel_l2_worst,
-                plain_bfloat16 {the same four of plain PyTorch in bfloat16}, infer_is_two_calls {same, of}
+                plain_bfloat16 {the same four of plain PyTorch in bfloat16}, infer_is_two_calls {same, of}: infer, infer
+                after look, and denoise(prefill) give the same bits
     coverage[]  setting, engine, precision, kernels {layer operation: kernel}, summary, parts[], by_torch[]: no own kernel
-    proof[]     setting, engine, fresh {change: the actions changed}, fresh_policy, poisoned {bytes, replays, same}, passed
+    proof[]     setting, engine, fresh {change: the actions changed}, fresh_policy, poisoned {bytes, replays, same,
+                ways {way to the actions: {replays, same}}}, passed
     memory[]    engine, weights_bytes, kv_bytes, peak_serving_bytes, peak_reserved_bytes, ratio (reserved), ratio_allocated
     soak[]      setting, engine, calls, latency, p50_of_tenths_ms, policy_calls, policy_latency, allocated_growth_bytes,
                 reserved_growth_bytes, checks {same, of, output_poisoned}
@@ -127,7 +130,7 @@ def _envelope(options: Options, size: str, device: torch.device) -> dict[str, An
             "requests": "made-up scenes of 224 x 224 uint8, state of 7, prompt of exactly the setting's tokens",
             "ranges": f"amax over {options.calibration} observations that no accuracy row uses",
             "calls": {
-                "B0": options.calls, "B1 and B2": options.host_calls, "B0 of other plans": options.few_calls,
+                "B0": options.calls, "B1, B2 and B3": options.host_calls, "B0 of other plans": options.few_calls,
                 "B0 reuse": options.reuse_calls, "rivals": options.rival_calls, "soak": options.soak_calls,
             },
             "method": "rounds over engines in random order; garbage collected before the samples, off while they are taken",

@@ -50,6 +50,10 @@ class Whole(base.Backend, Protocol):
         """`infer` on device buffers, filled now: what boundary B0 times."""
         ...
 
+    def graph_results(self) -> list[Tensor]:
+        """Tensors that graphs hand over, each at an address that a replay must write again; [] without graphs."""
+        ...
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -101,6 +105,10 @@ class Plain:
         """See `Whole.graph_of`."""
         inputs, noise = on(inputs, self._device), noise.to(self._device)
         return lambda: self.denoise(self.prefill(inputs), noise)
+
+    def graph_results(self) -> list[Tensor]:
+        """See `Whole.graph_results`."""
+        return []
 
 
 class CompiledGraph:
@@ -162,6 +170,10 @@ class CompiledGraph:
         everything = self._everything(inputs, noise)
         self._run("whole", everything)
         return lambda: self._run("whole", everything)
+
+    def graph_results(self) -> list[Tensor]:
+        """See `Whole.graph_results`."""
+        return [result for _, result in self._graphs.values() if isinstance(result, Tensor)]
 
     def _everything(self, inputs: ModelInputs, noise: Tensor) -> Callable[[], Tensor]:
         """Pixels to actions on the buffers, filled now."""

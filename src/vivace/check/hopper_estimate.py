@@ -15,9 +15,19 @@ CALL_S = 0.0106
 SPIN_S = 0.0004
 HOST_S = 0.0020
 """What tokenising, pixels and the way back add at B2, taken widely."""
+SERVED_S = 0.0015
+"""What a websocket adds at B3: its mark."""
 CAPTURE_S = 2.5
 """An engine in one setting: capture, first check, warm-up at three boundaries."""
-FIXED_S = {"setup": 20.0, "setup of a setting": 10.0, "rival": 45.0, "proof": 1.5, "memory": 15.0, "start": 65.0}
+FIXED_S = {
+    "setup": 20.0,
+    "setup of a setting": 10.0,
+    "client": 2.0,
+    "rival": 45.0,
+    "proof": 3.0,
+    "memory": 15.0,
+    "start": 65.0,
+}
 
 
 def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
@@ -29,7 +39,8 @@ def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
     talking = sum(size.prompt_tokens > 0 for size in o.sizes)
     reusing = sum(size.horizon == 50 for size in o.sizes)
     timed = settings * head * (o.calls * (CALL_S + SPIN_S) + o.host_calls * CALL_S)
-    timed += talking * head * o.host_calls * (CALL_S + HOST_S) + few_settings * few * o.few_calls * (CALL_S + SPIN_S)
+    timed += talking * (head * o.host_calls * (2 * (CALL_S + HOST_S) + SERVED_S) + FIXED_S["client"])
+    timed += few_settings * few * o.few_calls * (CALL_S + SPIN_S)
     timed += reusing * head * o.reuse_calls * CALL_S / 2
     per_observation = (o.draws + 1) * CALL_S
     found = {

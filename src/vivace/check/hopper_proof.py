@@ -7,9 +7,10 @@ bfloat16 itself costs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +20,13 @@ from ..backends.cuda_graph import CudaGraphBackend
 from ..config import EngineConfig
 from ..errors import ConfigError, NumericsError
 from ..model.pi import Pi
-from ..types import ModelInputs, PrefixCache
+from ..types import ModelInputs, PrefixCache, PreviousChunk
 from . import targets
 from .hopper_engines import CONFIG, Engine
 from .targets import Size
+
+Chunking = Literal["trained", "guided"]
+CHUNKING: tuple[Chunking, ...] = ("trained", "guided")
 
 AT_ONCE = 8
 """Observations that the reference runs together: its loop is bound by launches."""
@@ -53,20 +57,31 @@ def reference(model: Pi, samples: Samples, *, config: EngineConfig = CONFIG, at_
     return torch.cat(found)
 
 
+def served(engine: Engine, inputs: ModelInputs, noise: Tensor, previous: PreviousChunk | None = None) -> Tensor:
+    """As `policy.infer` asks a backend: the pictures first, then everything."""
+    engine.backend.look(inputs.images)
+    return engine.backend.infer(inputs, noise, previous=previous)
+
+
 def actions_of(engine: Engine, samples: Samples) -> Tensor:
-    """Actions of an engine by `infer`, which is what is timed, one observation after the other; shape of `reference`."""
+    """Actions of an engine as a robot gets them (`served`), one observation after the other; shape of `reference`."""
     found = []
     for inputs, noise in zip(samples.inputs, samples.noise, strict=True):
-        found.append(torch.stack([engine.backend.infer(inputs, one[None])[0] for one in noise]))
+        found.append(torch.stack([served(engine, inputs, one[None])[0] for one in noise]))
     return torch.stack(found)
 
 
 def two_calls(engine: Engine, samples: Samples) -> dict[str, int]:
-    """In how many observations `infer` gives the bits of `denoise` of `prefill`, with the first noise of each."""
+    """In how many observations `infer`, with `look` before it and without, gives the bits of `denoise` of `prefill`.
+
+    With the first noise of each: `infer` alone is what B0 times, with `look` what a robot gets, the two calls what
+    conformance compares with other engines.
+    """
     same = 0
     for inputs, noise in zip(samples.inputs, samples.noise, strict=True):
         apart = engine.backend.denoise(engine.backend.prefill(inputs), noise[:1]).clone()
-        same += int(torch.equal(engine.backend.infer(inputs, noise[:1]), apart))
+        whole, cut = engine.backend.infer(inputs, noise[:1]), served(engine, inputs, noise[:1])
+        same += int(torch.equal(whole, apart) and torch.equal(cut, apart))
     return {"same": same, "of": len(samples.inputs)}
 
 
@@ -132,22 +147,42 @@ def fresh_policy(policy: Any, request: dict[str, Any], noise: Any) -> dict[str, 
     return found
 
 
-def poisoned(engine: Engine, inputs: ModelInputs, noise: Tensor, *, replays: int = 3) -> dict[str, Any]:
-    """Replay over memory full of NaN: everything that a graph reads must be an input, a weight, or written before.
+def poisoned(
+    engine: Engine, inputs: ModelInputs, noise: Tensor, *, replays: int = 3, chunking: Sequence[Chunking] = ()
+) -> dict[str, Any]:
+    """Run over memory full of NaN: everything that a graph reads must be an input, a weight, or written before.
 
     Every byte of the memory pool of the engine's graphs is set to 0xFF (NaN in float32, bfloat16 and E4M3) before each
-    replay. Raises ConfigError for graphs whose pool is not known.
+    run of each way to the actions: the whole graph that B0 times, `look` and `infer` as a robot gets them, `prefill` and
+    `denoise`, and for `chunking` a robot's way with committed actions.
+    Raises ConfigError for graphs whose pool is not known.
     """
     backend = engine.backend
     if engine.graphed and not isinstance(backend, CudaGraphBackend):
         raise ConfigError("the memory of these graphs cannot be poisoned", got=engine.name, wanted="cuda_graph")
-    replay = backend.graph_of(inputs, noise)
-    first, filled, same = replay().clone(), 0, 0
-    for _ in range(replays):
-        if isinstance(backend, CudaGraphBackend):
-            filled = poison_pool(backend.graph_pool, engine.model.device)
-        same += int(torch.equal(replay(), first))
-    return {"bytes": filled, "replays": replays, "same": same, "passed": same == replays}
+    filled, ways = 0, {}
+    for name, way in _ways(engine, inputs, noise, chunking).items():
+        first, same = way().clone(), 0
+        for _ in range(replays):
+            if isinstance(backend, CudaGraphBackend):
+                filled = poison_pool(backend.graph_pool, engine.model.device)
+            same += int(torch.equal(way(), first))
+        ways[name] = {"replays": replays, "same": same}
+    of, same = (sum(way[what] for way in ways.values()) for what in ("replays", "same"))
+    return {"bytes": filled, "replays": of, "same": same, "passed": same == of, "ways": ways}
+
+
+def _ways(
+    engine: Engine, inputs: ModelInputs, noise: Tensor, chunking: Sequence[Chunking]
+) -> dict[str, Callable[[], Tensor]]:
+    """Every way in which this engine comes to actions, each reading nothing that another one has left."""
+    backend, ways = engine.backend, {"infer": engine.backend.graph_of(inputs, noise)}
+    ways["look, infer"] = lambda: served(engine, inputs, noise)
+    ways["prefill, denoise"] = lambda: backend.denoise(backend.prefill(inputs), noise)
+    for mode in chunking:
+        older = PreviousChunk(-noise, noise.shape[1] // 4, mode, torch.linspace(1, 0, noise.shape[1]).to(noise))
+        ways[f"look, infer, {mode}"] = functools.partial(served, engine, inputs, noise, older)
+    return ways
 
 
 def poison_pool(pool: tuple[int, int], device: torch.device) -> int:

@@ -4,6 +4,7 @@
     B0 reuse  the same of the denoise stage alone: what a frame costs that reuses the prefix
     B1        pinned host buffers in, replay, actions back on the host; wall clock
     B2        `policy.infer`: uint8 pictures, raw state and task text in, robot actions out; wall clock
+    B3        the same through a server on this machine, as a client in another process sees it; its wall clock
 
 After every timed call its output is compared with the first one bit by bit, so an engine that is not deterministic is seen
 among the very calls that made the percentiles. Where a graph writes to one address (B0), the output is then overwritten
@@ -94,6 +95,18 @@ def time_rows(size: Size, boundary: str, timed: Sequence[Timed], *, seed: int = 
         row["targets"] = _targets(size, boundary, one, row) if one.engine.ours else []
         rows.append(row)
     return rows
+
+
+def served_row(size: Size, engine: Engine, times: bench.EngineTimes, same: Mapping[str, int]) -> dict[str, Any]:
+    """A row at B3, from what the client measured."""
+    row = _row(size, "B3", engine, times)
+    row |= {
+        "clock": "the client's, question packed until answer unpacked",
+        "bit_identical": {**same, "output_poisoned": False},
+    }
+    row["server_p50_ms"] = bench.summary(times.stages_ms["server"]).p50_ms
+    row["targets"] = [targets.same_bits(same["same"], same["of"]), targets.warmed_up(times.stable)]
+    return row
 
 
 def timer_of(boundary: str) -> bench.CudaTimer:

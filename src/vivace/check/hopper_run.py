@@ -34,7 +34,7 @@ from .targets import Size
 class Options:
     """What to measure.
 
-    calls, host_calls        of bfloat16, the headline plan and plans from files: at B0, and at B1 and B2 each
+    calls, host_calls        of bfloat16, the headline plan and plans from files: at B0, and at B1, B2 and B3 each
     few_calls, few_settings  the other plans: B0 only, in the first settings only
     few_observations         on which their accuracy is measured
     reuse_calls              replays of the denoise stage alone
@@ -62,7 +62,7 @@ class Options:
     calibration: int = 8
     seed: int = 0
     outliers: int = 16
-    seconds: float = 560.0
+    seconds: float = 660.0
 
     def is_headline(self, name: str) -> bool:
         """Whether the plan of this name ("bf16" for none) gets all calls in every setting."""

@@ -1,7 +1,7 @@
 """Does an engine stay as fast, give the same bits and take no more memory over ten thousand calls?
 
-Calls go the way a robot's do: through `Backend.infer`, one in ten through `Policy.infer`. Every hundred calls the buffer
-that the graph writes its actions to is filled with NaN before the call, and the answer is compared with the first one.
+Calls go through `Backend.infer`, one in ten through `Policy.infer` as a robot's do. Every hundred calls everything that a
+graph hands over (pictures seen, actions) is filled with NaN before the call, and the answer is compared with the first one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ POLICY_EVERY = 10
 
 @dataclass(frozen=True)
 class Work:
-    """What is called.  poison: spoils the buffer that the next call must write again;  answer: None = no policy's share."""
+    """What is called.  poison: spoils all that the next call must write again;  answer: None = no policy's share."""
 
     infer: Callable[[], Tensor]
     poison: Callable[[], None]
@@ -40,12 +40,11 @@ class Work:
 
 
 def work_of(engine: Engine, inputs: ModelInputs, noise: Tensor) -> Work:
-    """Calls of this engine's `infer` and, where it replays a graph, its output buffer."""
-    held: Tensor = engine.backend.graph_of(inputs, noise)()
+    """Calls of this engine's `infer`, and what spoils the results of all graphs that it has by then."""
 
     def poison() -> None:
-        if engine.graphed:
-            held.fill_(float("nan"))
+        for result in engine.backend.graph_results():
+            result.fill_(float("nan"))
 
     return Work(lambda: engine.backend.infer(inputs, noise), poison)
 

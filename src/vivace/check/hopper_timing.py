@@ -12,7 +12,7 @@ from torch import Tensor
 from ..precision.coverage import RecordedOps, fallbacks, grouped, summary
 from ..runtime.coverage import record
 from ..types import ModelInputs
-from . import bench, hopper_estimate, hopper_proof, hopper_rows, targets
+from . import bench, hopper_estimate, hopper_proof, hopper_rows, hopper_served, targets
 from .hopper_engines import COMPILED, EAGER, Engine, make, policy_of
 from .hopper_rows import Timed
 from .hopper_run import Run, guarded, name_of
@@ -25,7 +25,7 @@ STAGE_CALLS = 30
 
 
 def rows(run: Run) -> None:
-    """B0 of every setting first, then what a frame costs that reuses the prefix, then B1 and B2."""
+    """B0 of every setting first, then what a frame costs that reuses the prefix, then B1, B2 and B3."""
     ready: list[tuple[Size, list[Engine], hopper_proof.Samples]] = []
     for size in run.options.sizes:
         if run.late("rows", f"{size.name} B0", needs_s=_needs_s(run, size, run.options.calls)):
@@ -43,10 +43,10 @@ def rows(run: Run) -> None:
                 _reuse(run, size, engines, samples)
     for size, engines, samples in ready:
         if not engines or run.late(
-            "rows", f"{size.name} B1 and B2", needs_s=_needs_s(run, size, run.options.host_calls)
+            "rows", f"{size.name} B1, B2 and B3", needs_s=_needs_s(run, size, run.options.host_calls)
         ):
             continue
-        with guarded(run, "rows", f"{size.name} B1 and B2"):
+        with guarded(run, "rows", f"{size.name} B1, B2 and B3"):
             _host_rows(run, size, engines, samples)
 
 
@@ -136,13 +136,13 @@ def _reuse(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.Sa
 
 
 def _host_rows(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.Samples) -> None:
-    """B1 and B2 of the headline engines."""
+    """B1, B2 and B3 of the headline engines."""
     calls = run.options.host_calls
     pinned = _pinned(samples.inputs[0]), _host(samples.noise[0, :1])
     for row in hopper_rows.time_rows(size, "B1", [Timed(e, _with_copies(e, *pinned), calls) for e in engines]):
         _said(run, row)
     if not size.prompt_tokens:
-        run.remark(f"no B2 for {size.name}: policies refuse a prompt without tokens")
+        run.remark(f"no B2 and B3 for {size.name}: policies refuse a prompt without tokens")
         return
     one = run.request(size)
     policies = [policy_of(engine, size, run.pipe(size), run.checkpoint) for engine in engines]
@@ -157,6 +157,16 @@ def _host_rows(run: Run, size: Size, engines: list[Engine], samples: hopper_proo
         row["parts_ms"] = hopper_rows.parts_ms(policy, one)
         added = row["latency"].p50_ms - replay[row["engine"]]
         row["targets"] = [targets.at_most("B2 - B0, ms", added, targets.HOST_MS), *row["targets"]]
+        _said(run, row)
+    if reason := hopper_served.why_not():
+        run.skip("rows", f"{size.name} B3", reason)
+        return
+    by_name = {engine.name: policy for engine, policy in zip(engines, policies, strict=True)}
+    seen = hopper_served.round_trips(by_name, one, calls=calls, timeout_s=max(30.0, run.left_s))
+    for engine, alone in zip(engines, found, strict=True):
+        row = hopper_rows.served_row(size, engine, *seen[engine.name])
+        added = row["latency"].p50_ms - alone["latency"].p50_ms
+        row["targets"] = [targets.at_most("B3 - B2, ms", added, targets.SERVED_MS), *row["targets"]]
         _said(run, row)
 
 

@@ -66,6 +66,8 @@ REUSE_MS: dict[Family, tuple[float, float]] = {"bfloat16": (6.5, 5.0), "fp8": (5
 """A frame that reuses the prefix, chunk 50: the graph of the denoise stage alone."""
 HOST_MS = 1.0
 """What `policy.infer` may add to a replay: B2 - B0."""
+SERVED_MS = 1.5
+"""What a websocket on the same machine may add to `policy.infer`: B3 - B2."""
 TAIL = 1.05
 """p99 over p50."""
 MEMORY = 1.15
@@ -141,8 +143,8 @@ def of_start(caches: Literal["cold", "warm"], *, every_bucket_s: float) -> Targe
 
 
 def of_two_calls(*, same: int, of: int) -> Target:
-    """What is timed (`infer`) and what conformance looks at (`denoise` of `prefill`) give the same bits."""
-    return holds("observations in which infer has the bits of denoise(prefill)", same, of)
+    """What is timed (`infer`), what a robot gets (`look`, `infer`) and what conformance looks at give the same bits."""
+    return holds("observations in which infer, with and without look, has the bits of denoise(prefill)", same, of)
 
 
 def of_proof(row: Mapping[str, Any]) -> list[Target]:

@@ -31,7 +31,10 @@ class Lasting:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.MemPool() if device.type == "cuda" else None
+        self._pool: torch.cuda.MemPool | None = None
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # a pool belongs to the device that is current
+                self._pool = torch.cuda.MemPool()
 
     def keep(self, value: torch.Tensor) -> torch.Tensor:
         """A copy of `value` there; on a CPU `value` itself."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..backends import base
+from ..backends.on_device import on
 from ..backends.spans import Spans
 from ..checkpoints.fingerprint import Fingerprint
 from ..checkpoints.open import open_checkpoint
@@ -118,7 +118,7 @@ class Policy:
         # longest first: the graphs of shorter prompts then fit into the working memory of longer ones
         rows = [self._blank(length, views) for views, length in sorted(shapes, reverse=True)]
         noise = np.zeros((1, self.engine.horizon, self.io.action_width), dtype=np.float32)
-        with self._lock, self._device():
+        with self._lock, on(self.model.device):
             for row in rows:
                 for previous in (None, *(self._blank_chunk(noise, mode) for mode in chunking)):
                     self._rehearse(row, noise, previous)
@@ -131,11 +131,6 @@ class Policy:
         self, row: PreparedObservation, noise: NDArray[np.float32], previous: PreviousChunk | None
     ) -> None:  # fmt: skip
         self._run([row], self._look([row.images]), noise, previous, None, Spans())
-
-    def _device(self) -> AbstractContextManager[Any]:
-        """Streams, events and kernels go to this thread's current device: make it the network's."""
-        device = self.model.device
-        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     @staticmethod
     def _blank_chunk(noise: NDArray[np.float32], mode: Literal["trained", "guided"]) -> PreviousChunk:
@@ -167,7 +162,7 @@ class Policy:
             with total("preprocess"):
                 empty = page_locked if self.model.device.type == "cuda" else np.empty
                 seen = [self.pipeline.see(request, empty=empty) for request in requests]
-            with self._lock, self._device():
+            with self._lock, on(self.model.device):
                 views = self._look([one.images for one in seen], ahead=trace is None)
                 with total("preprocess"):  # on a GPU: while it runs vision
                     rows = [self.pipeline.read(one) for one in seen]
@@ -297,7 +292,7 @@ def _built(
     seen: Fingerprint,
 ) -> tuple[Pi, dict[str, Any] | None, choice.Chosen, base.Backend]:  # fmt: skip
     """The network on the device under its plan, that plan's facts, and the backend that will run it."""
-    with gpu_memory.explained("loading the weights", device=device):
+    with gpu_memory.explained("loading the weights", device=device), on(device):
         model = load_model(checkpoint, device=device, precision=precision.dtype, seen=seen)
         plan = precisions.quantise(model, precision, checkpoint_hash=seen.digest())
         chosen = choice.backend(config, device, model, quantised=bool(plan and plan["layers"]))

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from ...errors import Unsupported
+from ..on_device import on
 from . import audit
 from .evaluate import torch_dtype
 from .module import Module
 from .networks import Network
-from .targets import Target, check_types, here, on, option
+from .targets import Target, check_types, here, option
 
 Progress = Callable[[str, float], None]
 """Called with a phase of the builder and the fraction of it that is done."""

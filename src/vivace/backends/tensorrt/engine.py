@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ...errors import NumericsError, ShapeError, Unsupported
+from ..on_device import on
 from .build import MEMORY_WORDS, Log
 from .evaluate import torch_dtype
 from .module import Module
-from .targets import on, option
+from .targets import option
 
 ROOM = (
     "end other programs on this GPU (nvidia-smi lists them), use fewer prompt lengths or smaller batches, or "

@@ -8,7 +8,6 @@ written here is which types a target computes in, and the sentence for a target 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,11 +101,6 @@ def here(device: torch.device | str | None = None) -> Target:
         raise Unsupported("no CUDA device is visible to torch", do="name targets: --target sm89,sm120")
     major, minor = torch.cuda.get_device_capability(device)
     return Target(10 * major + minor)
-
-
-def on(device: torch.device | None) -> AbstractContextManager[Any]:
-    """Make `device` the current GPU of CUDA, which is what TensorRT builds for and runs on; not a GPU, nothing to do."""
-    return torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext()
 
 
 def check_types(targets: Sequence[Target], *, types: Collection[torch.dtype], module: Module) -> None:

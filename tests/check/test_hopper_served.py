@@ -1,0 +1,73 @@
+"""Boundary B3: a client in another process, its bits and its errors."""
+
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from vivace.check import hopper_client, hopper_served
+from vivace.config import ResolvedEngine
+from vivace.errors import NumericsError, ObservationError
+from vivace.serving.thread import serve_in_thread
+from vivace.types import ActionChunk
+
+REQUEST = {"image": np.zeros((4, 4, 3), np.uint8), "prompt": "push"}
+ENGINE = ResolvedEngine(
+    backend="eager", device="cpu", precision="float32", num_denoise_steps=1, seed=0, checkpoint="none",
+    policy_kind="pi05", horizon=5, action_dim=3, flavour="openpi_torch", version="0",
+)  # fmt: skip
+
+
+class Answers:
+    """A policy that takes 5 ms and gives these answers in turn, the last one for ever."""
+
+    metadata, engine = {}, ENGINE
+
+    def __init__(self, *values, refuses_after=10**9):
+        self.values, self.asked, self.refuses_after = list(values), [], refuses_after
+
+    def infer(self, request):
+        self.asked.append(request)
+        if len(self.asked) > self.refuses_after:
+            raise ObservationError("no text")
+        time.sleep(0.005)
+        value = self.values.pop(0) if len(self.values) > 1 else self.values[0]
+        actions = np.full((5, 3), value, np.float32)
+        return ActionChunk(
+            actions=actions, actions_normalized=actions, t_obs=0.0, control_hz=20.0, milliseconds={"total": 5.0},
+            engine=ENGINE,
+        )  # fmt: skip
+
+    def warmup(self):
+        pass
+
+
+def test_round_trips_hold_the_inference_and_every_answer_is_compared():
+    steady, other = Answers(1.0), Answers(*[1.0] * 4, *range(2, 100))
+    found = hopper_served.round_trips({"steady": steady, "other": other}, REQUEST, calls=3)
+    times, same = found["steady"]
+    assert len(times.total_ms) == len(times.stages_ms["server"]) == 3
+    assert all(5.0 <= server < whole for server, whole in zip(times.stages_ms["server"], times.total_ms, strict=True))
+    assert same == {"same": 3, "of": 3}
+    assert found["other"][1]["same"] == 1, "warm-up takes ten and more of its answers, so only the first is itself"
+    assert len(steady.asked) == 1 + 1 + times.warmup_calls + 3, "rehearsed once, then cold, warm-up, samples"
+    sent = steady.asked[-1]
+    assert sent["prompt"] == "push"
+    assert np.array_equal(sent["image"], REQUEST["image"])
+
+
+def test_a_client_that_fails_says_why():
+    with pytest.raises(subprocess.SubprocessError, match="no text"):
+        hopper_served.round_trips({"one": Answers(1.0, refuses_after=1)}, REQUEST, calls=1)
+
+
+def test_a_server_that_answers_with_an_error_stops_the_client():
+    with serve_in_thread(Answers(1.0, refuses_after=3)) as server, pytest.raises(NumericsError, match="no text"):
+        hopper_client.asked({"one": server.url}, REQUEST, calls=9, seed=0)
+
+
+def test_without_websockets_it_is_not_run(monkeypatch):
+    assert hopper_served.why_not() is None
+    monkeypatch.setattr(hopper_served.importlib.util, "find_spec", lambda name: None)
+    assert hopper_served.why_not() == "websockets is not installed"
