@@ -238,7 +238,7 @@ class CudaGraphBackend:
         """See Backend.warm_shapes: a prompt that does not fill each bucket, so that the graph with masks is captured.
 
         With fewer pictures, too, where there is room for all of their buckets; else the longest prompt's, which holds the
-        others once no more buckets fit (`buffers.choose`); in buckets of one token nothing is masked, so none holds another.
+        others once no more buckets fit (`buffers.choose`). Buckets of one token mask nothing: none holds another.
         """
         fills = range(self._step, longest + self._step, self._step)
         if len(fills) >= MAX_BUCKETS:
