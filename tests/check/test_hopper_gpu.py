@@ -31,6 +31,11 @@ def served():
     return hopper_engines.make(hopper_engines.OURS, network, plan=plan), inputs, noise
 
 
+def _without(one, replay):
+    """`replay` that leaves out the graph `one`."""
+    return lambda captured: captured.result if captured is one else replay(captured)
+
+
 def bits(model):
     """Copies of all tensors, as bytes: E4M3 has no equality in torch."""
     return {name: one.detach().flatten().view(torch.uint8).clone() for name, one in model.state_dict().items()}
@@ -38,9 +43,34 @@ def bits(model):
 
 def test_graphs_write_all_that_they_read(served):
     engine, inputs, noise = served
-    row = hopper_proof.poisoned(engine, inputs, noise)
+    row = hopper_proof.poisoned(engine, inputs, noise, chunking=hopper_proof.CHUNKING)
     assert row["passed"]
+    assert len(row["ways"]) == 5
     assert row["bytes"] > 0
+
+
+def test_a_robots_graphs_are_among_those_that_are_poisoned(served, monkeypatch):
+    """Pictures that are not looked at again: the cut graphs read what the poison left, the whole one does not."""
+    engine, inputs, noise = served
+    hopper_proof.served(engine, inputs, noise)
+    sight = engine.backend._slots.sight(1, 2, torch.uint8)
+    monkeypatch.setattr(type(sight.vision), "replay", _without(sight.vision, type(sight.vision).replay))
+    row = hopper_proof.poisoned(engine, inputs, noise)
+    assert {name: way["same"] for name, way in row["ways"].items()} == {
+        "infer": 3, "look, infer": 0, "prefill, denoise": 0,
+    }  # fmt: skip
+
+
+def test_results_of_all_graphs_can_be_spoilt_and_are_written_again(served):
+    engine, inputs, noise = served
+    first = hopper_proof.served(engine, inputs, noise)
+    assert torch.equal(engine.backend.infer(inputs, noise), first)
+    results = engine.backend.graph_results()
+    assert len(results) >= 3, "vision, what comes behind it, and the whole"
+    for result in results:
+        result.fill_(float("nan"))
+    assert torch.equal(hopper_proof.served(engine, inputs, noise), first)
+    assert torch.equal(engine.backend.infer(inputs, noise), first)
 
 
 def test_poison_reaches_what_graphs_keep_and_no_weight(served):

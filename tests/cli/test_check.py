@@ -61,6 +61,7 @@ def test_bfloat16_passes_and_everything_is_recorded(vivace, checkpoint, tmp_path
     assert document["environment"]["python"]
     assert "K layer 1" in text
     assert "marks passed" in text
+    assert document["plain"] is None
     assert "nothing to compare it with here but the absolute marks" in " ".join(text.split())
 
 
@@ -71,6 +72,9 @@ def test_in_bfloat16_another_engine_is_held_against_plain_pytorch(vivace, checkp
     assert code == 0
     assert any(mark["what"].endswith("against plain bfloat16") for mark in document["marks"])
     assert "absolute marks" not in text
+    plain = document["plain"]["worst"]
+    assert 0.999 < plain["k"][1]["cosine"] < 1.0, "what the yardstick itself loses stands beside the marks"
+    assert len(plain["velocity"]) == len(document["summary"]["worst"]["velocity"])
 
     monkeypatch.undo()
     break_candidate(monkeypatch, lambda cache: {"v": tuple(v * 0.98 for v in cache.v)}, backend="compiled")

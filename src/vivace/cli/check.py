@@ -74,7 +74,7 @@ def run(args: Args) -> int:
         "observations": {"source": found.source, "count": len(found.requests), "seed": args.policy.seed},
     }
     try:
-        summary, marks = _judge(found)
+        summary, plain, marks = _judge(found)
     except ShapeError as error:
         body |= {"passed": False, "error": str(error)}
         console.print(str(error), style="red", markup=False)
@@ -83,7 +83,7 @@ def run(args: Args) -> int:
             "passed": all(mark.passed for mark in marks) and not any(row["fallback"] for row in found.coverage),
             "limits": parity.marks_of(found.candidate.engine),
         }
-        body |= {"marks": marks, "summary": summary, "remarks": _remarks(found.candidate)}
+        body |= {"marks": marks, "summary": summary, "plain": plain, "remarks": _remarks(found.candidate)}
         body |= {"coverage": found.coverage}
         _show(summary, marks, found.candidate, found.source)
         show_coverage(found.coverage, title="what ran")
@@ -126,7 +126,9 @@ def _gather(args: Args, given: Sequence[Any]) -> Evidence:
     return Evidence(candidate, requests, source, facts, wanted, got, plain, coverage)
 
 
-def _judge(found: Evidence) -> tuple[parity.Summary, tuple[parity.Mark, ...]]:
+def _judge(found: Evidence) -> tuple[parity.Summary, parity.Summary | None, tuple[parity.Mark, ...]]:
+    """How far the candidate is from float32, how far plain PyTorch in its precision is (None: not needed), and the marks."""
+
     def summary_of(snapshots: list[parity.Snapshot]) -> parity.Summary:
         triples = zip(found.requests, snapshots, found.wanted, strict=True)
         return parity.summarise([_compare(found.candidate, request, a, b) for request, a, b in triples])
@@ -135,9 +137,10 @@ def _judge(found: Evidence) -> tuple[parity.Summary, tuple[parity.Mark, ...]]:
     config = found.candidate.model.config
     depths = {"vision_layers": config.vision.layers, "layers": config.prefix.layers}
     marks = parity.judge(summary, parity.marks_of(found.candidate.engine), **depths)
-    if found.plain:
-        marks += parity.judge_against_plain(summary, summary_of(found.plain), name=precision)
-    return summary, marks
+    plain = summary_of(found.plain) if found.plain else None
+    if plain is not None:
+        marks += parity.judge_against_plain(summary, plain, name=precision)
+    return summary, plain, marks
 
 
 def _recorded(text: str) -> Sequence[Any]:
