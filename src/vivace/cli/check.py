@@ -127,7 +127,7 @@ def _gather(args: Args, given: Sequence[Any]) -> Evidence:
 
 
 def _judge(found: Evidence) -> tuple[parity.Summary, parity.Summary | None, tuple[parity.Mark, ...]]:
-    """How far the candidate is from float32, how far plain PyTorch in its precision is (None: not needed), and the marks."""
+    """How far candidate and plain PyTorch (None: not needed) are from float32, and the marks."""
 
     def summary_of(snapshots: list[parity.Snapshot]) -> parity.Summary:
         triples = zip(found.requests, snapshots, found.wanted, strict=True)
