@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgpack
@@ -218,3 +219,18 @@ def test_a_malformed_scalar_is_refused(fields: dict[bytes, Any]) -> None:
 def test_malformed_msgpack_is_refused(data: bytes) -> None:
     with pytest.raises(ProtocolError):
         unpack(data)
+
+
+def test_a_refused_value_leaves_nothing_in_the_next_message() -> None:
+    for wrong in ({"a": np.ones(4000), "b": object()}, {"a": np.array([1j])}):
+        with pytest.raises(ProtocolError, match="sent"):
+            pack(wrong)
+        assert pack({"a": np.arange(3, dtype=np.float32)}) == GOLDEN_ARRAY
+
+
+def test_messages_of_several_threads_do_not_mix() -> None:
+    values = [{"a": np.full(50_000, index), "b": [str(index)] * 500} for index in range(8)]
+    wanted = [pack(value) for value in values]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            assert list(pool.map(pack, values)) == wanted

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from typing import Any, Final
 
 import msgpack
@@ -38,7 +39,7 @@ def pack(value: Any) -> bytes:
     Raises ProtocolError for complex, structured and object arrays and for types that msgpack does not have.
     """
     try:
-        packed: bytes = msgpack.packb(value, default=_encode)
+        packed: bytes = _PACKERS.mine.pack(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(
             "value cannot be sent", got=str(error), wanted="numbers, text, lists, dicts, arrays"
@@ -62,13 +63,30 @@ def _encode(value: Any) -> Any:
     """msgpack's hook for types it does not know."""
     if isinstance(value, np.ndarray):
         _check_kind(value.dtype)
-        return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+        return {b"__ndarray__": True, b"data": _bytes_of(value), b"dtype": value.dtype.str, b"shape": value.shape}
     if isinstance(value, np.generic):
         _check_kind(value.dtype)
         if value.dtype.kind in "mM" or isinstance(value, np.longdouble):
             raise ProtocolError("numpy scalar cannot be sent", got=str(value.dtype), wanted="a number, bool or text")
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
     raise TypeError(f"a {type(value).__name__}")
+
+
+def _bytes_of(value: np.ndarray[Any, np.dtype[Any]]) -> bytes | memoryview:
+    """C-order bytes; of an array that is stored so, without a copy."""
+    if not value.flags.c_contiguous or not value.nbytes:
+        return value.tobytes()
+    return value.reshape(-1).view(np.uint8).data
+
+
+class _Packers(threading.local):
+    """One packer per thread; it keeps its buffer, so that a request does not ask the system for half a megabyte each time."""
+
+    def __init__(self) -> None:
+        self.mine = msgpack.Packer(default=_encode)
+
+
+_PACKERS: Final = _Packers()
 
 
 def _decode_map(pairs: list[tuple[Any, Any]]) -> Any:
