@@ -80,7 +80,7 @@ def _bytes_of(value: np.ndarray[Any, np.dtype[Any]]) -> bytes | memoryview:
 
 
 class _Packers(threading.local):
-    """One packer per thread; it keeps its buffer, so that a request does not ask the system for half a megabyte each time."""
+    """One packer per thread; it keeps its buffer, so that no request asks the system for half a megabyte again."""
 
     def __init__(self) -> None:
         self.mine = msgpack.Packer(default=_encode)
