@@ -1,4 +1,4 @@
-"""Worker processes: they end when the program that started them does, however that was killed, and keep to one core."""
+"""Worker processes: they end when the program that started them does, however that was killed, and draw with one thread."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import os
 import threading
 from multiprocessing.connection import wait
 
+from ..config import draw_with_one_thread
+
 
 def begin_worker() -> None:
-    """For a pool's initializer: what every simulator of a pool needs.
-
-    Software OpenGL (Mesa's llvmpipe) starts a thread per core in every process, and they wait for each other: two
-    simulators on two cores took 1.15 times the time. A value of the user's own stays.
-    """
-    os.environ.setdefault("LP_NUM_THREADS", "1")
+    """For a pool's initializer: what every simulator of a pool needs."""
+    draw_with_one_thread()
     end_with_parent()
 
 
