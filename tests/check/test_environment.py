@@ -18,6 +18,26 @@ def test_facts_are_plain_json_and_name_the_machine():
     assert set(facts["state"]) == {"time_s", "load_1m", "cpu_mhz", "governor", "gpus"}
 
 
+def test_torch_is_asked_where_it_runs_and_in_a_child_where_it_does_not(monkeypatch):
+    code = "import json, sys; from vivace.check import environment; print(json.dumps(environment.collect()['torch']))"
+    command = [sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    from_child = json.loads(done.stdout)
+    import torch
+
+    asked = []
+    monkeypatch.setattr(environment, "probe", lambda code: asked.append(code) or {})
+    here = environment.collect()["torch"]
+    assert not asked, "torch is here already: importing it again costs seconds"
+    assert here == {**from_child, "threads": torch.get_num_threads()}
+
+    def gone() -> bool:
+        raise RuntimeError("the driver went away")
+
+    monkeypatch.setattr(torch.cuda, "is_available", gone)
+    assert environment.collect()["torch"] == {"error": "RuntimeError: the driver went away"}
+
+
 def test_importing_it_imports_no_library():
     code = "import sys, vivace.check.environment; print(sorted({'torch', 'numpy', 'rich', 'tyro'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

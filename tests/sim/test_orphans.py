@@ -69,3 +69,24 @@ def test_workers_end_with_a_program_that_is_killed(name, tmp_path):
                 os.kill(pid, 9)
         program.stdout.close()
         program.wait()
+
+
+@pytest.mark.parametrize("own", [None, "3"])
+def test_a_worker_draws_with_one_thread_unless_the_user_says_otherwise(own, tmp_path):
+    file = tmp_path / "program.py"
+    file.write_text("""
+import os
+from vivace.sim.campaign import run_jobs
+
+def threads(job):
+    return os.environ["LP_NUM_THREADS"]
+
+if __name__ == "__main__":
+    print(*run_jobs([0, 1], processes=2, run=threads))
+""")
+    variables = {name: value for name, value in os.environ.items() if name != "LP_NUM_THREADS"}
+    variables |= {} if own is None else {"LP_NUM_THREADS": own}
+    done = subprocess.run(
+        [sys.executable, file], capture_output=True, text=True, timeout=120, check=True, env=variables
+    )
+    assert done.stdout.split() == [own or "1"] * 2

@@ -1,8 +1,8 @@
 """What this machine is and what can run on it. Standard library only: this file must work when everything else is broken.
 
 Libraries are never imported here. Each is imported in a child process of its own, so one that crashes, hangs or raises
-costs a line in the report and nothing else. `python -m vivace.check.environment` prints the report as JSON even where
-vivace's own dependencies cannot be imported.
+costs a line in the report and nothing else. Only a torch that this process runs on already is asked here.
+`python -m vivace.check.environment` prints the report as JSON even where vivace's own dependencies cannot be imported.
 """
 
 from __future__ import annotations
@@ -42,14 +42,8 @@ CHILD_TIMEOUT_S = 120.0
 
 _TORCH_PROBE = """
 import json, torch
-cuda = torch.cuda.is_available()
-out = {"version": torch.__version__, "cuda_build": torch.version.cuda, "cuda_available": cuda,
-       "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "gpus": []}
-for i in range(torch.cuda.device_count() if cuda else 0):
-    p = torch.cuda.get_device_properties(i)
-    out["gpus"].append({"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gb": round(p.total_memory / 1e9, 1),
-                        "multiprocessors": p.multi_processor_count})
-print(json.dumps(out))
+from vivace.check.environment import torch_facts
+print(json.dumps(torch_facts(torch)))
 """
 _IMPORT_PROBE = """
 import importlib, json, sys
@@ -73,8 +67,11 @@ for name in sys.argv[1:] or BACKENDS:
 
 
 def collect() -> dict[str, Any]:
-    """The facts stored in every result: machine, versions, GPU, commit. Takes one import of torch (seconds)."""
-    torch = probe(_TORCH_PROBE)
+    """The facts stored in every result: machine, versions, GPU, commit.
+
+    Takes one import of torch (seconds) in a process that has not done so; in others torch says what it is running with.
+    """
+    torch = _torch()
     return {
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -86,6 +83,23 @@ def collect() -> dict[str, Any]:
         "commit": commit(),
         "state": snapshot(),
     }
+
+
+def torch_facts(torch: Any) -> dict[str, Any]:
+    """What the module `torch` says of itself and of the GPUs that it sees."""
+    cuda = torch.cuda.is_available()
+    facts = {
+        "version": str(torch.__version__), "cuda_build": torch.version.cuda, "cuda_available": cuda,
+        "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
+    gpus = []
+    for index in range(torch.cuda.device_count() if cuda else 0):
+        p = torch.cuda.get_device_properties(index)
+        gpus.append({
+            "name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gb": round(p.total_memory / 1e9, 1),
+            "multiprocessors": p.multi_processor_count,
+        })  # fmt: skip
+    return {**facts, "gpus": gpus}
 
 
 def snapshot() -> dict[str, Any]:
@@ -202,6 +216,21 @@ def probe(code: str) -> dict[str, Any]:
     if error is not None:
         return {"error": error}
     return lines[-1] if lines else {"error": "the probe printed no JSON"}
+
+
+def _torch() -> dict[str, Any]:
+    """`torch_facts`, here if this process has imported torch, else from a child; {"error": reason} if torch is broken."""
+    loaded = sys.modules.get("torch")
+    if loaded is None:
+        return probe(_TORCH_PROBE)
+    try:
+        return torch_facts(loaded)
+    except (
+        RuntimeError,
+        AssertionError,
+        OSError,
+    ) as error:  # a driver that is gone, say: a line in the report, as from a child
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _child(code: str, *arguments: str) -> tuple[list[dict[str, Any]], str | None]:

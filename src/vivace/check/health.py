@@ -6,6 +6,7 @@ lines.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ class Check:
 
 def examine(tokenizer: Path | None = None) -> tuple[list[Check], dict[str, Any]]:
     """Every finding, and the facts of `environment.collect`. Takes a few imports in child processes (seconds)."""
-    facts = environment.collect()
+    with ThreadPoolExecutor() as pool:  # children that wait for nothing from each other
+        dependencies, backends = pool.submit(_dependencies), pool.submit(_backends)
+        facts = environment.collect()
     checks = [
         *_machine(facts),
-        *_dependencies(),
+        *dependencies.result(),
         *_torch(facts["torch"]),
-        *_backends(),
+        *backends.result(),
         *_compiler(facts["torch"]),
         *_optional(),
         _cache(),

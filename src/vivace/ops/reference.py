@@ -24,6 +24,28 @@ E4M3_MAX = 448.0
 NORM_EPS = 1e-6
 # openpi's "minus infinity": finite, so that a row without any valid key stays a number (its result is never read)
 MASKED_LOGIT = -2.3819763e38
+CPU_MULTIPLIES_BFLOAT16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether torch has a fast product of bfloat16 matrices on this CPU; else it is a plain loop, far slower than float32."""
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, in the dtype of x.
+
+    bfloat16 is summed in float32 and rounded once, by every library. So where the CPU has no fast product of it, float32
+    copies are multiplied: the same numbers, another order of the sum at most.
+    """
+    if not _slow(x):
+        return functional.linear(x, weight, bias)
+    return functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [..., m, k] times b [..., k, n], in the dtype of a; as `_linear`."""
+    return torch.matmul(a.float(), b.float()).to(a.dtype) if _slow(a) else torch.matmul(a, b)
+
+
+def _slow(x: Tensor) -> bool:
+    return not CPU_MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def hand_over(x: Tensor, into: Linear | QuantisedLinear) -> Tensor:
@@ -94,7 +116,7 @@ def linear(x: Tensor, layer: Linear | QuantisedLinear) -> Tensor:
     0.08 to 0.17 with the kernels, 0.08 to 0.16 with this reference (docs/log.md, 2026-11-24 and -25).
     """
     if not isinstance(layer, QuantisedLinear):
-        return functional.linear(x, layer.weight, layer.bias)
+        return _linear(x, layer.weight, layer.bias)
     wide = functional.linear(hand_over(x, layer).float(), layer.weight.float()) * (
         layer.input_scale * layer.weight_scale
     )
@@ -193,12 +215,12 @@ def attention(
     if past is not None:
         k, v = torch.cat([past[0], k.to(past[0].dtype)], dim=1), torch.cat([past[1], v.to(past[1].dtype)], dim=1)
     rows = q.unflatten(2, (K, N // K)).permute(0, 2, 3, 1, 4).reshape(B, K, (N // K) * T, head_dim)
-    scores = torch.matmul(rows, k.permute(0, 2, 3, 1)) * head_dim**-0.5
+    scores = _matmul(rows, k.permute(0, 2, 3, 1)) * head_dim**-0.5
     scores = scores.float().unflatten(2, (N // K, T))
     if mask is not None:
         scores = torch.where(mask[:, None, None, None, :], scores, MASKED_LOGIT)
     probabilities = torch.softmax(scores, dim=-1).to(v.dtype).flatten(2, 3)
-    mixed: Tensor = torch.matmul(probabilities, v.permute(0, 2, 1, 3)).unflatten(2, (N // K, T))
+    mixed = _matmul(probabilities, v.permute(0, 2, 1, 3)).unflatten(2, (N // K, T))
     return hand_over(mixed.permute(0, 3, 1, 2, 4).reshape(B, T, N * head_dim), into)
 
 

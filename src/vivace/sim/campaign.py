@@ -26,7 +26,7 @@ from .arms import EXPERT, Arm, references
 from .conveyor import ACTION_DIM, ConveyorEnv
 from .episode import HELD, Episode, expected_reaction_ticks, reaction_ticks
 from .faults import broken
-from .orphans import end_with_parent
+from .orphans import begin_worker
 from .outcomes import CONVEYOR, Comparison, Outcome, Units, compare, outcome
 from .rollout import Chunk, Committed, Moment, checked, rollout
 from .stored import read
@@ -227,7 +227,7 @@ def run_jobs(work: Sequence[Any], *, processes: int = 1, run: Callable[[Any], Bl
         return
     count = 0
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=begin_worker) as pool:
         try:
             for block in pool.map(run, work):
                 yield block

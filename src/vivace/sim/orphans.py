@@ -1,4 +1,4 @@
-"""Worker processes that end when the program that started them does, however that was killed."""
+"""Worker processes: they end when the program that started them does, however that was killed, and draw with one thread."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import os
 import threading
 from multiprocessing.connection import wait
 
+from ..config import draw_with_one_thread
+
+
+def begin_worker() -> None:
+    """For a pool's initializer: what every simulator of a pool needs."""
+    draw_with_one_thread()
+    end_with_parent()
+
 
 def end_with_parent() -> None:
-    """End this process at once when its parent is gone, from here on; for a pool's initializer.
+    """End this process at once when its parent is gone, from here on.
 
     A pool tells its workers to end, but a killed program tells nobody anything: they would finish the block in hand,
     minutes of a core, and nobody would read it.

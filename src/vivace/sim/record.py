@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, WorkerDied
 from .conveyor import VIEWS, ConveyorEnv
 from .expert import act, chunk
-from .orphans import end_with_parent
+from .orphans import begin_worker
 from .tasks import SPEEDS_M_S, task
 from .world import HISTORY_TICKS
 
@@ -255,7 +255,7 @@ def record(plan: Plan, *, processes: int = 1, progress: Callable[[int], None] = 
                 env.close()
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=begin_worker)
     try:
         waiting: dict[Future[Demo], int] = {}
         done: dict[int, Demo] = {}
