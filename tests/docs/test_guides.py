@@ -38,6 +38,7 @@ def test_every_result_of_the_guides_is_of_the_policy_that_comes_with_vivace():
         "steps-bimodal-24",
         "plans-h200",
         "plans-cpu",
+        "plans-fp8-cpu",
     )
     hashes = {arm["engine"]["checkpoint_hash"] for name in names for arm in load(name)["arms"]}
     other = {arm["engine"]["checkpoint_hash"] for arm in load("rates", "2026-11-30-earlier-policy")["arms"]}
@@ -90,6 +91,12 @@ def test_plans():
     assert "(p = 0.003, 0.0009, 0.010)" in SIMULATION
     low, mlp, every = (arm["successes"] for arm in load("plans-h200")["arms"])
     assert f"bfloat16 {low}, fp8-mlp {mlp}, fp8-all {every}" in SIMULATION
+    simulated = load("plans-fp8-cpu")
+    low, mlp, every = (arm["successes"] for arm in simulated["arms"])
+    assert f"plain PyTorch: bfloat16 {low}, fp8-mlp {mlp}, fp8-all {every}" in SIMULATION
+    assert all(row["noninferior"] and row["n"] == 500 for row in simulated["against_float32"].values())
+    shown = ", ".join(f"{row['noninferiority_p']:.1g}" for row in simulated["against_float32"].values())
+    assert f"none is worse by 5 points (p = {shown})" in SIMULATION
 
 
 def test_training_run():

@@ -123,17 +123,19 @@ def test_figures_in_the_text_are_the_results_own():
     def rows_of(document):
         return {(r["setting"], r["engine"], r["boundary"]): r["latency"]["p50_ms"] for r in document["rows"]}
 
-    soak = load("hopper-soak-h100-2026-11-25.json")["soak"][0]["latency"]
-    older, newer = rows_of(load("hopper-h100-2026-11-25.json")), load("hopper-h200-2026-11-30.json")
+    newer, morning = load("hopper-all-phases-h200-2026-11-30.json"), load("hopper-h200-2026-11-30.json")
+    soaks = [one["soak"][0]["latency"] for one in (load("hopper-soak-h100-2026-11-25.json"), newer)]
+    older = rows_of(load("hopper-h100-2026-11-25.json"))
     missed = [older["3,200,50", f"cuda_graph {plan}", "B0"] for plan in ("fp8-mlp", "fp8-full")]
 
-    def added(rows):
+    def added(rows, upper="B2", lower="B0"):
         more = [
-            ms - rows[setting, engine, "B0"] for (setting, engine, boundary), ms in rows.items() if boundary == "B2"
+            ms - rows[setting, engine, lower] for (setting, engine, boundary), ms in rows.items() if boundary == upper
         ]
         return min(more), max(more)
 
     (least, most), (before_least, before_most) = added(rows_of(newer)), added(older)
+    (quiet_least, quiet_most), (web_least, web_most) = added(rows_of(morning)), added(rows_of(newer), "B3", "B2")
     start = {row["caches"]: row for row in newer["start"]}
     warm, cold = start["warm"], start["cold"]
     one_bucket = {row["precision"]: row["ratio"] for row in newer["memory"]}["bf16"]
@@ -141,18 +143,32 @@ def test_figures_in_the_text_are_the_results_own():
     marks = {mark["what"]: mark for mark in check["marks"]}
     failed = [mark for mark in check["marks"] if not mark["passed"]]
     assert load("check-full-size-bf16-h200-2026-11-30.json")["passed"]
-    assert newer["passed"]
-    assert newer["missed"] == newer["not_run"] == []
+    assert morning["passed"]
+    assert newer["not_run"] == []
+    assert all(" B3: B3 - B2" in line or " B2: B2 - B0" in line for line in newer["missed"]), "the host's marks alone"
+    assert newer["soak"][0]["checks"] == {"same": 200, "of": 200, "output_poisoned": True}
+    assert all("look, infer" in row["poisoned"]["ways"] and row["passed"] for row in newer["proof"])
+    rivals = load("hopper-rivals-h200-2026-11-30.json")
+    assert rivals["passed"]
+    assert len(rivals["accuracy"]) == 5
+    stretch = {
+        row["setting"]
+        for row in newer["rows"] for mark in row["targets"] if mark["stretch_met"] and mark["stretch"] is not None
+    }  # fmt: skip
+    assert stretch == {"3,16,50", "1,48,50"}
     assert len(failed) == 2
     assert all(mark["what"].startswith("K layer") and mark["wanted"] == 0.99 for mark in failed)
     wanted = (
         f"fp8-mlp ({missed[0]:.2f}) and fp8-full ({missed[1]:.2f}) miss",
-        f"{soak['samples']:,} replays in a row",
-        f"p99 is {soak['p99_ms'] / soak['p50_ms']:.3f} times p50",
+        f"{soaks[0]['samples']:,} replays in a row",
+        f"p99 is {soaks[0]['p99_ms'] / soaks[0]['p50_ms']:.3f} times p50 on the H100 and "
+        f"{soaks[1]['p99_ms'] / soaks[1]['p50_ms']:.3f} on the H200",
         f"first action {warm['first_action_s']:.0f} s after its start and has every prompt bucket ready after "
         f"{warm['every_bucket_s']:.0f} s, {cold['first_action_s']:.0f} and {cold['every_bucket_s']:.0f} s without",
         f"`policy.infer` takes {least:.2f} to {most:.2f} ms more than B0",
-        f"(H100, before that: {before_least:.1f} to {before_most:.1f})",
+        f"on the same machine {web_least:.2f} to {web_most:.2f} ms more than that",
+        f"took {quiet_least:.2f} to {quiet_most:.2f} ms for the former",
+        f"(H100, with an older host path: {before_least:.1f} to {before_most:.1f};",
         f"{warm['ratio']:.2f} times weights and cache with 14 buckets in fp8-all, {one_bucket:.2f} with one in bfloat16",
         f"actions (cosine {marks['actions, mean cosine']['got']:.5f}, mark 0.999)",
         f"two of 18 layers ({min(mark['got'] for mark in failed):.4f}, mark 0.99)",

@@ -225,11 +225,7 @@ def _torch() -> dict[str, Any]:
         return probe(_TORCH_PROBE)
     try:
         return torch_facts(loaded)
-    except (
-        RuntimeError,
-        AssertionError,
-        OSError,
-    ) as error:  # a driver that is gone, say: a line in the report, as from a child
+    except (RuntimeError, AssertionError, OSError) as error:  # a driver that is gone, say: a line, as from a child
         return {"error": f"{type(error).__name__}: {error}"}
 
 
