@@ -282,3 +282,17 @@ def test_large_views_are_resized_side_by_side_and_keep_their_order(
     alone = [prepare_image(request[camera.key], pipeline.io) for camera in pipeline.io.embodiment.cameras]
     assert np.array_equal(got, np.stack(alone))
     assert np.array_equal(got, pipeline.prepare(request).images)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"joints": np.full(5, np.nan)}, {"prompt": 3}, {"cameras/wirst": ZEROS}],
+    ids=["state", "prompt", "camera"],
+)
+def test_words_are_checked_after_the_pictures_are_handed_over(pipeline: RobotPipeline, request_of, changes) -> None:
+    """A GPU begins with the pictures while the rest is looked at; what is wrong there is said all the same."""
+    good = pipeline.see(request_of())
+    seen = pipeline.see(request_of(**changes))
+    assert np.array_equal(seen.images, good.images)
+    with pytest.raises(ObservationError):
+        pipeline.read(seen)

@@ -91,3 +91,11 @@ def test_openpi_robots_refuse_them_too(openpi_facts: RobotFacts, characters) -> 
     assert pipeline.prepare(sent).views == ("base_0_rgb", "left_wrist_0_rgb")
     with pytest.raises(ObservationError, match="unknown camera 'observation/wirst_image'"):
         pipeline.prepare({**sent, "observation/wirst_image": IMAGE})
+
+
+def test_a_misspelt_name_is_said_before_the_picture_that_is_missing_then(lerobot: RobotPipeline) -> None:
+    sent = request()
+    right = next(key for key, value in sent.items() if isinstance(value, np.ndarray) and value.dtype == np.uint8)
+    sent[f"{right}x"] = sent.pop(right)
+    with pytest.raises(ObservationError, match=f"unknown camera '{right}x' .did you mean"):
+        lerobot.see(sent)

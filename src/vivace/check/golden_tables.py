@@ -24,7 +24,7 @@ from ..robots.images import resize_jax, resize_pil, resize_torch, to_hwc, to_uin
 from ..robots.normalize import normalize_lerobot, normalize_openpi, unnormalize_lerobot, unnormalize_openpi
 from ..robots.pipeline import adapt_actions, adapt_state
 from ..robots.prompt import LEROBOT04_STATE_WIDTH, Segment, discretise, segments
-from ..robots.request import gather
+from ..robots.request import pictures_of, words_of
 from ..robots.tokenizer import SentencePieceModel, Tokenizer, TokenizerJson
 from ..types import Embodiment, NormMode, NormStats, PromptFlavour
 from .rows import Row
@@ -329,10 +329,10 @@ def _inputs(name: str) -> Callable[[Values, Values], Values]:
         if params.get("prompt_as_bytes"):
             request["prompt"] = request["prompt"].encode("utf-8")
         robot = _robot(name, params)
-        parts = gather(request, robot, dtype=np.float64)
-        out: dict[str, Any] = {"prompt": parts.prompt}
-        out["state"] = None if parts.state is None else adapt_state(parts.state, robot)
-        for view, image in parts.images:
+        pictures, words = pictures_of(request, robot), words_of(request, robot, dtype=np.float64)
+        out: dict[str, Any] = {"prompt": words.prompt}
+        out["state"] = None if words.state is None else adapt_state(words.state, robot)
+        for view, image in pictures:
             out |= {f"image/{view}": to_hwc(to_uint8(image)), f"image_mask/{view}": True}
         return out
 

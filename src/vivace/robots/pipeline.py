@@ -26,7 +26,7 @@ from .aloha import gripper_from_angle, gripper_to_angle
 from .images import view_pil, view_torch
 from .normalize import normalize_state, unnormalize_actions
 from .prompt import check_ids, check_length, encode, segments
-from .request import TOKEN_KEY, Gathered, gather
+from .request import TOKEN_KEY, Words, pictures_of, words_of
 from .tokenizer import Tokenizer, missing_tokenizer
 
 MAX_WORKERS = 4  # no robot that pi0 was trained on has more cameras than that to look through
@@ -38,9 +38,10 @@ GRIPPER_ADAPTERS: dict[str, tuple[Convert, Convert]] = {"aloha": (gripper_to_ang
 
 @dataclass(frozen=True)
 class SeenRequest:
-    """A request of which only the pictures are in model space: images as in PreparedObservation."""
+    """A request of which only the pictures are checked and in model space: views and images as in PreparedObservation."""
 
-    parts: Gathered
+    request: Observation | Mapping[str, Any]
+    views: tuple[str, ...]
     images: NDArray[Any]
 
 
@@ -67,16 +68,18 @@ class RobotPipeline:
         return self.read(self.see(request))
 
     def see(self, request: Observation | Mapping[str, Any], *, empty: Empty = np.empty) -> SeenRequest:
-        """The first half of `prepare`: everything found and checked for its form, pictures in model space.
+        """The first half of `prepare`: pictures found, checked and in model space, so that a GPU can begin with them.
 
         empty  makes the array that the pictures are written to: (shape, dtype) -> array
         """
-        parts = gather(request, self.io.embodiment, dtype=state_dtype(self.io))
-        return SeenRequest(parts, self._views([image for _, image in parts.images], empty))
+        pictures = pictures_of(request, self.io.embodiment)
+        views = tuple(view for view, _ in pictures)
+        return SeenRequest(request, views, self._views([image for _, image in pictures], empty))
 
     def read(self, seen: SeenRequest) -> PreparedObservation:
-        """The second half: state and prompt. A GPU may look at the pictures meanwhile."""
-        io, parts = self.io, seen.parts
+        """The second half: state, prompt, and what should not be there. A GPU may look at the pictures meanwhile."""
+        io = self.io
+        parts = words_of(seen.request, io.embodiment, dtype=state_dtype(io))
         state_robot = self._state(parts)
         normalized = normalize_state(state_robot, io.normalization) if state_robot.size else state_robot
         tokens, text = self._prompt(parts, normalized)
@@ -88,7 +91,7 @@ class RobotPipeline:
             state=padded,
             state_robot=state_robot,
             state_normalized=normalized,
-            views=tuple(view for view, _ in parts.images),
+            views=seen.views,
             prompt_text=text,
             t_obs=parts.t_obs,
         )
@@ -129,7 +132,7 @@ class RobotPipeline:
             place[...] = view
         return out
 
-    def _state(self, parts: Gathered) -> NDArray[Any]:
+    def _state(self, parts: Words) -> NDArray[Any]:
         if parts.state is not None:
             return adapt_state(parts.state, self.io.embodiment)
         if needs_state(self.io):
@@ -137,7 +140,7 @@ class RobotPipeline:
             raise ObservationError("the state is missing", wanted=f"{keys}")
         return np.zeros(0, dtype=state_dtype(self.io))
 
-    def _prompt(self, parts: Gathered, normalized: NDArray[Any]) -> tuple[NDArray[np.int32], str]:
+    def _prompt(self, parts: Words, normalized: NDArray[Any]) -> tuple[NDArray[np.int32], str]:
         io = self.io
         if parts.tokens is not None:
             check_length(len(parts.tokens), max_tokens=io.max_prompt_tokens)

@@ -26,38 +26,73 @@ NOISE_KEY = "noise"
 ABSENT = object()
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """The checked parts of one request.
+Pictures = tuple[tuple[str, NDArray[Any]], ...]
+"""(view name, uint8 or float image) of the cameras present, in the embodiment's order."""
 
-    images  (view name, uint8 or float image) of the cameras present, in the embodiment's order
+
+@dataclass(frozen=True)
+class Words:
+    """What a request says beside its pictures, checked.
+
     state   [state_dim], robot units, the dtype that was asked for; None = not sent
     prompt  as typed; None = not sent
     tokens  int32 [L], valid tokens only; None = not sent
     """
 
-    images: tuple[tuple[str, NDArray[Any]], ...]
     state: NDArray[Any] | None
     prompt: str | None
     tokens: NDArray[np.int32] | None
     t_obs: float | None = None
 
 
-def gather(request: Observation | Mapping[str, Any], robot: Embodiment, *, dtype: type[np.floating[Any]]) -> Gathered:
-    """Take the parts of one request. `dtype` of the state: float64 (openpi) or float32 (LeRobot).
+def pictures_of(request: Observation | Mapping[str, Any], robot: Embodiment) -> Pictures:
+    """The pictures of one request. No more than that is done before a GPU can begin with them.
 
     Raises: ObservationError naming the key, what came and what was wanted.
     """
     if isinstance(request, Observation):
-        return _from_observation(request, robot, dtype=dtype)
+        return _images(_views_of(request, robot), robot, layout_declared=False)
     if not isinstance(request, Mapping):
         raise ObservationError(
             "the request is not an observation", got=type(request).__name__, wanted="an Observation or a dict"
         )
-    return _from_dict(request, robot, dtype=dtype)
+    found = _cameras_of(request, robot)
+    try:
+        return _images(found, robot, layout_declared=True)
+    except ObservationError:
+        _refuse_unused_images(request, robot, found)  # a misspelt name says more than the picture that is missing then
+        raise
 
 
-def _from_observation(request: Observation, robot: Embodiment, *, dtype: type[np.floating[Any]]) -> Gathered:
+def words_of(request: Observation | Mapping[str, Any], robot: Embodiment, *, dtype: type[np.floating[Any]]) -> Words:
+    """The rest of a request that `pictures_of` has accepted. `dtype` of the state: float64 (openpi) or float32 (LeRobot).
+
+    Raises: ObservationError as above, also for a picture that no camera of the robot sends.
+    """
+    if isinstance(request, Observation):
+        return _words_of_observation(request, robot, dtype=dtype)
+    _refuse_unused_images(request, robot, _cameras_of(request, robot))
+    prompt = _first(request, tuple(dict.fromkeys((robot.prompt_key, *PROMPT_KEYS))))
+    tokens = _find(request, TOKEN_KEY)
+    return Words(
+        state=_state(request, robot.state, dtype=dtype),
+        prompt=None if prompt is None else _text(prompt[1], key=prompt[0]),
+        tokens=None if tokens is ABSENT else _tokens(tokens, _find(request, TOKEN_MASK_KEY)),
+    )
+
+
+def _words_of_observation(request: Observation, robot: Embodiment, *, dtype: type[np.floating[Any]]) -> Words:
+    state = None
+    if request.state is not None:
+        size = sum(part.size for part in robot.state)
+        state = _vector(request.state, key="state", size=size, dtype=dtype)
+    tokens = None if request.tokens is None else _tokens(request.tokens, None)
+    prompt = _text(request.prompt, key="prompt") or None
+    return Words(state=state, prompt=prompt, tokens=tokens, t_obs=request.t_obs)
+
+
+def _views_of(request: Observation, robot: Embodiment) -> dict[str, tuple[str, Any]]:
+    """{view: (name it was sent under, picture)}."""
     found: dict[str, tuple[str, Any]] = {}
     for camera in robot.cameras:
         names = [name for name in (camera.view, camera.key, *camera.aliases) if name in request.views]
@@ -68,35 +103,13 @@ def _from_observation(request: Observation, robot: Embodiment, *, dtype: type[np
         raise ObservationError(
             f"unknown view {sorted(unknown)[0]!r}", wanted=f"some of {[camera.view for camera in robot.cameras]}"
         )
-    state = None
-    if request.state is not None:
-        size = sum(part.size for part in robot.state)
-        state = _vector(request.state, key="state", size=size, dtype=dtype)
-    tokens = None if request.tokens is None else _tokens(request.tokens, None)
-    return Gathered(
-        images=_images(found, robot, layout_declared=False),
-        state=state,
-        prompt=_text(request.prompt, key="prompt") or None,
-        tokens=tokens,
-        t_obs=request.t_obs,
-    )
+    return found
 
 
-def _from_dict(request: Mapping[str, Any], robot: Embodiment, *, dtype: type[np.floating[Any]]) -> Gathered:
-    found: dict[str, tuple[str, Any]] = {}
-    for camera in robot.cameras:
-        hit = _first(request, (camera.key, *camera.aliases))
-        if hit is not None:
-            found[camera.view] = hit
-    _refuse_unused_images(request, robot, used={key for key, _ in found.values()})
-    prompt = _first(request, tuple(dict.fromkeys((robot.prompt_key, *PROMPT_KEYS))))
-    tokens = _find(request, TOKEN_KEY)
-    return Gathered(
-        images=_images(found, robot, layout_declared=True),
-        state=_state(request, robot.state, dtype=dtype),
-        prompt=None if prompt is None else _text(prompt[1], key=prompt[0]),
-        tokens=None if tokens is ABSENT else _tokens(tokens, _find(request, TOKEN_MASK_KEY)),
-    )
+def _cameras_of(request: Mapping[str, Any], robot: Embodiment) -> dict[str, tuple[str, Any]]:
+    """{view: (key it was sent under, picture)}."""
+    hits = ((camera.view, _first(request, (camera.key, *camera.aliases))) for camera in robot.cameras)
+    return {view: hit for view, hit in hits if hit is not None}
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
@@ -131,8 +144,11 @@ def _leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
             yield f"{before}{key}", value
 
 
-def _refuse_unused_images(request: Mapping[str, Any], robot: Embodiment, *, used: set[str]) -> None:
+def _refuse_unused_images(
+    request: Mapping[str, Any], robot: Embodiment, found: Mapping[str, tuple[str, Any]]
+) -> None:  # fmt: skip
     """A misspelt camera must not become a missing one: every picture is used, or named in `ignored_keys`."""
+    used = {key for key, _ in found.values()}
     cameras = {path: camera.key for camera in robot.cameras for path in (camera.key, *camera.aliases)}
     others = {path for part in robot.state for path in (part.key, *part.aliases)} | {robot.prompt_key, *PROMPT_KEYS}
     passed = used | others | {TOKEN_KEY, TOKEN_MASK_KEY, NOISE_KEY} | set(robot.ignored_keys)
@@ -163,9 +179,7 @@ def _is_picture(value: Any) -> bool:
 # --- checking -----------------------------------------------------------------------------------------------------
 
 
-def _images(
-    found: Mapping[str, tuple[str, Any]], robot: Embodiment, *, layout_declared: bool
-) -> tuple[tuple[str, NDArray[Any]], ...]:
+def _images(found: Mapping[str, tuple[str, Any]], robot: Embodiment, *, layout_declared: bool) -> Pictures:
     """Checked images in the embodiment's order. layout_declared: the camera's `chw` holds (not for an Observation)."""
     out = []
     for camera in robot.cameras:
