@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,14 +18,16 @@ from tiny import build, random_tensors, tiny_config
 
 from vivace.backends import base, buffers, cuda_graph, eager, graph_slots
 from vivace.backends.spans import Spans
+from vivace.check import observations
 from vivace.check.hopper_weights import twin
 from vivace.config import EngineConfig, GemmaConfig, VisionConfig
-from vivace.errors import ConfigError, ShapeError
+from vivace.errors import ConfigError, ShapeError, Unsupported
 from vivace.precision import plan as plans
 from vivace.precision import quantize
 from vivace.precision.flavours import parameter_dtype
 from vivace.runtime import choice
-from vivace.types import ModelInputs, PreviousChunk, Trace
+from vivace.runtime.policy import load_policy
+from vivace.types import ModelInputs, PrefixCache, PreviousChunk, Trace
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -421,6 +425,34 @@ def test_noise_that_does_not_fit_is_refused_before_anything_is_captured(shape):
         backend.infer(
             ModelInputs(torch.zeros(2, 2, 3, 56, 56), torch.ones(2, 5, dtype=torch.int64)), torch.zeros(shape)
         )
+    with pytest.raises(ShapeError, match=r"noise does not fit.*wanted \[2, H, 32\]"):
+        backend.denoise(PrefixCache((torch.zeros(2, 7, 1, 16),), (), torch.tensor([7, 7])), torch.zeros(shape))
+
+
+def test_pictures_of_another_size_are_refused_by_look():
+    backend = cuda_graph.CudaGraphBackend.__new__(cuda_graph.CudaGraphBackend)
+    backend.model = SimpleNamespace(device=torch.device("cpu"))
+    sight = SimpleNamespace(images=torch.zeros(1, 2, 3, 56, 56, dtype=torch.uint8))
+    backend._slots = SimpleNamespace(sight=lambda *_: sight)
+    backend._vision, backend._join = (lambda _: None), (lambda: None)
+    with pytest.raises(ShapeError, match=r"images of another size; got \[1, 2, 1, 56, 56\]"):
+        backend.look(torch.zeros(1, 2, 1, 56, 56, dtype=torch.uint8))
+
+
+def test_memory_that_runs_out_in_the_warm_up_of_a_graph_is_said_in_our_words(monkeypatch):
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    recorder = graph_slots.Recorder.__new__(graph_slots.Recorder)
+    recorder._stream, recorder.pool, recorder.count = stream, (0, 1), 0
+
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(Unsupported, match="no memory left for another graph; got CUDA out of memory"):
+        recorder(work)
+    assert recorder.count == 0
 
 
 @gpu
@@ -454,6 +486,20 @@ def test_a_network_on_another_gpu_than_the_current_one_is_right():
         assert torch.equal(actions(made, inputs, noise).cpu(), answers[-1])
         assert set(spans.milliseconds()) >= {"prefix", "denoise"}
     assert torch.equal(*answers)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_policy_on_another_gpu_than_the_current_one_answers_alike():
+    answers = []
+    for device in ("cuda:0", "cuda:1"):
+        config = EngineConfig(backend="cuda_graph", device=device, precision="bfloat16+vision")
+        policy = load_policy("conveyor-small", config=config)
+        policy.warmup([20])
+        (one,) = observations.synthetic(policy.io, 1, seed=0, prepare=policy.prepare)
+        answers.append(policy.infer(one).actions)
+    assert np.array_equal(*answers)
 
 
 @gpu

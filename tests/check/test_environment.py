@@ -31,6 +31,11 @@ def test_torch_is_asked_where_it_runs_and_in_a_child_where_it_does_not(monkeypat
     assert not asked, "torch is here already: importing it again costs seconds"
     assert here == {**from_child, "threads": torch.get_num_threads()}
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    environment.collect()
+    assert len(asked) == 1, "a GPU that this process has not used is asked in a child, which may hang"
+
     def gone() -> bool:
         raise RuntimeError("the driver went away")
 

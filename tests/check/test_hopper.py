@@ -360,6 +360,51 @@ def test_a_stale_engine_is_not_fresh(network):
     assert not hopper_proof.fresh(stale, some_request(), noise)["image"]
 
 
+def test_pictures_that_a_look_does_not_send_are_not_fresh(network):
+    """The whole graph reads its pixels itself; what a robot gets reads what the last `look` has left."""
+    engine, noise = engine_of(network), torch.randn(1, 5, 32)
+
+    class Blind(hopper_engines.Plain):
+        seen, after_look = None, False
+
+        def look(self, images):
+            self.seen, self.after_look = images if self.seen is None else self.seen, True
+
+        def infer(self, inputs, noise, **more):
+            after, self.after_look = self.after_look, False
+            return super().infer(replace(inputs, images=self.seen) if after else inputs, noise, **more)
+
+    blind = Blind(engine.backend, CPU)
+    del blind.look  # the one that does nothing
+    found = hopper_proof.fresh(replace(engine, backend=blind), some_request(), noise)
+    assert {what: good for what, good in found.items() if "back" not in what} == {
+        "image": False, "noise": True, "last view alone": False, "last prompt token": True,
+    }  # fmt: skip
+
+
+def test_engines_are_rehearsed_with_a_prompt_that_leaves_room_in_its_bucket(network):
+    """So that masks are read from then on, as after a server's warm-up; not without graphs, nor without a prompt."""
+    asked = []
+
+    class Asked(Graphed):
+        def infer(self, inputs, noise, **_):
+            asked.append(inputs.tokens.shape[1])
+            return super().infer(inputs, noise)
+
+    engine = replace(engine_of(network), backend=Asked(network))
+    inputs, noise = some_request(), torch.randn(1, 5, 32)
+    hopper_engines.as_served(engine, inputs, noise)
+    assert asked == [4]
+    hopper_engines.as_served(engine, replace(inputs, tokens=inputs.tokens[:, :0]), noise)
+    hopper_engines.as_served(engine_of(network), inputs, noise)
+    assert asked == [4]
+
+
+def test_another_gpu_than_the_first_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="set CUDA_VISIBLE_DEVICES=1"):
+        hopper.run(tiny(tmp_path, "1,48,5"), device="cuda:1", tell=lambda _: None)
+
+
 def soak_of(network, **how):
     engine = graphed(network, **how)
     return engine, hopper_soak.work_of(engine, some_request(), torch.randn(1, 5, 32))
@@ -554,10 +599,10 @@ def test_the_default_command_fits_its_time_and_few_calls_are_shorter():
     options = hopper.options_of(hopper.parser().parse_args(["--out", "h.json"]))
     estimated = hopper_estimate.seconds(options, list(hopper.PHASES))
     assert set(estimated) == {"setup", *hopper.PHASES}
-    assert sum(estimated.values()) <= options.seconds <= 660
-    more = replace(options, host_calls=1000)
+    assert sum(estimated.values()) <= options.seconds <= 1500
+    assert min(options.calls, options.host_calls, options.few_calls, options.reuse_calls, options.rival_calls) == 1000
+    more = replace(options, host_calls=5000)
     assert sum(hopper_estimate.seconds(more, list(hopper.PHASES)).values()) > options.seconds
-    assert sum(hopper_estimate.seconds(more, ["rows", "accuracy", "rivals", "proof"]).values()) <= 660
     assert hopper_estimate.seconds(options, ["rows"])["rows"] < hopper_estimate.seconds(more, ["rows"])["rows"]
 
 

@@ -45,12 +45,13 @@ class Answers:
 
 def test_round_trips_hold_the_inference_and_every_answer_is_compared():
     steady, other = Answers(1.0), Answers(*[1.0] * 4, *range(2, 100))
-    found = hopper_served.round_trips({"steady": steady, "other": other}, REQUEST, calls=3)
+    alone = {"steady": np.ones((5, 3), np.float32), "other": np.ones((5, 3), np.float32)}
+    found = hopper_served.round_trips({"steady": steady, "other": other}, REQUEST, alone, calls=3)
     times, same = found["steady"]
     assert len(times.total_ms) == len(times.stages_ms["server"]) == 3
     assert all(5.0 <= server < whole for server, whole in zip(times.stages_ms["server"], times.total_ms, strict=True))
     assert same == {"same": 3, "of": 3}
-    assert found["other"][1]["same"] == 1, "warm-up takes ten and more of its answers, so only the first is itself"
+    assert found["other"][1] == {"same": 0, "of": 3}, "steady or not: not what its policy alone answers"
     assert len(steady.asked) == 1 + 1 + times.warmup_calls + 3, "rehearsed once, then cold, warm-up, samples"
     sent = steady.asked[-1]
     assert sent["prompt"] == "push"
@@ -59,12 +60,12 @@ def test_round_trips_hold_the_inference_and_every_answer_is_compared():
 
 def test_a_client_that_fails_says_why():
     with pytest.raises(subprocess.SubprocessError, match="no text"):
-        hopper_served.round_trips({"one": Answers(1.0, refuses_after=1)}, REQUEST, calls=1)
+        hopper_served.round_trips({"one": Answers(1.0, refuses_after=1)}, REQUEST, {}, calls=1)
 
 
 def test_a_server_that_answers_with_an_error_stops_the_client():
     with serve_in_thread(Answers(1.0, refuses_after=3)) as server, pytest.raises(NumericsError, match="no text"):
-        hopper_client.asked({"one": server.url}, REQUEST, calls=9, seed=0)
+        hopper_client.asked({"one": server.url}, REQUEST, {"one": 0}, calls=9, seed=0)
 
 
 def test_without_websockets_it_is_not_run(monkeypatch):

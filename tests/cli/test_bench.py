@@ -1,8 +1,12 @@
 """`vivace bench` on a real tiny checkpoint."""
 
+from contextlib import contextmanager
+
 import pytest
+import torch
 import tyro
 
+from vivace.backends import on_device
 from vivace.check import results
 from vivace.cli import bench as verb
 
@@ -161,3 +165,20 @@ def test_bad_arguments_are_found_before_anything_is_loaded(vivace, checkpoint, m
     code, document, text = vivace("bench", checkpoint, *bad)
     assert (code, document) == (2, None)
     assert said in " ".join(text.split())
+
+
+def test_the_timers_events_are_on_the_engines_device(monkeypatch, checkpoint, vivace):
+    current, seen = [], []
+
+    @contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    measure = verb.bench.measure
+    monkeypatch.setattr(on_device, "on", on)
+    monkeypatch.setattr(verb.bench, "measure", lambda *a, **k: (seen.extend(current), measure(*a, **k))[1])
+    code, _, _ = vivace("bench", checkpoint, "--engines", "eager", *FAST)
+    assert code == 0
+    assert seen == [torch.device("cpu")]

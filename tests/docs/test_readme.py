@@ -169,7 +169,8 @@ def test_figures_in_the_text_are_the_results_own():
         f"on the same machine {web_least:.2f} to {web_most:.2f} ms more than that",
         f"took {quiet_least:.2f} to {quiet_most:.2f} ms for the former",
         f"(H100, with an older host path: {before_least:.1f} to {before_most:.1f};",
-        f"{warm['ratio']:.2f} times weights and cache with 14 buckets in fp8-all, {one_bucket:.2f} with one in bfloat16",
+        f"{warm['ratio']:.2f} times weights and cache with all prompt buckets in fp8-all, "
+        f"{one_bucket:.2f} with one in bfloat16",
         f"actions (cosine {marks['actions, mean cosine']['got']:.5f}, mark 0.999)",
         f"two of 18 layers ({min(mark['got'] for mark in failed):.4f}, mark 0.99)",
     )

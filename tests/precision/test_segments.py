@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -58,3 +60,18 @@ def test_a_cpu_has_no_segments():
         weight = model.small.weight
         place.keep_small(model)
         assert model.small.weight is weight
+
+
+def test_the_pool_is_one_of_the_device_of_the_weights(monkeypatch):
+    """A pool belongs to the device that is current when it is made, and that need not be the network's."""
+    current = []
+
+    @contextmanager
+    def device(one):
+        current.append(one)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: list(current))
+    assert segments.Lasting(torch.device("cuda:1"))._pool == [torch.device("cuda:1")]

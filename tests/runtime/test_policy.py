@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from vivace.backends.spans import Spans
 from vivace.checkpoints.make import Recipe, make_checkpoint
 from vivace.config import EngineConfig
 from vivace.runtime import noise as noise_source
+from vivace.runtime import policy as policies
 from vivace.types import Camera, PreviousChunk, Trace
 
 
@@ -342,3 +344,23 @@ def test_a_prompt_that_is_refused_after_the_look_leaves_nothing_behind(policy):
     with pytest.raises(errors.ObservationError):
         policy.infer(replace(request_for(policy, 2), prompt="", tokens=np.array([10**6])))
     assert np.array_equal(policy.infer(request_for(policy, 1)).actions, first)
+
+
+def test_loading_and_building_happen_on_the_networks_device(folders, monkeypatch):
+    """Kernels that pack weights and streams of a backend belong to the current device."""
+    current, seen = [], {}
+
+    @contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def noted(name, work):
+        return lambda *args, **named: (seen.setdefault(name, list(current)), work(*args, **named))[1]
+
+    monkeypatch.setattr(policies, "on", on)
+    monkeypatch.setattr(policies, "load_model", noted("load", policies.load_model))
+    monkeypatch.setattr(policies.base, "build", noted("build", policies.base.build))
+    vivace.load_policy(folders["pi05"])
+    assert seen == {"load": [torch.device("cpu")], "build": [torch.device("cpu")]}

@@ -82,10 +82,10 @@ class InputBuffers:
         """
         L = request.tokens.shape[1]
         if pixels:
-            _put(self.images, request.images, "images")
-        _put(self.tokens[:, :L], request.tokens, "tokens")
+            put(self.images, request.images, "images")
+        put(self.tokens[:, :L], request.tokens, "tokens")
         if request.state is not None:
-            _put(self.state, request.state, "state")
+            put(self.state, request.state, "state")
         if not self.masked:
             return
         self.token_mask[:, L:].fill_(False)
@@ -108,10 +108,10 @@ class FlowBuffers:
 
         Raises  ShapeError for guidance without weights, and for a part of another size than the buffer.
         """
-        _put(self.noise, noise, "noise")
+        put(self.noise, noise, "noise")
         if previous is None:
             return
-        _put(self.older, previous.actions, "actions of the previous chunk")
+        put(self.older, previous.actions, "actions of the previous chunk")
         self.delay.fill_(previous.inference_delay)
         if previous.mode != "guided":
             return
@@ -119,7 +119,7 @@ class FlowBuffers:
             raise ShapeError(
                 "guided chunking needs a weight per action", got="none", do="see model.flow.prefix_weights"
             )
-        _put(self.weights, previous.weights, "weights of guided chunking")
+        put(self.weights, previous.weights, "weights of guided chunking")
         self.max_guidance.fill_(previous.max_guidance)
 
 
@@ -157,7 +157,7 @@ def bucket_of(request: ModelInputs, *, step: int) -> Bucket:
     return Bucket(B, V, size, request.images.dtype, masked)
 
 
-def _put(target: Tensor, value: Tensor, what: str) -> None:
+def put(target: Tensor, value: Tensor, what: str) -> None:
     """Copy, asynchronously, without the broadcasting that `copy_` does: one row's noise is not a batch's."""
     if value.shape != target.shape:
         raise ShapeError(f"{what} of another size", got=list(value.shape), wanted=list(target.shape))
@@ -168,4 +168,4 @@ def _fill_mask(target: Tensor, mask: Tensor | None, what: str) -> None:
     if mask is None:
         target.fill_(True)
     else:
-        _put(target, mask, what)
+        put(target, mask, what)

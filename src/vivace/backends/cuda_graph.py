@@ -14,9 +14,8 @@ step. At most `MAX_BUCKETS` buckets are kept; the one unused for longest goes fi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,16 +28,13 @@ from ..ops.layers import Int8Linear, Linear
 from ..ops.table import OpTable
 from ..precision.coverage import Coverage
 from ..types import ModelInputs, PrefixCache, PreviousChunk, Trace
-from .buffers import FlowBuffers, bucket_of, flow_buffers
+from .buffers import FlowBuffers, bucket_of, flow_buffers, put
 from .graph_slots import MAX_BUCKETS, Captured, Flowing, FlowKey, Recorder, Sight, Slot, Slots
 from .loop import run_flow
-from .on_device import on
+from .on_device import on, on_own_device
 from .spans import Spans, span
 from .stage_events import StageEvents
 from .wavefront import Wavefront
-
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
 
 MAX_POSITIONS = 4096  # rotary tables: views, prompt and actions together; a longer request computes its angles
 
@@ -80,19 +76,6 @@ def why_not_model(model: Pi) -> str | None:
 def _remedy(name: str) -> str:
     in_vision = name.startswith(("vision.", "projector"))
     return "; --precision bfloat16+vision rounds what LeRobot keeps in float32" if in_vision else ""
-
-
-def on_own_device(
-    method: Callable[Concatenate[CudaGraphBackend, Given], Made],
-) -> Callable[Concatenate[CudaGraphBackend, Given], Made]:
-    """`method` without gradients, on the network's device: its streams, graphs and kernels belong there."""
-
-    @functools.wraps(method)
-    def there(self: CudaGraphBackend, /, *args: Given.args, **named: Given.kwargs) -> Made:
-        with torch.no_grad(), on(self.model.device):
-            return method(self, *args, **named)
-
-    return there
 
 
 class CudaGraphBackend:
@@ -175,7 +158,7 @@ class CudaGraphBackend:
         vision = self._vision(sight)
         self._join()
         self._readable = None
-        sight.images.copy_(images, non_blocking=True)
+        put(sight.images, images, "images")
         self._aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._aside):
             vision.replay()
@@ -224,6 +207,9 @@ class CudaGraphBackend:
         """What the recorded graphs hand over, at the addresses where a replay must write it again: for proofs."""
         found: list[Tensor] = []
         for slot in self._slots:
+            if slot.prefix is not None:
+                embeds, cache = slot.prefix.result
+                found += [embeds, *cache.k, *cache.v]
             found += [one.captured.result for one in (*slot.whole.values(), *slot.behind.values())]
             found += [captured.result for _, captured in slot.flows.values()]
             found += [slot.sight.vision.result] if slot.sight.vision is not None else []
@@ -238,7 +224,8 @@ class CudaGraphBackend:
         """See Backend.warm_shapes: a prompt that does not fill each bucket, so that the graph with masks is captured.
 
         With fewer pictures, too, where there is room for all of their buckets; else the longest prompt's, which holds the
-        others once no more buckets fit (`buffers.choose`). Buckets of one token mask nothing: none holds another.
+        others once no more buckets fit (`buffers.choose`). Buckets of one token mask nothing: none holds another,
+        so requests that lack a camera may then wait for a capture.
         """
         fills = range(self._step, longest + self._step, self._step)
         if len(fills) >= MAX_BUCKETS:

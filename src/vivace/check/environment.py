@@ -224,6 +224,8 @@ def _torch() -> dict[str, Any]:
     if loaded is None:
         return probe(_TORCH_PROBE)
     try:
+        if loaded.cuda.is_available() and not loaded.cuda.is_initialized():
+            return probe(_TORCH_PROBE)  # a GPU that nobody here has used: asking it can hang, and takes memory
         return torch_facts(loaded)
     except (RuntimeError, AssertionError, OSError) as error:  # a driver that is gone, say: a line, as from a child
         return {"error": f"{type(error).__name__}: {error}"}

@@ -75,6 +75,11 @@ def run(
         raise ConfigError("unknown phase", got=", ".join(unknown), wanted=f"some of {list(PHASES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("this preset needs an NVIDIA GPU", got="no CUDA device", do="run it on the GPU machine")
+    if torch.device(device).index:
+        raise ConfigError(
+            "timers and child processes use the first GPU", got=device, wanted="cuda or cpu",
+            do=f"set CUDA_VISIBLE_DEVICES={torch.device(device).index} and use --device cuda",
+        )  # fmt: skip
     estimated = hopper_estimate.seconds(options, phases)
     if sum(estimated.values()) > options.seconds:
         tell(f"about {sum(estimated.values()):.0f} s of work in {options.seconds:g} s: what does not fit is not run")
@@ -133,6 +138,8 @@ def _envelope(options: Options, size: str, device: torch.device) -> dict[str, An
                 "B0": options.calls, "B1, B2 and B3": options.host_calls, "B0 of other plans": options.few_calls,
                 "B0 reuse": options.reuse_calls, "rivals": options.rival_calls, "soak": options.soak_calls,
             },
+            "graphs": "as a warmed-up server has them: masks are read, prompts padded to their bucket",
+            "commit": options.commit or None,
             "method": "rounds over engines in random order; garbage collected before the samples, off while they are taken",
         },
         "ceilings": ceilings, "published": hopper_rows.published(gpu), "state_before": environment.snapshot(),
@@ -207,6 +214,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--phases", default=",".join(PHASES))
     made.add_argument("--seconds", type=float, default=Options.seconds, help="what would begin later is not run")
     made.add_argument("--compile-mode", default=Options.compile_mode, choices=COMPILE_MODES, help="of the rival")
+    made.add_argument("--commit", default=Options.commit, help="of the code, where this copy of it has no git")
     made.add_argument("--network", default="full", help="a size of make-checkpoint")
     made.add_argument("--device", default="cuda")
     for name in NUMBERS:
@@ -221,7 +229,8 @@ def options_of(given: argparse.Namespace) -> Options:
         out=given.out, sizes=tuple(parse_size(text) for text in given.settings.split(";")),
         plans=tuple(name for name in named if name in plans.PRESETS),
         plan_files=tuple(Path(name) for name in named if name not in plans.PRESETS), headline=given.headline,
-        seconds=given.seconds, compile_mode=given.compile_mode, **{name: getattr(given, name) for name in NUMBERS},
+        seconds=given.seconds, commit=given.commit, compile_mode=given.compile_mode,
+        **{name: getattr(given, name) for name in NUMBERS},
     )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
     python -m vivace.check.hopper_client < question > answer
 
-Both are messages of `serving.protocol`. Question: {"urls": {engine: ws://...}, "request": observation, "calls": samples of
-each engine, "seed": order of the engines}. Answer: {engine: {"times": fields of `bench.EngineTimes`, "same", "of"}}.
+Both are messages of `serving.protocol`. Question: {"urls": {engine: ws://...}, "request": observation, "alone": {engine:
+actions of its policy without a server}, "calls": samples of each engine, "seed": order of the engines}. Answer: {engine:
+{"times": fields of `bench.EngineTimes`, "same", "of"}}.
 Connects as openpi's client does: no compression, no bound on a message, msgpack. Needs no torch, as a robot does not.
 """
 
@@ -26,25 +27,26 @@ WARM_UP = bench.WarmUp(max_calls=40, max_seconds=20.0)
 
 
 class Bits:
-    """Answers of each engine against its first."""
+    """Answers of each engine against those of its policy alone."""
 
-    def __init__(self) -> None:
-        self._first: dict[str, Any] = {}
+    def __init__(self, alone: Mapping[str, Any]) -> None:
+        self._alone = alone
         self.same: dict[str, int] = {}
         self.of: dict[str, int] = {}
 
     def stages(self, named: tuple[str, dict[str, Any]]) -> Mapping[str, float]:
         """Compare one answer; hands on how long the server took for it."""
         name, answer = named
-        first = self._first.setdefault(name, answer["actions"])
-        self.same[name] = self.same.get(name, 0) + int(np.array_equal(answer["actions"], first))
+        self.same[name] = self.same.get(name, 0) + int(np.array_equal(answer["actions"], self._alone[name]))
         self.of[name] = self.of.get(name, 0) + 1
         return {"server": answer["server_timing"]["infer_ms"]}
 
 
-def asked(urls: Mapping[str, str], request: Mapping[str, Any], *, calls: int, seed: int) -> dict[str, Any]:
+def asked(
+    urls: Mapping[str, str], request: Mapping[str, Any], alone: Mapping[str, Any], *, calls: int, seed: int
+) -> dict[str, Any]:
     """Round trips to every server; see the module's docstring. Raises NumericsError with a server's error text."""
-    bits = Bits()
+    bits = Bits(alone)
     with ExitStack() as stack:
         open_to = {
             name: stack.enter_context(connect(url, compression=None, max_size=None)) for name, url in urls.items()

@@ -14,7 +14,7 @@ copies: boundary B0). Names:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -39,8 +39,8 @@ from .targets import Family, Size
 OURS, EAGER, COMPILED = "cuda_graph", "eager", "compiled graph"
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 """The second tries Triton products against the library's and takes minutes; both are captured by hand."""
-CONFIG = EngineConfig(num_denoise_steps=10, prompt_bucket=8)
-"""Prompts of the settings are multiples of 8, so no bucket is padded."""
+CONFIG = EngineConfig(num_denoise_steps=10)
+"""The defaults of a server: a prompt of 200 tokens runs in the bucket of 208."""
 
 
 class Whole(base.Backend, Protocol):
@@ -251,6 +251,17 @@ def make(
         backend = base.build(name, model, config, plan=plan)  # type: ignore[assignment]
     label = f"{name} {plan.name if plan else 'bf16'}" if name == OURS else name
     return Engine(label, plan, model, backend, weight_bytes(model))
+
+
+def as_served(engine: Engine, inputs: ModelInputs, noise: Tensor) -> None:
+    """Give the engine the graphs that a warmed-up server runs such a request in: those that read masks.
+
+    A server warms up with prompts that do not fill their buckets, and from then on no prompt runs without masks, however
+    long (`cuda_graph.warm_shapes`, `buffers.choose`). So one token fewer is run first. Without prompt tokens there is no
+    mask, and no server.
+    """
+    if engine.ours and engine.graphed and inputs.tokens.shape[1] > 1:
+        engine.backend.infer(replace(inputs, tokens=inputs.tokens[:, :-1].contiguous()), noise)
 
 
 def plans_of(names: Sequence[str], ranges: calibrate.Ranges, *, data: str) -> list[PrecisionPlan]:

@@ -15,19 +15,17 @@ CALL_S = 0.0106
 SPIN_S = 0.0004
 HOST_S = 0.0020
 """What tokenising, pixels and the way back add at B2, taken widely."""
-SERVED_S = 0.0015
-"""What a websocket adds at B3: its mark."""
+SERVED_S = 0.0025
+"""What a websocket adds at B3."""
+RIVAL_S = 0.042
+"""One call of the compiled rival, and a tenth of one of plain PyTorch."""
+WAYS = 3
+"""Of coming to the actions; their bits are compared in every observation of the accuracy rows."""
 CAPTURE_S = 2.5
 """An engine in one setting: capture, first check, warm-up at three boundaries."""
 FIXED_S = {
-    "setup": 20.0,
-    "setup of a setting": 10.0,
-    "client": 2.0,
-    "rival": 45.0,
-    "proof": 3.0,
-    "memory": 15.0,
-    "start": 65.0,
-}
+    "setup": 20.0, "setup of a setting": 10.0, "client": 2.0, "rival": 40.0, "proof": 3.0, "memory": 27.0, "start": 65.0,
+}  # fmt: skip
 
 
 def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
@@ -42,13 +40,13 @@ def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
     timed += talking * (head * o.host_calls * (2 * (CALL_S + HOST_S) + SERVED_S) + FIXED_S["client"])
     timed += few_settings * few * o.few_calls * (CALL_S + SPIN_S)
     timed += reusing * head * o.reuse_calls * CALL_S / 2
-    per_observation = (o.draws + 1) * CALL_S
+    per_observation = (o.draws + WAYS) * CALL_S
     found = {
         "rows": timed + (settings * head + few_settings * few) * CAPTURE_S,
         "accuracy": per_observation * (
             settings * head * o.observations + few_settings * few * min(o.few_observations, o.observations)
         ),
-        "rivals": FIXED_S["rival"] * min(o.rival_settings, settings),
+        "rivals": (FIXED_S["rival"] + o.rival_calls * (RIVAL_S + head * CALL_S)) * min(o.rival_settings, settings),
         "soak": o.soak_calls * (CALL_S + SPIN_S),
         "proof": FIXED_S["proof"] * settings * head,
         "memory": FIXED_S["memory"] * 2,

@@ -19,10 +19,12 @@ def accuracy(run: Run) -> None:
     for size, plan in sorted(wanted, key=lambda one: not o.is_headline(name_of(one[1]))):
         name = name_of(plan)
         count = o.observations if o.is_headline(name) else min(o.few_observations, o.observations)
-        if run.late("accuracy", f"{size.name} {name}", needs_s=count * (o.draws + 1) * hopper_estimate.CALL_S):
+        if run.late(
+            "accuracy", f"{size.name} {name}", needs_s=count * (o.draws + hopper_estimate.WAYS) * hopper_estimate.CALL_S
+        ):
             continue
         with guarded(run, "accuracy", f"{size.name} {name}"):
-            _accuracy(run, size, run.engine(plan), count)
+            _accuracy(run, size, run.engine(plan, size), count)
 
 
 def _accuracy(run: Run, size: Size, engine: Engine, count: int) -> None:
@@ -43,7 +45,7 @@ def soak(run: Run) -> None:
     if run.late("soak", size.name, needs_s=hopper_estimate.seconds(o, ["soak"])["soak"]):
         return
     with guarded(run, "soak", size.name):
-        engine, samples = run.headline()[-1], run.held_out(size)
+        engine, samples = run.headline(size)[-1], run.held_out(size)
         work = hopper_soak.work_of(engine, samples.inputs[0], samples.noise[0, :1])
         if size.prompt_tokens:
             policy, one = policy_of(engine, size, run.pipe(size), run.checkpoint), run.request(size)
@@ -59,7 +61,7 @@ def proof(run: Run) -> None:
         if run.late("proof", size.name, needs_s=hopper_estimate.FIXED_S["proof"]):
             continue
         samples = run.held_out(size)
-        for engine in run.headline():
+        for engine in run.headline(size):
             with guarded(run, "proof", f"{size.name} {engine.name}"):
                 inputs, drawn = samples.inputs[0], samples.noise[0, :1]
                 row: dict[str, Any] = {"setting": size.name, "engine": engine.name}

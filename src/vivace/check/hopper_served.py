@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+from numpy.typing import NDArray
+
 from ..config import ResolvedEngine
 from ..runtime.policy import Policy
 from ..serving.protocol import pack, unpack
@@ -43,12 +45,18 @@ def why_not() -> str | None:
 
 
 def round_trips(
-    policies: Mapping[str, Policy], request: Mapping[str, Any], *, calls: int, seed: int = 0, timeout_s: float = 300.0
+    policies: Mapping[str, Policy],
+    request: Mapping[str, Any],
+    alone: Mapping[str, NDArray[Any]],
+    *,
+    calls: int,
+    seed: int = 0,
+    timeout_s: float = 300.0,
 ) -> dict[str, tuple[bench.EngineTimes, dict[str, int]]]:
     """Serve these policies on free loopback ports, and have another process ask them in rounds.
 
     Returns  {engine: (times, of which `total_ms` are the round trips and stage "server" the servers' `policy.infer`;
-             {"same", "of"}: answers with the bits of the first)}
+             {"same", "of"}: answers with the bits of `alone`, the actions of the policy without a server)}
     Raises   SubprocessError when the client failed or took longer than `timeout_s`; its words are in it.
     """
     from ..serving.thread import serve_in_thread
@@ -58,7 +66,7 @@ def round_trips(
             name: stack.enter_context(serve_in_thread(Rehearsed(policy, request))).url
             for name, policy in policies.items()
         }
-        question = pack({"urls": urls, "request": dict(request), "calls": calls, "seed": seed})
+        question = pack({"urls": urls, "request": dict(request), "alone": dict(alone), "calls": calls, "seed": seed})
         command = [sys.executable, "-m", "vivace.check.hopper_client"]
         done = subprocess.run(command, input=question, capture_output=True, timeout=timeout_s)
     if done.returncode:

@@ -53,8 +53,16 @@ def main(arguments: list[str]) -> None:
         policy.warmup([length for _, length in engine.backend.warm_shapes(LONGEST_PROMPT, views=[size.views])])
         times["every_bucket_s"] = first + (time.time() - again)
         peaks = serving_peaks(lambda: policy.infer(one), needed=needed)
+    buckets = len(engine.backend.describe()["buckets"])
     facts = {"weights_bytes": engine.weights_bytes, "kv_bytes": kv_bytes(config, size), "needed_bytes": needed}
-    memory = {"peak_start_bytes": peak_start, **peaks, "one_bucket": one_bucket, **facts, "precision": engine.precision}
+    memory = {
+        "peak_start_bytes": peak_start,
+        **peaks,
+        "one_bucket": one_bucket,
+        "buckets": buckets,
+        **facts,
+        "precision": engine.precision,
+    }
     print(json.dumps({"times": times, "memory": memory}))
 
 

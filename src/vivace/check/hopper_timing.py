@@ -67,7 +67,7 @@ def rivals(run: Run) -> None:
         with guarded(run, "rivals", size.name):
             samples = run.held_out(size)
             rival = make(COMPILED, run.base(), compile_mode=run.options.compile_mode)
-            _rival_rows(run, size, [make(EAGER, run.base()), rival, *run.headline()], samples)
+            _rival_rows(run, size, [make(EAGER, run.base()), rival, *run.headline(size)], samples)
             plain = hopper_proof.scores(run.plain[size.name], run.truth[size.name])
             actions = hopper_proof.actions_of(rival, samples)
             run.add("accuracy", hopper_proof.accuracy_row(size, rival, actions, run.truth[size.name], plain))
@@ -83,7 +83,7 @@ def _right(run: Run, size: Size, plan: Any, samples: hopper_proof.Samples) -> En
     """The engine of this plan if its first answer is near float32's; otherwise None, and the result says why."""
     name = name_of(plan)
     with guarded(run, "rows", f"{size.name} {name}"):
-        engine = run.engine(plan)
+        engine = run.engine(plan, size)
         if isinstance(engine.model.ops, RecordedOps):
             engine.model.ops.coverage.clear()  # so that it holds this setting's graph alone
         actions = engine.backend.infer(samples.inputs[0], samples.noise[0, :1])
@@ -162,10 +162,11 @@ def _host_rows(run: Run, size: Size, engines: list[Engine], samples: hopper_proo
         run.skip("rows", f"{size.name} B3", reason)
         return
     by_name = {engine.name: policy for engine, policy in zip(engines, policies, strict=True)}
-    seen = hopper_served.round_trips(by_name, one, calls=calls, timeout_s=max(30.0, run.left_s))
-    for engine, alone in zip(engines, found, strict=True):
+    alone = {name: policy.infer(one).actions for name, policy in by_name.items()}
+    seen = hopper_served.round_trips(by_name, one, alone, calls=calls, timeout_s=max(30.0, run.left_s))
+    for engine, before in zip(engines, found, strict=True):
         row = hopper_rows.served_row(size, engine, *seen[engine.name])
-        added = row["latency"].p50_ms - alone["latency"].p50_ms
+        added = row["latency"].p50_ms - before["latency"].p50_ms
         row["targets"] = [targets.at_most("B3 - B2, ms", added, targets.SERVED_MS), *row["targets"]]
         _said(run, row)
 

@@ -20,7 +20,7 @@ import torch
 from ..config import ModelConfig
 from ..precision import plan as plans
 from ..precision.plan import PrecisionPlan
-from .hopper_engines import COMPILED, OURS, Engine, make, model_inputs
+from .hopper_engines import COMPILED, OURS, Engine, as_served, make, model_inputs
 from .hopper_robot import Scenes, pipeline, request, toy_tokenizer
 from .hopper_weights import load, random_checkpoint
 from .targets import Size, parse_size
@@ -91,6 +91,7 @@ def main(arguments: list[str]) -> None:
             pipe = pipeline(size, config, tokenizer)
             inputs = model_inputs(pipe, request(pipe, size, scenes, 0, seed=seed), device=device)
             noise = torch.randn(1, size.horizon, config.action_width, device=device)
+            as_served(engine, inputs, noise)
             engine.backend.infer(inputs, noise)
             engine.backend.denoise(engine.backend.prefill(inputs), noise)
 

@@ -24,7 +24,8 @@ E4M3_MAX = 448.0
 NORM_EPS = 1e-6
 # openpi's "minus infinity": finite, so that a row without any valid key stays a number (its result is never read)
 MASKED_LOGIT = -2.3819763e38
-CPU_MULTIPLIES_BFLOAT16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_says_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not a public function
+CPU_MULTIPLIES_BFLOAT16: bool = bool(torch.backends.mkldnn.is_available() and _says_bfloat16 and _says_bfloat16())
 """Whether torch has a fast product of bfloat16 matrices on this CPU; else it is a plain loop, far slower than float32."""
 
 

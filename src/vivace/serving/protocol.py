@@ -74,8 +74,8 @@ def _encode(value: Any) -> Any:
 
 def _bytes_of(value: np.ndarray[Any, np.dtype[Any]]) -> bytes | memoryview:
     """C-order bytes; of an array that is stored so, without a copy."""
-    if not value.flags.c_contiguous or not value.nbytes:
-        return value.tobytes()
+    if not value.flags.c_contiguous or not value.nbytes or type(value) is not np.ndarray:
+        return value.tobytes()  # subclasses (masked arrays, say) have their own idea of a view
     return value.reshape(-1).view(np.uint8).data
 
 
