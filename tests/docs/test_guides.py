@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from vivace.checkpoints import bundled
+from vivace.config import EngineConfig
+from vivace.runtime.policy import load_policy
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SIMULATION = " ".join((ROOT / "docs/guides/simulation.md").read_text(encoding="utf-8").split())
@@ -39,11 +43,33 @@ def test_every_result_of_the_guides_is_of_the_policy_that_comes_with_vivace():
         "plans-h200",
         "plans-cpu",
         "plans-fp8-cpu",
+        "real-clock-h200",
+        "unseen",
     )
     hashes = {arm["engine"]["checkpoint_hash"] for name in names for arm in load(name)["arms"]}
     other = {arm["engine"]["checkpoint_hash"] for arm in load("rates", "2026-11-30-earlier-policy")["arms"]}
-    assert len(hashes) == 1
+    model = load_policy("conveyor-small", config=EngineConfig(device="cpu", precision="float32"))
+    assert hashes == {model.engine.checkpoint_hash}
     assert hashes.isdisjoint(other)
+
+
+def test_the_rates_that_the_policy_brings_are_those_of_the_results():
+    stored = json.loads((bundled.find(Path("conveyor-small")) / "simulation.json").read_text(encoding="utf-8"))["rates"]
+    arms = [arm for name in ("rates", "events", "belts") for arm in load(name)["arms"]]
+    wanted = {(arm["arm"]["task"], arm["arm"]["belt"], arm["successes"], arm["n"]) for arm in arms}
+    assert {(rate["task"], rate["belt"], rate["successes"], rate["n"]) for rate in stored} == wanted
+    assert len(stored) == len(arms) == 7
+
+
+def test_rates_hold_on_seeds_that_nothing_was_chosen_on():
+    unseen = load("unseen")
+    assert unseen["seeds"] == {"first": 80000, "n": 200}
+    assert [(arm["successes"], arm["n"]) for arm in unseen["arms"]] == [(200, 200)] * 2
+    assert {row["name"]: row["status"] for row in unseen["controls"]} == dict.fromkeys(
+        ("stored rate", "blanked", "mask", "delay"), "passed"
+    )
+    looks = [arm["inference_ms"]["p50"] for arm in unseen["arms"]]
+    assert f"{min(looks):.0f} to {max(looks):.0f} ms" in SIMULATION
 
 
 def test_rates_without_delay():

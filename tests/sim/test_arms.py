@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -131,6 +132,30 @@ def test_a_rate_fits_its_own_conditions_only():
     for other in (Arm("conveyor"), Arm("static", "slow"), Arm("static", mode="naive"), Arm("static", fault="mask"),
                   Arm("static", delay=Delay("", (1,))), Arm("static", delay=Delay("", (0,), measured=True))):  # fmt: skip
         assert not rate.fits(other)
+
+
+def test_a_belt_that_is_the_tasks_own_is_no_other_condition(tmp_path):
+    own, named = stored.Rate("conveyor", 80, 100), stored.Rate("conveyor", 90, 100, belt="slow")
+    assert own.fits(Arm("conveyor", "slow"))
+    assert named.fits(Arm("conveyor"))
+    assert not named.fits(Arm("conveyor", "middle"))
+    assert stored.Rate("static", 80, 100).fits(Arm("static", "off"))
+    stored.write_rates(str(tmp_path), (own,))
+    stored.write_rates(str(tmp_path), (named,))
+    assert stored.read(str(tmp_path)).rates == (named,), "one rate for one condition"
+
+
+def test_the_experts_rates_are_those_of_its_result():
+    file = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "conveyor-tasks-expert-2026-11-25.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    found = {rate.task: rate for rate in stored.expert().rates}
+    assert {arm["arm"]["task"] for arm in document["arms"]} == set(found)
+    for arm in document["arms"]:
+        rate = found[arm["arm"]["task"]]
+        assert (rate.successes, rate.n, rate.first_seed) == (arm["successes"], arm["n"], document["seeds"]["first"])
+        assert (rate.scene_sha256, rate.mujoco) == tuple(
+            document["simulator"][key] for key in ("scene_sha256", "mujoco")
+        )
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", '{"schema": 2}', '{"rates": [{"tusk": 1}]}', '{"image_px": "64"}'])

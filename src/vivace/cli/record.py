@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import ConfigError
 from ..places import writable_folder
 from .output import OK, console, emit
+from .policy_args import require
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def run(args: Args) -> int:
         tuple(Source(task, args.episodes, args.belt) for task in args.task), seed=args.seed, image_px=args.image_px,
         horizon=args.horizon, sigma=args.sigma,
     )  # fmt: skip
+    require("--processes", args.processes, least=1)
     if args.out.is_dir() and any(args.out.iterdir()):
         raise ConfigError(f"{args.out} exists already", wanted="a new or empty folder")
     writable_folder(args.out, name="the folder of the dataset")

@@ -21,8 +21,11 @@ from ..checkpoints import bundled
 from ..errors import ConfigError
 from . import scene
 from .arms import EXPERT, Arm
+from .tasks import TASKS, belt_speed
 
 FILE = "simulation.json"
+EXPERTS_SCENE = "7468277f8e3c783ab2f0d1109beedd054409887eb94faeb2d5e17d1188e679c3"
+"""Of conveyor-tasks-expert-2026-11-25.json in benchmarks/results, which has the expert's rates."""
 LEAST = 50
 """Episodes below which a rate is not stored."""
 
@@ -53,9 +56,11 @@ class Rate:
         """
         if None not in (steps, self.steps) and steps != self.steps:
             return False
-        mine = (self.task, self.belt, self.mode, self.committed, self.execute_ticks, (self.delay_ticks,))
-        same = mine == (arm.task, arm.belt, arm.mode, arm.committed, arm.execute_ticks, arm.delay.ticks)
-        return same and not arm.delay.measured and arm.fault is None
+        mine = (self.task, self.mode, self.committed, self.execute_ticks, (self.delay_ticks,))
+        same = mine == (arm.task, arm.mode, arm.committed, arm.execute_ticks, arm.delay.ticks)
+        if not same or arm.delay.measured or arm.fault is not None:
+            return False
+        return belt_speed(self.task, self.belt) == belt_speed(arm.task, arm.belt)  # "slow" is `conveyor`'s own
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,8 @@ class Stored:
 
 def expert() -> Stored:
     """The scripted expert's own: every task, zero delay, 200 of 200 each (docs/guides/simulation.md)."""
-    from .tasks import TASKS
-
-    return Stored(committed_max_ticks=48, rates=tuple(Rate(name, 200, 200) for name in TASKS))
+    rates = (Rate(name, 200, 200, first_seed=60000, scene_sha256=EXPERTS_SCENE, mujoco="4.0.0") for name in TASKS)
+    return Stored(committed_max_ticks=48, rates=tuple(rates))
 
 
 def read(policy: str) -> Stored:
@@ -180,4 +184,5 @@ def with_committed(arms: Sequence[Arm], wishes: Sequence[str]) -> list[Arm]:
 
 
 def _conditions(rate: Rate) -> tuple[Any, ...]:
-    return rate.task, rate.belt, rate.mode, rate.committed, rate.execute_ticks, rate.delay_ticks
+    speed = belt_speed(rate.task, rate.belt)
+    return rate.task, speed, rate.mode, rate.committed, rate.execute_ticks, rate.delay_ticks

@@ -87,3 +87,8 @@ def task(name: str) -> Task:
     if name not in TASKS:
         raise ConfigError(f"unknown task {name!r}", wanted=f"one of {sorted(TASKS)}")
     return TASKS[name]
+
+
+def belt_speed(name: str, belt: str | None) -> Range:
+    """Range of the belt's speed in this task, m/s: the named one, or the task's own where none is named."""
+    return SPEEDS_M_S[belt] if belt else task(name).belt_m_s
