@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,17 @@ def golden_dir() -> Path:
 def _one_thread_each() -> None:
     """Small tensors on two cores: more threads only fight each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def devices() -> tuple[Callable[[Any], AbstractContextManager[None]], list[Any]]:
+    """(stands for `on` and `torch.cuda.device`, the devices that are current now, the innermost last)."""
+    current: list[Any] = []
+
+    @contextmanager
+    def on(device: Any) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    return on, current

@@ -1,7 +1,5 @@
 """`vivace bench` on a real tiny checkpoint."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import tyro
@@ -167,15 +165,8 @@ def test_bad_arguments_are_found_before_anything_is_loaded(vivace, checkpoint, m
     assert said in " ".join(text.split())
 
 
-def test_the_timers_events_are_on_the_engines_device(monkeypatch, checkpoint, vivace):
-    current, seen = [], []
-
-    @contextmanager
-    def on(device):
-        current.append(device)
-        yield
-        current.pop()
-
+def test_the_timers_events_are_on_the_engines_device(monkeypatch, checkpoint, vivace, devices):
+    on, current, seen = *devices, []
     measure = verb.bench.measure
     monkeypatch.setattr(on_device, "on", on)
     monkeypatch.setattr(verb.bench, "measure", lambda *a, **k: (seen.extend(current), measure(*a, **k))[1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 
@@ -62,16 +60,9 @@ def test_a_cpu_has_no_segments():
         assert model.small.weight is weight
 
 
-def test_the_pool_is_one_of_the_device_of_the_weights(monkeypatch):
+def test_the_pool_is_one_of_the_device_of_the_weights(monkeypatch, devices):
     """A pool belongs to the device that is current when it is made, and that need not be the network's."""
-    current = []
-
-    @contextmanager
-    def device(one):
-        current.append(one)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", device)
+    on, current = devices
+    monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.cuda, "MemPool", lambda: list(current))
     assert segments.Lasting(torch.device("cuda:1"))._pool == [torch.device("cuda:1")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -346,15 +345,9 @@ def test_a_prompt_that_is_refused_after_the_look_leaves_nothing_behind(policy):
     assert np.array_equal(policy.infer(request_for(policy, 1)).actions, first)
 
 
-def test_loading_and_building_happen_on_the_networks_device(folders, monkeypatch):
+def test_loading_and_building_happen_on_the_networks_device(folders, monkeypatch, devices):
     """Kernels that pack weights and streams of a backend belong to the current device."""
-    current, seen = [], {}
-
-    @contextmanager
-    def on(device):
-        current.append(device)
-        yield
-        current.pop()
+    on, current, seen = *devices, {}
 
     def noted(name, work):
         return lambda *args, **named: (seen.setdefault(name, list(current)), work(*args, **named))[1]

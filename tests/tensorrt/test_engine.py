@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from enum import Enum
 
 import pytest
@@ -236,14 +235,8 @@ class Nothing(CudaEngine):
     num_io_tensors = 0
 
 
-def test_its_gpu_is_current_when_an_engine_is_made_and_run(api, monkeypatch):
-    current, seen = [], []
-
-    @contextmanager
-    def on(device):
-        current.append(device)
-        yield
-        current.pop()
+def test_its_gpu_is_current_when_an_engine_is_made_and_run(api, monkeypatch, devices):
+    on, current, seen = *devices, []
 
     class Watched(Nothing):
         def create_execution_context(self, config=None):
