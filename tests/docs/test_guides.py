@@ -126,6 +126,21 @@ def test_plans():
     assert f"none is worse by 5 points (p = {shown})" in SIMULATION
 
 
+def test_table_of_the_expert():
+    names = "conveyor-expert-2026-11-25.json", "conveyor-expert-fastest-2026-11-30.json"
+    arms = [arm for name in names for arm in json.loads((RESULTS / name).read_text(encoding="utf-8"))["arms"]]
+    cells = {}
+    for arm in arms:
+        mode = "aligned, told" if arm["arm"]["committed"] else arm["arm"]["mode"]
+        cells[arm["arm"]["belt"], mode, arm["arm"]["delay"]["name"]] = share(arm)
+    rows = sorted({key[:2] for key in cells})
+    assert len(rows) == 15
+    for belt, mode in rows:
+        row = [cells.get((belt, mode, f"{ms} ms"), "") for ms in (0, 40, 80, 100, 120, 160, 200, 300)]
+        line = " ".join(f"| {belt} | {mode} | {' | '.join(row)} |".split())
+        assert line in SIMULATION, line
+
+
 def test_told_against_untold():
     untold = load("untold")
     by = {arm["arm"]["delay"]["name"]: arm["successes"] for arm in untold["arms"]}
