@@ -8,6 +8,7 @@ import pytest
 import torch
 from wanted import Subject
 
+from vivace.backends import on_device
 from vivace.backends.tensorrt import audit, module, networks, skeleton, targets
 from vivace.backends.tensorrt import build as builder
 from vivace.backends.tensorrt.build import Log, build, types_of
@@ -224,9 +225,9 @@ def test_the_gpu_that_was_asked_for_is_current_during_the_build(rtx, monkeypatch
 
 def test_only_a_gpu_is_made_current(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: ("current", device))
-    assert targets.on(torch.device("cuda:1")) == ("current", torch.device("cuda:1"))
+    assert on_device.on(torch.device("cuda:1")) == ("current", torch.device("cuda:1"))
     for none in (None, torch.device("cpu")):
-        with targets.on(none):
+        with on_device.on(none):
             pass
 
 
