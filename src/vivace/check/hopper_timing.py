@@ -43,7 +43,7 @@ def rows(run: Run) -> None:
                 _reuse(run, size, engines, samples)
     for size, engines, samples in ready:
         if not engines or run.late(
-            "rows", f"{size.name} B1, B2 and B3", needs_s=_needs_s(run, size, run.options.host_calls)
+            "rows", f"{size.name} B1, B2 and B3", needs_s=_needs_s(run, size, 3 * run.options.host_calls)
         ):
             continue
         with guarded(run, "rows", f"{size.name} B1, B2 and B3"):
