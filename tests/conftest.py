@@ -25,10 +25,6 @@ EXTRAS = {
     "transformers", "tyro", "websockets",
 }  # fmt: skip
 """What a GPU machine may lack without losing the GPU tests of the other modules."""
-LONG = (
-    "conformance/test_backends.py", "sim/test_small_campaign.py", "ops/test_denoise.py", "train/test_verbs.py",
-    "sim/test_campaign.py", "check/test_hopper.py",
-)  # fmt: skip
 MISSING = re.compile(r"(?:ModuleNotFoundError: No module named '|vivace\.sim needs )(\w+)")
 
 
@@ -53,11 +49,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Never in CI, never in another selection: there everything is installed and everything must be imported."""
     if config.option.markexpr.strip() == "gpu" and not os.environ.get("CI"):
         config.pluginmanager.register(MissingExtras(), "missing-extras")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes first: begun last, one would keep a worker busy alone at the end."""
-    items.sort(key=lambda item: not item.nodeid.split("::")[0].endswith(LONG))
 
 
 def _installed(name: str) -> bool:
