@@ -6,6 +6,7 @@ import tyro
 
 from vivace.backends import on_device
 from vivace.check import results
+from vivace.check.hopper_run import Options
 from vivace.cli import bench as verb
 
 FAST = ("--samples", "6", "--warmup-seconds", "1", "--steps", "2")
@@ -173,3 +174,8 @@ def test_the_timers_events_are_on_the_engines_device(monkeypatch, checkpoint, vi
     code, _, _ = vivace("bench", checkpoint, "--engines", "eager", *FAST)
     assert code == 0
     assert seen == [torch.device("cpu")]
+
+
+def test_both_commands_of_the_full_size_benchmark_have_the_same_defaults():
+    for option in ("calls", "host_calls", "seconds"):
+        assert getattr(verb.PresetArgs(), option) == getattr(Options, option), option

@@ -140,6 +140,8 @@ def test_a_belt_that_is_the_tasks_own_is_no_other_condition(tmp_path):
     assert named.fits(Arm("conveyor"))
     assert not named.fits(Arm("conveyor", "middle"))
     assert stored.Rate("static", 80, 100).fits(Arm("static", "off"))
+    with pytest.raises(ConfigError, match="unknown belt speed 'warp'"):
+        stored.Rate("conveyor", 80, 100, belt="warp").fits(Arm("conveyor"))
     stored.write_rates(str(tmp_path), (own,))
     stored.write_rates(str(tmp_path), (named,))
     assert stored.read(str(tmp_path)).rates == (named,), "one rate for one condition"

@@ -57,6 +57,10 @@ class WarmUp:
     max_seconds: float = 120.0
 
 
+SHORT_WARM_UP = WarmUp(max_calls=40, max_seconds=20.0)
+"""For engines that were captured and checked before."""
+
+
 @dataclass(frozen=True)
 class EngineTimes:
     """Samples of one engine, milliseconds.

@@ -23,8 +23,6 @@ from ..errors import NumericsError
 from ..serving.protocol import pack, unpack
 from . import bench
 
-WARM_UP = bench.WarmUp(max_calls=40, max_seconds=20.0)
-
 
 class Bits:
     """Answers of each engine against those of its policy alone."""
@@ -55,7 +53,7 @@ def asked(
             connection.recv()  # the metadata, once
         times = bench.measure(
             {name: _round_trip(name, connection, request) for name, connection in open_to.items()}, samples=calls,
-            seed=seed, warmup=WARM_UP, stages=bits.stages,
+            seed=seed, warmup=bench.SHORT_WARM_UP, stages=bits.stages,
         )  # fmt: skip
     return {name: {"times": asdict(one), "same": bits.same[name], "of": bits.of[name]} for name, one in times.items()}
 

@@ -34,7 +34,7 @@ from .targets import Size
 
 LOWEST_COSINE = {"bfloat16": 0.999, "fp8": 0.9}
 """An engine below it computes something else and is not timed; how good FP8 is, the accuracy rows say."""
-WARM_UP = bench.WarmUp(max_calls=40, max_seconds=20.0)
+WARM_UP = bench.SHORT_WARM_UP
 WARM_REPLAYS = 5
 
 

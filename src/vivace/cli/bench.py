@@ -42,8 +42,8 @@ class PresetArgs:
     """rows, accuracy, rivals, soak, proof, memory, start; default: all."""
     calls: int = 1000
     """Calls of our engines at B0."""
-    host_calls: int = 200
-    """Calls of our engines at B1, B2 and B3; with 1000 not all phases fit into the time."""
+    host_calls: int = 1000
+    """Calls of our engines at B1, B2 and B3."""
     seconds: float = 1500.0
     """What would begin later is not run, and the result says so."""
 
@@ -61,7 +61,7 @@ class Args:
     path: tyro.conf.Positional[Path | None] = None
     """Checkpoint folder; none with --preset."""
     preset: Literal["hopper"] | None = None
-    """hopper: full-size pi0.5 with random weights on an NVIDIA GPU, all engines, boundaries and proofs; about 9 minutes."""
+    """hopper: full-size pi0.5 with random weights on an NVIDIA GPU, all engines, boundaries and proofs; 17 minutes."""
     engines: tuple[str, ...] = ("eager",)
     """BACKEND or BACKEND:PRECISION (a precision may be a plan file), by commas or spaces; the first is the baseline."""
     samples: int = 200

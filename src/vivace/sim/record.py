@@ -31,7 +31,7 @@ from ..errors import ConfigError, WorkerDied
 from .conveyor import VIEWS, ConveyorEnv
 from .expert import act, chunk
 from .orphans import begin_worker
-from .tasks import SPEEDS_M_S, task
+from .tasks import SPEEDS_M_S, belt_speed, task
 from .world import HISTORY_TICKS
 
 HOLD_TICKS = (1, 8)
@@ -57,9 +57,7 @@ class Source:
 
     def __post_init__(self) -> None:
         """Refuse what no environment has."""
-        task(self.task)
-        if self.belt and self.belt not in SPEEDS_M_S:
-            raise ConfigError(f"unknown belt speed {self.belt!r}", wanted=f"one of {sorted(SPEEDS_M_S)}")
+        belt_speed(self.task, self.belt)
         if self.episodes < 1:
             raise ConfigError(f"episodes of task {self.task}", got=self.episodes, wanted="at least 1")
         if self.way not in ("near", "coin"):

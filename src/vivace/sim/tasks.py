@@ -90,5 +90,10 @@ def task(name: str) -> Task:
 
 
 def belt_speed(name: str, belt: str | None) -> Range:
-    """Range of the belt's speed in this task, m/s: the named one, or the task's own where none is named."""
+    """Range of the belt's speed in this task, m/s: the named one, or the task's own where none is named.
+
+    Raises ConfigError for an unknown task or belt.
+    """
+    if belt and belt not in SPEEDS_M_S:
+        raise ConfigError(f"unknown belt speed {belt!r}", wanted=f"one of {sorted(SPEEDS_M_S)}")
     return SPEEDS_M_S[belt] if belt else task(name).belt_m_s
