@@ -177,6 +177,12 @@ def test_wrong_settings_are_named(folders, change, message):
         vivace.load_policy(folders["pi05"], config=EngineConfig(**change))
 
 
+def test_only_replayed_graphs_are_quick(policy, monkeypatch):
+    assert policy.quick is False
+    monkeypatch.setattr(policy.backend, "name", "cuda_graph")
+    assert policy.quick is True
+
+
 def test_warmup_runs_and_leaves_no_trace(policy):
     before = policy.infer(request_for(policy)).actions
     policy.warmup()

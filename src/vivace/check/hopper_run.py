@@ -19,6 +19,7 @@ from ..checkpoints.source import Checkpoint
 from ..config import ModelConfig
 from ..errors import VivaceError
 from ..model.pi import Pi
+from ..precision.coverage import RecordedOps
 from ..precision.plan import PrecisionPlan
 from ..robots.pipeline import RobotPipeline
 from ..robots.tokenizer import Tokenizer
@@ -141,6 +142,9 @@ class Run:
             self.engines[name] = make(OURS, self.base(), plan=plan)
         if (name, size) not in self.rehearsed:
             self.rehearsed.add((name, size))
+            ops = self.engines[name].model.ops
+            if isinstance(ops, RecordedOps):
+                ops.coverage.clear()  # from here on it holds this setting's graphs alone
             inputs = model_inputs(self.pipe(size), self.request(size), device=self.device)
             shape = (1, size.horizon, self.config.action_width)
             as_served(self.engines[name], inputs, noise(shape, seed=0, device=self.device))

@@ -23,7 +23,7 @@ class Rehearsed:
 
     def __init__(self, policy: Policy, request: Mapping[str, Any]) -> None:
         self._policy, self._request = policy, request
-        self.metadata = policy.metadata
+        self.metadata, self.quick = policy.metadata, policy.quick
 
     @property
     def engine(self) -> ResolvedEngine:

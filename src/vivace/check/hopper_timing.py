@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..precision.coverage import RecordedOps, fallbacks, grouped, summary
+from ..precision.coverage import NEVER_RAN, fallbacks, grouped, summary
 from ..runtime.coverage import record
 from ..types import ModelInputs
 from . import bench, hopper_estimate, hopper_proof, hopper_rows, hopper_served, targets
@@ -84,8 +84,6 @@ def _right(run: Run, size: Size, plan: Any, samples: hopper_proof.Samples) -> En
     name = name_of(plan)
     with guarded(run, "rows", f"{size.name} {name}"):
         engine = run.engine(plan, size)
-        if isinstance(engine.model.ops, RecordedOps):
-            engine.model.ops.coverage.clear()  # so that it holds this setting's graph alone
         actions = engine.backend.infer(samples.inputs[0], samples.noise[0, :1])
         reason = hopper_rows.wrong(engine, actions[0], run.truth[size.name][0, 0])
         if reason is None:
@@ -104,7 +102,7 @@ def _covered(run: Run, size: Size, engine: Engine, samples: hopper_proof.Samples
     run.add("coverage", {
         "setting": size.name, "engine": engine.name, "precision": engine.precision, "summary": summary(table),
         "parts": parts, "kernels": engine.backend.describe().get("kernels", {}), "by_torch": by_torch,
-        "targets": [targets.at_most("layers that did not run as the plan says", len(fell), 0)],
+        "targets": targets.of_coverage(ran=sum(row.kernel != NEVER_RAN for row in table), fell=len(fell)),
     })  # fmt: skip
     run.tell(
         f"coverage {size.name} {engine.name}: {len(fell)} fallbacks, plain torch: {', '.join(by_torch) or 'nothing'}"

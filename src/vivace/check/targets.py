@@ -147,6 +147,14 @@ def of_two_calls(*, same: int, of: int) -> Target:
     return holds("observations in which infer, with and without look, has the bits of denoise(prefill)", same, of)
 
 
+def of_coverage(*, ran: int, fell: int) -> list[Target]:
+    """Marks of a coverage row: something was written down, and nothing ran otherwise than the plan says."""
+    return [
+        at_least("operations that were seen to run", ran, 1),
+        at_most("layers that did not run as the plan says", fell, 0),
+    ]
+
+
 def of_proof(row: Mapping[str, Any]) -> list[Target]:
     """Marks of a proof row: every change moved the actions and back, and poisoned memory changed nothing."""
     parts = [value for part in ("fresh", "fresh_policy") for value in row.get(part, {}).values()]

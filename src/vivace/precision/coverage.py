@@ -42,6 +42,8 @@ LINEARS = (
 NORMS = ("layer_norm", "rms_norm")
 E4M3 = "e4m3"
 BOUNDARY = "step_boundary"
+NEVER_RAN = "none"
+"""Kernel of a layer that the plan quantises and that was not seen."""
 
 
 @dataclass
@@ -144,7 +146,7 @@ def rows(
     return (
         *found,
         *(
-            Row(name, "linear", "none", "none", 0.0, 0.0, f"the plan says {plan.format_of(name)}, it never ran")
+            Row(name, "linear", NEVER_RAN, "none", 0.0, 0.0, f"the plan says {plan.format_of(name)}, it never ran")
             for name in silent
             if plan is not None
         ),

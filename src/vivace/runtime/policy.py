@@ -61,6 +61,11 @@ class Policy:
         """What a client is told when it connects: the embodiment's metadata."""
         return dict(self.io.embodiment.metadata)
 
+    @property
+    def quick(self) -> bool:
+        """Whether every answer takes about the same few milliseconds, on any thread: replays of graphs do."""
+        return self.backend.name == "cuda_graph"
+
     def prepare(self, request: Request) -> PreparedObservation:
         """Robot data to model space (host). Raises ObservationError naming the key that does not fit."""
         return self.pipeline.prepare(request)

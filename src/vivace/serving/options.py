@@ -20,6 +20,8 @@ class ServerOptions:
     max_waiting        requests in line for the policy; one more is answered with an error frame
     send_timeout_s     a client that does not read its answer for this long is cut off
     ping_interval_s    keepalive; a client that does not answer for another such time is cut off. None = off
+    inline_below_ms    a `quick` policy's answers to the only client are computed on the event loop, as long as the last
+                       one took less than this: two threads fewer on the way. 0 = never
     shutdown_grace_s   how long a clean stop waits for requests in flight
     allowed_origins    browsers that may connect (Origin header); programs send none and are always allowed
     debug              error frames carry a traceback
@@ -34,6 +36,7 @@ class ServerOptions:
     max_waiting: int = 64
     send_timeout_s: float = 10.0
     ping_interval_s: float | None = 20.0
+    inline_below_ms: float = 50.0
     shutdown_grace_s: float = 30.0
     allowed_origins: tuple[str, ...] = ()
     debug: bool = False
@@ -48,6 +51,8 @@ class ServerOptions:
         for name in ("max_message_bytes", "max_fragments", "max_connections", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} cannot be used", got=getattr(self, name), wanted="at least 1")
+        if not self.inline_below_ms >= 0:
+            raise ConfigError("inline_below_ms cannot be used", got=self.inline_below_ms, wanted="0 (never) or more")
         for name in ("send_timeout_s", "shutdown_grace_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} cannot be used", got=getattr(self, name), wanted="more than 0 seconds")

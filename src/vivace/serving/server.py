@@ -1,8 +1,8 @@
 """A policy server that openpi's clients speak to without a change.
 
-What openpi's own server lacks, and this one has: inference off the event loop (pings and other clients go on), warm-up
-before the port opens, a fair line for several clients, bounds on everything a client can send, answers for what is in
-flight when it stops, and no address but loopback unless told so.
+What openpi's own server lacks, and this one has: inference off the event loop wherever somebody would wait for it (pings
+and other clients go on; decision 0012), warm-up before the port opens, a fair line for several clients, bounds on all that
+a client can send, answers for what is in flight when it stops, and no address but loopback unless told so.
 
     GET /healthz   200, OK and a newline      GET /metrics   Prometheus text      anything else is upgraded to a websocket
 
@@ -45,6 +45,9 @@ class ServedPolicy(Protocol):
 
     metadata  sent to every client, plain Python values and arrays
     engine    what runs, sent to every client under the key "vivace"
+
+    It may also say `quick = True`: an answer takes milliseconds, and `infer` may be called from any thread, one at a time
+    (`ServerOptions.inline_below_ms`).
     """
 
     @property
@@ -54,7 +57,7 @@ class ServedPolicy(Protocol):
     def engine(self) -> ResolvedEngine: ...  # noqa: D102
 
     def infer(self, request: Mapping[str, Any], /) -> ActionChunk:
-        """Answer one observation; called from one thread only. Must not depend on earlier requests."""
+        """Answer one observation, not depending on earlier ones; one call at a time, from one thread unless `quick`."""
         ...
 
     def warmup(self) -> None:
@@ -217,6 +220,7 @@ class PolicyServer:
             worker=self._worker,
             metrics=self.metrics,
             options=self.options,
+            alone=self._alone,
         )
         self._sessions.add(session)
         self.metrics.opened()
@@ -225,6 +229,11 @@ class PolicyServer:
         finally:
             self._sessions.discard(session)
             self.metrics.closed()
+
+    def _alone(self) -> bool:
+        """Whether the policy is quick, its only client asks, and the worker does nothing, not even for one that left."""
+        quick, worker = bool(getattr(self._policy, "quick", False)), self._worker
+        return quick and len(self._sessions) == 1 and worker is not None and worker.idle
 
     def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answer plain HTTP paths and refused handshakes; None = go on to the websocket."""

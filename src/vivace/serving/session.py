@@ -4,7 +4,8 @@
     client -> observation      server -> result        binary, strictly in turn
                                server -> error text    then close 1011: the connection is dead, as in openpi
 
-A session waits for its own client only: everything it sends has a deadline, everything it computes is done by the worker.
+A session waits for its own client only: everything it sends has a deadline, everything it computes is done by the worker,
+but for the answers of a quick policy to the only client there is.
 It owns no state beyond the duration of the last request.
 Source: openpi src/openpi/serving/websocket_policy_server.py.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -30,7 +32,7 @@ from .options import ServerOptions
 from .protocol import pack, unpack
 from .results import result_of
 from .scan import Limits
-from .worker import Job, Outcome, Worker
+from .worker import Job, Outcome, Worker, outcome_of
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,10 @@ class BoundedConnection(ServerConnection):
 
 
 class Session:
-    """Serves one connection; see the module text."""
+    """Serves one connection; see the module text.
+
+    alone  whether a call on the event loop would keep nobody else waiting
+    """
 
     def __init__(
         self,
@@ -87,9 +92,11 @@ class Session:
         worker: Worker,
         metrics: ServerMetrics,
         options: ServerOptions,
+        alone: Callable[[], bool],
     ) -> None:
         self._connection, self._infer, self._greeting = connection, infer, greeting
-        self._worker, self._metrics, self._options = worker, metrics, options
+        self._worker, self._metrics, self._options, self._alone = worker, metrics, options, alone
+        self._last_infer_ms = math.inf
         self._busy = False
         self._stopping = False
         self._prev_total_ms: float | None = None
@@ -129,7 +136,7 @@ class Session:
         started_s = time.perf_counter()
         try:
             request = self._decode(frame)
-            outcome = await self._wait(self._worker.submit(lambda: self._answer(request)), gone)
+            outcome = await self._computed(request, gone)
             if outcome.value is None:
                 await self._fail(outcome.error or NumericsError("worker returned nothing", wanted="an Answer"))
                 return False
@@ -139,13 +146,20 @@ class Session:
             await self._fail(error)
             return False
         await self._send(outcome.value.frame)
-        total_s = time.perf_counter() - started_s
+        total_s, self._last_infer_ms = time.perf_counter() - started_s, outcome.value.infer_ms
         self._prev_total_ms = total_s * 1e3
         self._metrics.answered(total_s=total_s, infer_s=outcome.value.infer_ms / 1e3, wait_s=outcome.wait_ms / 1e3)
+        await asyncio.sleep(0)  # a client that sends ahead must not keep the loop from everything else
         return True
 
+    async def _computed(self, request: Mapping[str, Any], gone: asyncio.Future[None]) -> Outcome[Answer]:
+        """By the worker, or here and now: each thread that has to wake costs a robot about a tenth of a millisecond."""
+        if self._last_infer_ms < self._options.inline_below_ms and self._alone():
+            return outcome_of(lambda: self._answer(request), submitted_s=time.perf_counter())
+        return await self._wait(self._worker.submit(lambda: self._answer(request)), gone)
+
     def _answer(self, request: Mapping[str, Any]) -> Answer:
-        """On the worker's thread: infer, and encode there too, where the processor is awake and its caches are warm."""
+        """Infer, and encode on the same thread, where the processor is awake and its caches are warm."""
         started_s = time.perf_counter()
         chunk = self._infer(request)
         infer_ms = (time.perf_counter() - started_s) * 1e3

@@ -1,7 +1,8 @@
 """One thread that runs the policy, and the order in which waiting clients get it.
 
 The event loop must stay free to answer pings and handshakes, and a GPU serves one inference at a time; so there is exactly
-one worker thread, which also does the warm-up (captured graphs and inference mode belong to a thread).
+one worker thread, which also does the warm-up. Only where nobody else can be kept waiting does a session compute by itself
+(`Session`, decision 0012).
 
 Fairness: a connection has at most one request here, so the plain order of arrival *is* round-robin over the connections
 that wait. A client that asks again goes to the end of the line; nobody is served twice while another waits.
@@ -49,7 +50,7 @@ class Worker:
         self._max_waiting = max_waiting
         self._line: deque[Job[Any]] = deque()
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = self._running = False
         self._thread = threading.Thread(target=self._work, name="vivace-inference", daemon=True)
         self._thread.start()
 
@@ -57,6 +58,12 @@ class Worker:
     def waiting(self) -> int:
         """Jobs in line, without the one that runs."""
         return len(self._line)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        with self._changed:
+            return not self._running and not self._line
 
     def submit(self, call: Callable[[], Result]) -> Job[Result]:
         """Put a call at the end of the line; from a running event loop. Raises Overloaded when the line is full."""
@@ -98,21 +105,28 @@ class Worker:
 
     def _next(self) -> Job[Any] | None:
         with self._changed:
+            self._running = False
             while not self._line and not self._stopping:
                 self._changed.wait()
+            self._running = bool(self._line)
             return self._line.popleft() if self._line else None
+
+
+def outcome_of(call: Callable[[], Result], *, submitted_s: float) -> Outcome[Result]:
+    """Run `call` on this thread. Raises nothing."""
+    started_s = time.perf_counter()
+    value, error = None, None
+    try:
+        value = call()
+    except BaseException as raised:  # server edge: even a SystemExit inside a policy must not end the server's thread
+        error = raised
+    ended_s = time.perf_counter()
+    return Outcome(value, error, (ended_s - started_s) * 1e3, (started_s - submitted_s) * 1e3)
 
 
 def _run(job: Job[Any]) -> None:
     """Run one job and hand its outcome to the loop that waits for it."""
-    started_s = time.perf_counter()
-    value, error = None, None
-    try:
-        value = job.call()
-    except BaseException as raised:  # server edge: even a SystemExit inside a policy must not end the only worker
-        error = raised
-    ended_s = time.perf_counter()
-    outcome = Outcome(value, error, (ended_s - started_s) * 1e3, (started_s - job.submitted_s) * 1e3)
+    outcome = outcome_of(job.call, submitted_s=job.submitted_s)
     try:
         job.loop.call_soon_threadsafe(_deliver, job.future, outcome)
     except RuntimeError:  # the loop was closed by a forced shutdown: nobody waits any more
