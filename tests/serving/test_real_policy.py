@@ -55,7 +55,7 @@ def test_graphs_recorded_on_one_thread_answer_alike_on_two():
     """One client is answered on the event loop, two by the worker; also a bucket that the warm-up did not record."""
     config = EngineConfig(backend="cuda_graph", device="cuda", precision="bfloat16+vision")
     policy = vivace.load_policy("conveyor-small", config=config)
-    requests = observations.synthetic(policy.io, 4, seed=3)
+    requests = observations.synthetic(policy.io, 4, seed=3, prepare=policy.prepare)
     threads = []
 
     class Watched:
