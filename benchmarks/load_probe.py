@@ -1,6 +1,6 @@
 """Loads a full-size pi0.5 onto a GPU and reports how much host memory that took, then runs it once per backend.
 
-    python benchmarks/load_probe.py make FOLDER     write a random full-size checkpoint (6.7 GB, bfloat16)
+    python benchmarks/load_probe.py make FOLDER     write a random full-size checkpoint (8.3 GB, bfloat16)
     python benchmarks/load_probe.py load FOLDER     load it in a fresh process; prints one JSON line
 
 The bound (issue: largest tensor + 1 GB): the embedding table is the largest tensor, 257152 x 2048.

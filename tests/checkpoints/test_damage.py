@@ -56,7 +56,7 @@ def test_trailing_bytes(folder):
 def test_truncated_after_opening(folder):
     checkpoint = open_checkpoint(folder)
     file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-5_000])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])  # its end is of tensors that nothing reads
     with pytest.raises(CheckpointError, match="ended inside tensor"):
         read_all(checkpoint)
 

@@ -146,7 +146,8 @@ def test_which_lerobot_wrote_it(made, rewritten, both_embeddings, relative_step,
     embed = prefix + "model.language_model.embed_tokens.weight"
 
     def change(tensors):
-        return {**tensors, prefix + "lm_head.weight": tensors[embed] + 1} if both_embeddings else tensors
+        others = {key: tensor for key, tensor in tensors.items() if key != prefix + "lm_head.weight"}
+        return {**others, prefix + "lm_head.weight": tensors[embed] + 1} if both_embeddings else others
 
     folder = rewritten(change, format="lerobot")
     if not relative_step:

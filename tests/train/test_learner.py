@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +196,10 @@ def test_the_exported_policy_is_the_trained_network(frames, blob, tmp_path):
             assert any(torch.allclose(served, image, atol=1e-6) for image in undimmed), "training sees other pixels"
             assert policy.checkpoint.rtc.training_max_delay == 2
             assert policy.checkpoint.num_denoise_steps == 3
+            own = json.loads((tmp_path / form / "vivace.json").read_text())
+            assert own == {"vision_num_attention_heads": 2, "rtc_training_max_delay": 2}
+            config = json.loads((tmp_path / form / "config.json").read_text())
+            assert not own.keys() & config.keys(), "LeRobot refuses fields that it does not know"
     images = torch.from_numpy(np.stack(list(views.values()))).permute(0, 3, 1, 2)[None].float() / 255 * 2 - 1
     inputs = objective.ModelInputs(images=images, tokens=frames.tokens[2:3])
     model = one.average

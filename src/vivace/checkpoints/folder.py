@@ -14,6 +14,8 @@ from .source import listing
 MAX_JSON_BYTES = 64 << 20
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OWN_SETTINGS = "vivace.json"
+"""What vivace must know and LeRobot's config.json has no field for: LeRobot refuses a file with fields it does not know."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -27,6 +29,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"cannot use {file}", got=f"a JSON {type(value).__name__}", wanted="a JSON object")
     return value
+
+
+def settings_with(folder: Path, key: str) -> tuple[dict[str, Any], Path]:
+    """The settings that say `key`, and their file: config.json where it does (older folders), else vivace.json if there."""
+    file = folder / "config.json"
+    config = read_json(file)
+    own = folder / OWN_SETTINGS
+    return (read_json(own), own) if key not in config and own.is_file() else (config, file)
 
 
 def has_weights(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, Unsupported
 from . import names
 from .dialects import Translated, translate
-from .folder import as_flag, as_table, read_json, read_weights, whole
+from .folder import as_flag, as_table, read_json, read_weights, settings_with, whole
 from .lerobot_robot import RELATIVE_STEPS, Processors, read_processors, robot_facts
 from .settings import Asked, LeRobotVersion, choose_horizon, declared_dtype, positive
 from .source import Checkpoint, RtcFacts
@@ -34,8 +34,9 @@ def open_lerobot(folder: Path, asked: Asked) -> Checkpoint:
     found = translate(read_weights(folder), where=str(folder))
     processors = read_processors(folder)
     version, notes = _version(asked.lerobot_version, processors, found)
+    own, own_file = settings_with(folder, "vision_num_attention_heads")
     hints = names.Hints(
-        vision_heads=asked.vision_heads or whole(config, "vision_num_attention_heads", where=file),
+        vision_heads=asked.vision_heads or whole(own, "vision_num_attention_heads", where=own_file),
         num_heads=asked.num_heads,
         head_dim=asked.head_dim,
     )
@@ -54,7 +55,7 @@ def open_lerobot(folder: Path, asked: Asked) -> Checkpoint:
         tensors=names.in_order(found.tensors, model),
         dead=found.dead,
         notes=(*found.notes, *notes, *horizon_notes, *robot.notes),
-        rtc=_rtc(config, file),
+        rtc=_rtc(config, folder),
         num_denoise_steps=whole(config, "num_inference_steps", where=file),
         guesses=guesses,
     )
@@ -127,8 +128,14 @@ def _check_agreement(config: dict[str, Any], model: ModelConfig, file: Path) -> 
         )
 
 
-def _rtc(config: dict[str, Any], file: Path) -> RtcFacts | None:
-    trained = config.get("rtc_training_max_delay") or 0
+def _rtc(config: dict[str, Any], folder: Path) -> RtcFacts | None:
+    file = folder / "config.json"
+    own, own_file = settings_with(folder, "rtc_training_max_delay")
+    trained = own.get("rtc_training_max_delay") or 0
+    if isinstance(trained, bool) or not isinstance(trained, int) or trained < 0:
+        raise CheckpointError(
+            f"{own_file}: rtc_training_max_delay cannot be used", got=repr(trained)[:60], wanted=">= 0"
+        )
     if config.get("rtc_config") is None and not trained:
         return None
     table = as_table(config.get("rtc_config"), f"{file}: rtc_config")
@@ -146,7 +153,7 @@ def _rtc(config: dict[str, Any], file: Path) -> RtcFacts | None:
             schedule=schedule,
             max_guidance=float(table.get("max_guidance_weight", 10.0)),
             execution_horizon=int(table.get("execution_horizon", 10)),
-            training_max_delay=int(trained),
+            training_max_delay=trained,
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{file}: rtc_config cannot be used", got=str(error)[:100]) from error

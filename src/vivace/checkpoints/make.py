@@ -19,19 +19,15 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import ConfigError
 from ..types import PolicyKind
-from .dialects import written_key
 from .make_settings import Dtype, Robot, openpi_config, write_json, write_lerobot_settings, write_norm_stats
 from .names import expected_shapes
 from .random_values import random_blocks
-from .safetensors_io import write_safetensors
 from .sizes import Size, network
 from .toy_tokenizer import train_toy_tokenizer
+from .written import write_weights
 
 Format = Literal["lerobot", "openpi", "jax"]
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
-PREFIX_NORM = "paligemma_with_expert.paligemma.model.language_model.norm.weight"
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Recipe:
     """What to write; the text under each field is also the help of `vivace make-checkpoint`."""
 
     size: Size = "tiny"
-    """tiny: unit tests; small: CPU demos; base: 0.3 B; full: the real pi0 / pi0.5 dimensions, 6.7 GB in bfloat16."""
+    """tiny: unit tests; small: CPU demos; base: 0.3 B; full: the real pi0 / pi0.5 dimensions (bfloat16: 8.3 GB)."""
     kind: PolicyKind = "pi05"
     """Which policy."""
     format: Format = "lerobot"
@@ -95,7 +91,10 @@ def make_checkpoint(
 
         write_params(out / "params", model, dtype=TORCH_DTYPES[recipe.dtype], values=values, progress=progress)
     else:
-        _write_weights(out / "model.safetensors", recipe, values=values, progress=progress)
+        write_weights(
+            out / "model.safetensors", model, format=recipe.format, dtype=TORCH_DTYPES[recipe.dtype], values=values,
+            progress=progress,
+        )  # fmt: skip
     _write_settings(out, recipe)
     return model
 
@@ -121,31 +120,6 @@ def _write_settings(out: Path, recipe: Recipe) -> None:
     if recipe.tokenizer:
         (out / "tokenizer").mkdir()
         (out / "tokenizer" / "tokenizer.model").write_bytes(train_toy_tokenizer(model.vocab_size))
-
-
-def _write_weights(
-    file: Path, recipe: Recipe, *, values: Callable[[str], Iterator[Tensor]], progress: Callable[[int], None]
-) -> None:
-    """model.safetensors; openpi stores the tied table as lm_head and notes the alias, LeRobot stores embed_tokens."""
-    dtype, lerobot, model = TORCH_DTYPES[recipe.dtype], recipe.format == "lerobot", recipe.model()
-    shapes = expected_shapes(model)
-    prefix = "model." if lerobot else ""
-    keys = {
-        name: prefix + (LM_HEAD if written_key(name) == EMBEDDING and not lerobot else written_key(name))
-        for name in shapes
-    }
-    entries = [(keys[name], dtype, shape) for name, shape in shapes.items()]
-    entries.append((prefix + PREFIX_NORM, dtype, (model.prefix.width,)))  # dead, but the originals have it
-
-    def blocks() -> Iterator[Tensor]:
-        for name in shapes:
-            for block in values(name):
-                yield block.to(dtype)
-                progress(block.numel())
-        yield torch.zeros(model.prefix.width, dtype=dtype)
-
-    metadata = {"format": "pt"} if lerobot else {EMBEDDING: LM_HEAD}
-    write_safetensors(file, entries, blocks=blocks(), metadata=metadata)
 
 
 def _check(recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
+from .folder import OWN_SETTINGS
 from .safetensors_io import write_safetensors
 
 Robot = Literal["libero", "droid", "aloha"]
@@ -60,7 +61,7 @@ def write_lerobot_settings(
     seed: int,
     tokenizer: bool,
 ) -> None:
-    """config.json, both processor files and their statistics."""
+    """config.json, both processor files and their statistics, and vivace.json for what LeRobot has no field for."""
     size = [model.vision.image_size] * 2
     visual = {f"observation.images.{name}": {"type": "VISUAL", "shape": [3, *size]} for name in cameras}
     inputs = {**visual, "observation.state": {"type": "STATE", "shape": [state_dim]}}
@@ -69,12 +70,13 @@ def write_lerobot_settings(
     modes = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
     features = {"input_features": inputs, "output_features": outputs, "normalization_mapping": modes}
     write_json(folder / "config.json", {**_lerobot_config(model, dtype), **features})
+    write_json(folder / OWN_SETTINGS, {"vision_num_attention_heads": model.vision.num_heads})
     _write_processors(folder, model.kind, features=features, tokenizer=tokenizer)
     _write_state_files(folder, model.kind, state_dim=state_dim, action_dim=action_dim, seed=seed)
 
 
 def _lerobot_config(model: ModelConfig, dtype: Dtype) -> dict[str, Any]:
-    """What is the same for every robot; `vision_num_attention_heads` is our addition, which LeRobot tolerates."""
+    """What is the same for every robot. Only fields of LeRobot's own: it refuses a config.json with any other."""
     return {
         "type": model.kind,
         "n_obs_steps": 1,
@@ -94,7 +96,6 @@ def _lerobot_config(model: ModelConfig, dtype: Dtype) -> dict[str, Any]:
         "image_resolution": [model.vision.image_size] * 2,
         "empty_cameras": 0,
         "tokenizer_max_length": PROMPT_TOKENS[model.kind],
-        "vision_num_attention_heads": model.vision.num_heads,
     }
 
 

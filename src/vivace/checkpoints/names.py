@@ -194,7 +194,7 @@ def _vision_heads(width: int, told: int | None, *, where: str) -> int:
         f"{where}: the number of vision heads cannot be told from the tensors",
         got=f"vision width {width}" + (f" and {told} heads" if told else ", which is no multiple of SigLIP's 72"),
         wanted="a divisor of the width",
-        do="pass vision_heads (--vision-heads), or add vision_num_attention_heads to config.json",
+        do="pass vision_heads (--vision-heads), or add vision_num_attention_heads to vivace.json (openpi: config.json)",
     )
 
 

@@ -6,7 +6,6 @@ and values exist in the network; the formats want the rest of it too, so it is s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import make_settings
-from ..checkpoints.dialects import written_key
-from ..checkpoints.folder import read_json
-from ..checkpoints.make import EMBEDDING, LM_HEAD, PREFIX_NORM, TORCH_DTYPES, Format
+from ..checkpoints.folder import OWN_SETTINGS, read_json
+from ..checkpoints.make import TORCH_DTYPES, Format
 from ..checkpoints.names import expected_shapes
 from ..checkpoints.safetensors_io import write_safetensors
+from ..checkpoints.written import write_weights
 from ..errors import ConfigError
 from ..model.pi import Pi
 from ..model.weights import slots
@@ -57,7 +56,10 @@ def export(out: Path, trained: Trained, *, format: Format = "lerobot") -> None:
             values=lambda name: iter([tensor(trained.model, name)]), progress=lambda count: None,
         )  # fmt: skip
     else:
-        _weights(out / "model.safetensors", trained, lerobot=format == "lerobot")
+        write_weights(
+            out / "model.safetensors", trained.model.config, format=format, dtype=TORCH_DTYPES[trained.dtype],
+            values=lambda name: iter([tensor(trained.model, name)]),
+        )  # fmt: skip
     if format == "lerobot":
         _lerobot_settings(out, trained)
     else:
@@ -77,25 +79,6 @@ def tensor(model: Pi, name: str) -> Tensor:
     return rows.detach().float().cpu().reshape(shape)
 
 
-def _weights(file: Path, trained: Trained, *, lerobot: bool) -> None:
-    dtype, model = TORCH_DTYPES[trained.dtype], trained.model
-    prefix = "model." if lerobot else ""
-    keys = {name: prefix + written_key(name) for name in expected_shapes(model.config)}
-    if not lerobot:  # openpi stores the tied table once, as the head
-        keys = {name: LM_HEAD if key == EMBEDDING else key for name, key in keys.items()}
-    entries = [(keys[name], dtype, shape) for name, shape in expected_shapes(model.config).items()]
-    entries.append((prefix + PREFIX_NORM, dtype, (model.config.prefix.width,)))
-
-    def blocks() -> Iterator[Tensor]:
-        for name in keys:
-            yield tensor(model, name).to(dtype)
-        yield torch.zeros(model.config.prefix.width, dtype=dtype)
-
-    write_safetensors(
-        file, entries, blocks=blocks(), metadata={"format": "pt"} if lerobot else {EMBEDDING: LM_HEAD}
-    )  # fmt: skip
-
-
 def _lerobot_settings(out: Path, trained: Trained) -> None:
     state, action = _arrays(trained.state), _arrays(trained.action)
     make_settings.write_lerobot_settings(
@@ -105,8 +88,10 @@ def _lerobot_settings(out: Path, trained: Trained) -> None:
     config = read_json(out / "config.json")
     config["num_inference_steps"] = trained.num_denoise_steps
     config["tokenizer_max_length"] = trained.max_tokens
-    config["rtc_training_max_delay"] = trained.max_committed
     make_settings.write_json(out / "config.json", config)
+    if trained.max_committed:
+        own = read_json(out / OWN_SETTINGS)
+        make_settings.write_json(out / OWN_SETTINGS, {**own, "rtc_training_max_delay": trained.max_committed})
     processor = read_json(out / "policy_preprocessor.json")
     for step in processor["steps"]:
         if step["registry_name"] == "tokenizer_processor":
