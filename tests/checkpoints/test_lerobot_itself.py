@@ -8,6 +8,7 @@ How to run this: docs/guides/training.md.
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,8 @@ FOLDERS = {
     "tiny, stored as bfloat16": lambda folder: make_checkpoint(folder, Recipe(dtype="bfloat16", horizon=10)),
     "small": lambda folder: make_checkpoint(folder, Recipe(size="small", cameras=("a", "b", "c"))),
     "small pi0": lambda folder: make_checkpoint(folder, Recipe(size="small", kind="pi0", horizon=16)),
-    "conveyor-small": lambda folder: trained(folder, dtype="bfloat16"),
+    "conveyor-small": lambda folder: shutil.copytree(bundled.POLICIES / "conveyor-small", folder),
+    "conveyor-small, exported again": lambda folder: trained(folder, dtype="bfloat16"),
 }
 
 
