@@ -1,6 +1,7 @@
 """Boundary B3: a client in another process, its bits and its errors."""
 
 import subprocess
+import threading
 import time
 
 import numpy as np
@@ -24,11 +25,13 @@ class Answers:
 
     metadata, engine = {}, ENGINE
 
-    def __init__(self, *values, refuses_after=10**9):
-        self.values, self.asked, self.refuses_after = list(values), [], refuses_after
+    def __init__(self, *values, refuses_after=10**9, quick=False):
+        self.values, self.asked, self.refuses_after, self.quick = list(values), [], refuses_after, quick
+        self.threads = []
 
     def infer(self, request):
         self.asked.append(request)
+        self.threads.append(threading.current_thread().name)
         if len(self.asked) > self.refuses_after:
             raise ObservationError("no text")
         time.sleep(0.005)
@@ -56,6 +59,14 @@ def test_round_trips_hold_the_inference_and_every_answer_is_compared():
     sent = steady.asked[-1]
     assert sent["prompt"] == "push"
     assert np.array_equal(sent["image"], REQUEST["image"])
+
+
+def test_quick_policies_are_served_as_they_are_to_robots():
+    policies = {"quick": Answers(1.0, quick=True), "not": Answers(1.0)}
+    alone = dict.fromkeys(policies, np.ones((5, 3), np.float32))
+    hopper_served.round_trips(policies, REQUEST, alone, calls=3)
+    assert policies["quick"].threads[-1] == "vivace-serving", "the event loop's"
+    assert set(policies["not"].threads) == {"vivace-inference"}
 
 
 def test_a_client_that_fails_says_why():
