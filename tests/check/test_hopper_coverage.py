@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vivace.check import bench, hopper, hopper_engines, hopper_rows, hopper_run, targets
+from vivace.check import bench, hopper, hopper_engines, hopper_rows, hopper_run
+from vivace.errors import ConfigError
 from vivace.precision.coverage import Coverage
 
 ARGUMENTS = ("--network", "tiny", "--device", "cpu", "--observations", "1", "--draws", "1", "--calibration", "1",
@@ -54,6 +55,7 @@ def document(tmp_path_factory):
 
 def test_coverage_is_that_of_the_rehearsed_graphs(document):
     assert len(document["coverage"]) == 6, "two engines in three settings, the last of which nobody rehearses"
+    assert document["finished"]
     for row in document["coverage"]:
         assert row["summary"]["operations"] > 30
         assert not row["summary"]["fallbacks"]
@@ -68,7 +70,8 @@ def test_each_settings_coverage_is_its_own(document):
     }  # fmt: skip
 
 
-def test_a_record_in_which_nothing_ran_is_no_pass():
-    assert [mark.must_met for mark in targets.of_coverage(ran=0, fell=0)] == [False, True]
-    assert [mark.must_met for mark in targets.of_coverage(ran=9, fell=1)] == [True, False]
-    assert all(mark.must_met for mark in targets.of_coverage(ran=9, fell=0))
+def test_settings_that_share_graphs_are_refused(tmp_path):
+    """The second one's would not be captured again, so nothing would be seen of it."""
+    given = hopper.parser().parse_args(["--out", str(tmp_path / "h.json"), "--settings", "1,48,50;2,40,10;1,33,50"])
+    with pytest.raises(ConfigError, match="1,48,50 and 1,33,50"):
+        hopper.run(hopper.options_of(given), device="cpu")

@@ -77,7 +77,8 @@ BAD = {
     "soak, bits": ("soak", targets.of_soak(tail=1.0, allocated_growth=0, reserved_growth=0, same=8, checks=9)),
     "start, warm": ("start", [targets.of_start("warm", every_bucket_s=30.5)]),
     "start, cold": ("start", [targets.of_start("cold", every_bucket_s=121.0)]),
-    "coverage": ("coverage", [targets.at_most("layers that did not run as the plan says", 1, 0)]),
+    "coverage, a fallback": ("coverage", targets.of_coverage(ran=300, fell=1)),
+    "coverage, nothing seen": ("coverage", targets.of_coverage(ran=0, fell=0)),
 }  # fmt: skip
 
 
@@ -105,6 +106,11 @@ def test_good_rows_of_all_tables_pass():
 def test_what_was_not_run_fails_a_result_unless_it_can_never_run():
     assert not targets.passed({"not_run": [{"phase": "rivals", "what": "x", "why": "not asked for"}]})
     assert targets.passed({"not_run": [{"phase": "rivals", "what": "x", "why": "not here", "informational": True}]})
+
+
+def test_a_run_that_was_ended_from_outside_has_not_passed():
+    assert not targets.passed({"not_run": [], "finished": False})
+    assert targets.passed({"not_run": [], "finished": True})
 
 
 def test_settings_are_read_and_nonsense_is_refused():

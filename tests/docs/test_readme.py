@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from vivace.check.targets import SIZES
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -149,7 +151,8 @@ def test_figures_in_the_text_are_the_results_own():
     failed = [mark for mark in check["marks"] if not mark["passed"]]
     for plan in ("bf16", "fp8-mlp", "fp8-full"):
         assert load(f"check-full-size-{plan}-h200-2026-11-30.json")["passed"]
-    assert len(load("check-full-size-fp8-full-h200-2026-11-30.json")["marks"]) == 136
+    for plan in ("fp8-mlp", "fp8-full"):
+        assert len(load(f"check-full-size-{plan}-h200-2026-11-30.json")["marks"]) == 136
     assert "masks are read" in newer["setup"]["graphs"]
     assert all(row["informational"] or "not asked for" in row["why"] for row in newer["not_run"])
     assert all(line.startswith("3,") and " B3: B3 - B2" in line for line in newer["missed"]), "one mark, three views"
@@ -158,7 +161,9 @@ def test_figures_in_the_text_are_the_results_own():
     assert newer["soak"][0]["checks"] == {"same": 200, "of": 200, "output_poisoned": True}
     assert all("look, infer" in row["poisoned"]["ways"] and row["passed"] for row in newer["proof"])
     rivals = [load(f"hopper-rivals-{one}h200-2026-11-30.json") for one in ("", "3-16-50-", "2-48-10-")]
-    assert [(one["passed"], len(one["accuracy"])) for one in rivals] == [(True, 5), (True, 1), (True, 1)]
+    timed = [[row["setting"] for row in one["rows"] if row["engine"] == "compiled graph"] for one in rivals]
+    assert timed == [[*SIZES], ["3,16,50"], ["2,48,10"]]
+    assert [one["missed"] for one in rivals] == [[], [], []]
     stretch = {
         row["setting"]
         for row in newer["rows"] for mark in row["targets"] if mark["stretch_met"] and mark["stretch"] is not None

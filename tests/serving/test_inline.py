@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vivace.errors import ConfigError
-from vivace.serving import serve_in_thread
+from vivace.serving import serve_in_thread, thread
 from vivace.serving.options import ServerOptions
 from vivace.types import ActionChunk
 
@@ -115,6 +115,52 @@ def test_an_error_on_the_event_loop_is_told_and_ends_only_its_connection(
         assert client.socket.recv(timeout=20).startswith(type(error).__name__)
         assert open_client(handle.port).ask({})["actions"].shape == (10, 7)
     assert ran[:2] == ["vivace-inference", "vivace-serving"]
+
+
+def test_a_person_who_interrupts_is_not_an_error_of_the_policy(
+    digest_policy: Any, open_client: Callable[..., Any]
+) -> None:
+    """On a program's main thread that is how Ctrl-C arrives; here it ends the thread with the event loop."""
+    policy, _ = quick(digest_policy)
+    answers = policy.infer
+
+    def infer(request: Mapping[str, Any]) -> ActionChunk:
+        if "interrupt" in request:
+            raise KeyboardInterrupt
+        chunk: ActionChunk = answers(request)
+        return chunk
+
+    policy.infer, seen = infer, threading.excepthook
+    threading.excepthook = lambda args: None
+    try:
+        with serve_in_thread(policy) as handle:
+            client = open_client(handle.port)
+            client.ask({})
+            client.send({"interrupt": 1})
+            handle._thread.join(20)
+            assert not handle._thread.is_alive()
+    finally:
+        threading.excepthook = seen
+
+
+def test_a_stop_leaves_an_inference_behind_that_does_not_return(
+    gated_policy: Any,
+    open_client: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(thread, "STOP_MARGIN_S", 0.1)
+    gated_policy.quick = True
+    with serve_in_thread(gated_policy, inline_below_ms=1e9, shutdown_grace_s=0.2) as handle:
+        client = open_client(handle.port)
+        gated_policy.release()
+        client.ask({"name": "quick"})
+        client.send({"name": "stuck"})
+        assert [gated_policy.next_started() for _ in range(2)] == ["quick", "stuck"]
+    assert "left behind" in caplog.text
+    gated_policy.release()
+    handle._thread.join(20)
+    assert not handle._thread.is_alive(), "it ends once the inference does"
 
 
 def test_a_client_that_sends_ahead_does_not_keep_others_out(

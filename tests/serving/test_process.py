@@ -28,10 +28,12 @@ class Gated:
     engine = ResolvedEngine("eager", "cpu", "float32", 10, 0, "x", "pi05", 10, 7, "lerobot", "0")
     metadata = {"robot": "test"}
     gate = threading.Semaphore(0)
+    quick = "quick" in sys.argv[-1]
     def warmup(self):
         print("warm", file=sys.stderr)
     def infer(self, request):
-        print("started", request["prompt"], file=sys.stderr, flush=True)
+        where = "loop" if threading.current_thread() is threading.main_thread() else "worker"
+        print("started", request["prompt"], "on the", where, file=sys.stderr, flush=True)
         if request["prompt"] == "long":
             threading.Thread(target=lambda: (sys.stdin.readline(), self.gate.release()), daemon=True).start()
             self.gate.acquire()
@@ -136,3 +138,12 @@ def test_bad_use_exits_with_2(start: Any, tmp_path: Path) -> None:
     process = start("--port", "0", "--api-key-file", str(key))
     assert process.inner.wait(60) == 2
     assert "api key cannot be used" in process.log.read_text()
+
+
+@pytest.mark.parametrize(("limit", "where"), [("1e9", "loop"), ("0", "worker")])
+def test_answers_on_the_event_loop_can_be_switched_off(start: Any, open_client: Any, limit: str, where: str) -> None:
+    process = start("--port", "0", "--inline-below-ms", limit, "--default-prompt", "quick")
+    client = open_client(process.ready()["port"])
+    for prompt in ("first", "second"):
+        client.ask({"prompt": prompt})
+    assert f"started second on the {where}" in process.log.read_text()

@@ -33,6 +33,30 @@ def test_a_huge_message_costs_only_its_connection(
         wait_until(lambda: counted(handle.port, 'vivace_lost_connections_total{reason="message_too_big"}') == 1)
 
 
+def test_requests_longer_and_shorter_than_one_read_arrive_whole(
+    digest_policy: Any, open_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every read of a connection lands in the same memory, over what came before."""
+    read: list[tuple[int, int]] = []
+    updated = BoundedConnection.buffer_updated
+
+    def seen(self: BoundedConnection, nbytes: int) -> None:
+        read.append((id(self._space), nbytes))
+        updated(self, nbytes)
+
+    monkeypatch.setattr(BoundedConnection, "buffer_updated", seen)
+    monkeypatch.setattr(BoundedConnection, "max_read_bytes", 30_000)
+    draws = np.random.default_rng(0)
+    requests = [{"image": draws.integers(0, 256, size, np.uint8)} for size in (5, 450_000, 29_000, 3_000_000, 7)]
+    with serve_in_thread(digest_policy) as handle:
+        client = open_client(handle.port)
+        for request in requests:
+            np.testing.assert_array_equal(client.ask(request)["actions"], digest_policy.infer(request).actions)
+    assert len({place for place, _ in read}) == 1
+    assert max(nbytes for _, nbytes in read) == 30_000
+    assert sum(nbytes for _, nbytes in read) > 3_479_000
+
+
 def test_fragments_are_joined_and_bounded(digest_policy: Any, open_client: Any) -> None:
     data = pack(REQUEST)
     with serve_in_thread(digest_policy, max_fragments=8) as handle:

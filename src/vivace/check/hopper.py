@@ -23,10 +23,11 @@ The file (kind "hopper") is written after every row, so what was measured surviv
                 reserved_growth_bytes, checks {same, of, output_poisoned}
     start[]     caches cold|warm, imported_s, weights_s, first_action_s, every_bucket_s: seconds after the process began;
                 and the memory of that process, which did nothing else
-    not_run[]   phase, what, why, informational     phase_seconds     missed[]: every "must" that is not met     passed
+    not_run[]   phase, what, why, informational     phase_seconds     missed[]: every "must" that is not met
+    finished    false: ended from outside, and settings without a row are nowhere named     passed
 
 Rows carry targets[]: {what, got, rule, must, stretch, must_met, stretch_met}. `check.targets` says where they come from.
-`passed`: no must is missed and nothing is in not_run but what is informational, i.e. what this program can never run.
+`passed`: finished, no must is missed and nothing is in not_run but what is informational: what this program can never run.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from .hopper_robot import Scenes, request, toy_tokenizer
 from .hopper_run import Options, Run, noise
 from .hopper_weights import DESCRIPTION, load, random_checkpoint
 from .results import result
-from .targets import SIZES, parse_size
+from .targets import SIZES, Size, parse_size
 
 PLANS = ("bf16", "fp8-mlp", "fp8-full", "fp8-prefix+vision", "fp8-all")
 NUMBERS = (
@@ -80,6 +81,11 @@ def run(
             "timers and child processes use the first GPU", got=device, wanted="cuda or cpu",
             do=f"set CUDA_VISIBLE_DEVICES={torch.device(device).index} and use --device cuda",
         )  # fmt: skip
+    if twice := _same_graphs(options.sizes):
+        raise ConfigError(
+            "two settings run in the same graphs, so what they are made of could be recorded for one only",
+            got=" and ".join(size.name for size in twice), wanted="other views, chunk or bucket of prompt tokens",
+        )  # fmt: skip
     estimated = hopper_estimate.seconds(options, phases)
     if sum(estimated.values()) > options.seconds:
         tell(f"about {sum(estimated.values()):.0f} s of work in {options.seconds:g} s: what does not fit is not run")
@@ -93,9 +99,20 @@ def run(
                 continue
             PHASES[name](made)
             tell(f"-- {name} done, {made.left_s:.0f} s left")
-    made.document["state_after"] = environment.snapshot()
+    made.document |= {"state_after": environment.snapshot(), "finished": True}
     made.write()
     return made.document
+
+
+def _same_graphs(sizes: Sequence[Size]) -> tuple[Size, ...]:
+    """The first two settings that share a bucket of graphs; () if none do."""
+    seen: dict[tuple[int, int, int], Size] = {}
+    for size in sizes:
+        key = size.views, -(-size.prompt_tokens // CONFIG.prompt_bucket), size.horizon
+        if key in seen:
+            return seen[key], size
+        seen[key] = size
+    return ()
 
 
 def _prepared(
@@ -143,7 +160,7 @@ def _envelope(options: Options, size: str, device: torch.device) -> dict[str, An
             "method": "rounds over engines in random order; garbage collected before the samples, off while they are taken",
         },
         "ceilings": ceilings, "published": hopper_rows.published(gpu), "state_before": environment.snapshot(),
-        "rows": [], "accuracy": [], "not_run": [],
+        "rows": [], "accuracy": [], "not_run": [], "finished": False,
     }  # fmt: skip
     return result("hopper", body, environment=environment.collect())
 

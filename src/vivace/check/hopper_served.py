@@ -35,7 +35,7 @@ class Rehearsed:
         return self._policy.infer(request)
 
     def warmup(self) -> None:
-        """On the thread that will serve."""
+        """On the worker's thread; a quick policy then answers on the event loop's."""
         self._policy.infer(self._request)
 
 

@@ -41,6 +41,8 @@ class Args:
     """Largest request in MiB; a larger one ends its connection."""
     max_connections: int = 64
     """Clients at once."""
+    inline_below_ms: float = 50.0
+    """The only client of recorded graphs is answered on the event loop while answers take less than this; 0 = never."""
     metrics: bool | None = None
     """Count for Prometheus at /metrics; None = if prometheus-client is installed."""
     debug: bool = False
@@ -60,6 +62,7 @@ def run(args: Args) -> int:
         api_key=api_key,
         max_message_bytes=args.max_message_mb * 2**20,
         max_connections=args.max_connections,
+        inline_below_ms=args.inline_below_ms,
         metrics=args.metrics,
         debug=args.debug,
     )

@@ -63,7 +63,7 @@ class Policy:
 
     @property
     def quick(self) -> bool:
-        """Whether every answer takes about the same few milliseconds, on any thread: replays of graphs do."""
+        """Whether answers take milliseconds, on any thread: replays of graphs do, once `warmup` has recorded them."""
         return self.backend.name == "cuda_graph"
 
     def prepare(self, request: Request) -> PreparedObservation:

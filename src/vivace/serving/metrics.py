@@ -44,7 +44,10 @@ class ServerMetrics:
         """A request ended with an error frame; `error` is the class name."""
 
     def lost(self, reason: str) -> None:
-        """A connection was given up: "slow_reader", "left_in_line", "left_while_running", "message_too_big"."""
+        """A connection was given up: "slow_reader", "left_in_line", "left_while_running", "message_too_big".
+
+        One that leaves while its answer is computed on the event loop is noticed after it, and counts as answered.
+        """
 
     def watch_line(self, waiting: Callable[[], int]) -> None:
         """Register the reader of the number of requests that wait for the policy."""

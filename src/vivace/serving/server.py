@@ -61,7 +61,7 @@ class ServedPolicy(Protocol):
         ...
 
     def warmup(self) -> None:
-        """Do once what would make a first request slow; called from the same thread as `infer`."""
+        """Do once what would make a first request slow; called from the thread that infers, or from one of the two."""
         ...
 
 
@@ -201,7 +201,7 @@ class PolicyServer:
         received = self.metrics.received
 
         class CountedConnection(BoundedConnection):
-            def data_received(self, data: bytes) -> None:
+            def data_received(self, data: bytes | memoryview) -> None:
                 received(len(data))
                 super().data_received(data)
 

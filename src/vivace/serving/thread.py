@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
@@ -15,7 +16,11 @@ from typing import Any, Final, TypeVar
 
 from .server import PolicyServer, ServedPolicy
 
+log = logging.getLogger(__name__)
+
 Value = TypeVar("Value")
+STOP_MARGIN_S: Final = 10.0
+"""Beyond the grace time: for close frames that nobody answers."""
 START_TIMEOUT_S: Final = 600.0  # compiling a full-size policy takes minutes
 
 
@@ -38,10 +43,18 @@ class ServerHandle:
         return self._server.waiting
 
     def stop(self) -> None:
-        """Stop cleanly: requests in flight are answered. Returns when every connection is closed."""
+        """Stop cleanly: requests in flight are answered. Returns when every connection is closed.
+
+        An inference that does not return is left behind after the grace time, with its thread, wherever it runs.
+        """
         if not self._thread.is_alive():
             return
-        _submit(self._server.stop(), self._loop).result(self._server.options.shutdown_grace_s + 10.0)
+        try:
+            _submit(self._server.stop(), self._loop).result(self._server.options.shutdown_grace_s + STOP_MARGIN_S)
+        except TimeoutError:
+            log.warning("an inference is still running on the event loop and is left behind, connections open")
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10.0)
 

@@ -100,12 +100,14 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
-            _run(job)
-            del job  # an idle server must not keep the last request's images alive
+            outcome = outcome_of(job.call, submitted_s=job.submitted_s)
+            with self._changed:
+                self._running = False  # before anybody can act on the outcome
+            _hand_over(job, outcome)
+            del job, outcome  # an idle server must not keep the last request's images alive
 
     def _next(self) -> Job[Any] | None:
         with self._changed:
-            self._running = False
             while not self._line and not self._stopping:
                 self._changed.wait()
             self._running = bool(self._line)
@@ -124,9 +126,8 @@ def outcome_of(call: Callable[[], Result], *, submitted_s: float) -> Outcome[Res
     return Outcome(value, error, (ended_s - started_s) * 1e3, (started_s - submitted_s) * 1e3)
 
 
-def _run(job: Job[Any]) -> None:
-    """Run one job and hand its outcome to the loop that waits for it."""
-    outcome = outcome_of(job.call, submitted_s=job.submitted_s)
+def _hand_over(job: Job[Any], outcome: Outcome[Any]) -> None:
+    """Give the outcome to the loop that waits for it."""
     try:
         job.loop.call_soon_threadsafe(_deliver, job.future, outcome)
     except RuntimeError:  # the loop was closed by a forced shutdown: nobody waits any more
