@@ -14,6 +14,8 @@ from .report_clip import Clip, figure
 from .report_full_size import hopper
 from .report_html import esc, fold, pairs, pill, raw
 from .report_sections import kind_of, machine, outcome, render
+from .report_simulation import comparable
+from .report_simulation import section as simulated
 from .report_style import CSS
 from .waterfall import alike
 
@@ -80,7 +82,7 @@ def _section(index: int, name: str, document: Entry, results: Sequence[tuple[str
             f'<section id="r{index}"><div class="head"><h2>{_title(document)}</h2></div>{figure(document)}</section>\n'
         )
     try:
-        inner = _full_size(index, document, results) if kind_of(document) == "hopper" else render(document)
+        inner = WITH_OTHERS.get(kind_of(document), _alone)(index, document, results)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _incomplete(name, document, error) from error
     made_by = (
@@ -112,6 +114,21 @@ def _full_size(index: int, document: Mapping[str, Any], results: Sequence[tuple[
     if index != first:
         return hopper(document, above=its_name)
     return hopper(document, beside=[(name, other) for _, name, other in same[1:] if other["rows"]])
+
+
+def _simulated(index: int, document: Mapping[str, Any], results: Sequence[tuple[str, Entry]]) -> str:
+    """With the plans of later results on the same scene and seeds."""
+    later = [(name, other) for name, other in results[index + 1 :] if not isinstance(other, Clip)]
+    alike = [(name, other) for name, other in later if kind_of(other) == "simulate"]
+    return simulated(document, [(name, other) for name, other in alike if comparable(other) == comparable(document)])
+
+
+def _alone(index: int, document: Mapping[str, Any], results: Sequence[tuple[str, Entry]]) -> str:
+    return render(document)
+
+
+WITH_OTHERS = {"hopper": _full_size, "simulate": _simulated}
+"""Kinds whose section depends on the other results of the page."""
 
 
 def _title(document: Entry) -> str:

@@ -1,6 +1,7 @@
 """Figures of the report as inline SVG, drawn by matplotlib in placeholder colours that become the page's own variables.
 
-Text stays text (readable by search and by screen readers), and the figures follow the reader's light or dark theme.
+Text stays text (readable by search and by screen readers), every figure has its title as the SVG's own too, and the
+figures follow the reader's light or dark theme.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,11 +38,20 @@ _RC = {
 _LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 9.5, "handlelength": 1.2}
 
 
+class Interval(NamedTuple):
+    """A measured value between the ends of its interval, in the unit of the axis."""
+
+    value: float
+    low: float
+    high: float
+
+
 class Canvas:
-    """One figure being drawn; `svg()` finishes it."""
+    """One figure being drawn; `svg()` finishes it. height: inches, of 4.7 in width."""
 
     def __init__(self, title: str, *, height: float = 2.9) -> None:
         self._mpl = _matplotlib()
+        self._title = title
         with self._mpl.rc_context(_RC):
             self.figure = importlib.import_module("matplotlib.figure").Figure(
                 figsize=(4.7, height), layout="constrained"
@@ -53,9 +63,20 @@ class Canvas:
         """The finished figure, colours replaced, without anything that names another document."""
         buffer = io.StringIO()
         with self._mpl.rc_context({**_RC, "svg.hashsalt": "vivace"}):
-            none = {"Date": None, "Creator": None, "Format": None, "Type": None}
-            self.figure.savefig(buffer, format="svg", transparent=True, metadata=none)
+            facts = {"Title": self._title, "Date": None, "Creator": None, "Format": None, "Type": None}
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata=facts)
         return _embed(buffer.getvalue())
+
+    def entitle(self, title: str) -> None:
+        """A title above the whole figure: above axes that begin far right, beside long names, it would be cut."""
+        self._title = title
+        style = {"fontsize": _RC["axes.titlesize"], "fontweight": _RC["axes.titleweight"], "color": INK}
+        self.figure.suptitle(title, x=0.02, ha="left", **style)
+
+    def moved(self, points: float) -> Any:
+        """The transform of the data, this many points further right: for marks that would cover each other."""
+        transforms = importlib.import_module("matplotlib.transforms")
+        return transforms.offset_copy(self.axes.transData, fig=self.figure, x=points, units="points")
 
 
 def stage_stack(engines: Mapping[str, Mapping[str, Any]], target_ms: float | None) -> str:
@@ -73,7 +94,7 @@ def stage_stack(engines: Mapping[str, Mapping[str, Any]], target_ms: float | Non
     canvas.axes.invert_yaxis()
     canvas.axes.grid(visible=False, axis="y")
     canvas.axes.set_xlabel("milliseconds, mean")
-    _legend_below(canvas, 5)
+    legend_below(canvas, 5)
     return canvas.svg()
 
 
@@ -159,7 +180,7 @@ def budget_bars(stages: Sequence[Mapping[str, Any]]) -> str:
     canvas.axes.set_xticks(position, names)
     canvas.axes.grid(visible=False, axis="x")
     canvas.axes.set_ylabel("milliseconds")
-    _legend_below(canvas, 3)
+    legend_below(canvas, 3)
     return canvas.svg()
 
 
@@ -177,7 +198,93 @@ def step_bars(names: Sequence[str], values_ms: Sequence[float], errors: Sequence
     return canvas.svg()
 
 
-def _legend_below(canvas: Canvas, columns: int) -> None:
+def interval_lines(lines: Mapping[str, Sequence[tuple[float, Interval]]], *, title: str, xlabel: str) -> str:
+    """% success over x (above 0, logarithmic), one line for each name, intervals as bars.
+
+    Lines stand 4 points apart, so that equal values do not cover each other; their data do not move.
+    """
+    columns = 2 if max(map(len, lines)) <= 26 else 1
+    canvas = Canvas(title, height=2.9 + 0.2 * math.ceil(len(lines) / columns))
+    every = sorted({at for points in lines.values() for at, _ in points})
+    room = (every[-1] / every[0]) ** 0.07
+    canvas.axes.set(
+        xlabel=xlabel, ylabel="% success", ylim=(-2, 102), xscale="log", xlim=(every[0] / room, every[-1] * room)
+    )
+    ticks = _apart(every)
+    canvas.axes.set_xticks(ticks, [f"{at:g}" for at in ticks])
+    canvas.axes.minorticks_off()
+    for i, (name, points) in enumerate(lines.items()):
+        moved = canvas.moved(4 * (i - (len(lines) - 1) / 2))
+        x, found = [at for at, _ in points], [one for _, one in points]
+        colour, style = SERIES[i % 5], ("-", "--", ":")[i // 5 % 3]
+        low, high = [one.low for one in found], [one.high for one in found]
+        canvas.axes.vlines(x, low, high, color=colour, linewidth=1.2, transform=moved)
+        canvas.axes.plot(
+            x, [one.value for one in found], "o", color=colour, linestyle=style, markersize=4, label=name,
+            transform=moved,
+        )  # fmt: skip
+    legend_below(canvas, columns)
+    return canvas.svg()
+
+
+def interval_rows(
+    rows: Sequence[tuple[str, Interval]],
+    *,
+    title: str,
+    xlabel: str,
+    reference: tuple[float, str, int | None] | None = None,
+    limit: tuple[float, str] | None = None,
+    form: str = ".1f",
+) -> str:
+    """A value and its interval in each row, first row on top, the value written right of the axes.
+
+    reference: (x, name, row) of a dotted line and the row that it belongs to, which has a hollow square. limit: (x, name)
+    of the line that an interval must stay right of. form: of the written value.
+    """
+    canvas = Canvas("", height=1.6 + 0.42 * len(rows))
+    canvas.entitle(title)
+    for y, (_, one) in enumerate(rows):
+        own = reference is not None and y == reference[2]
+        canvas.axes.hlines(y, one.low, one.high, color=SERIES[0], linewidth=1.8)
+        canvas.axes.plot(
+            one.value, y, "s" if own else "o", color=SERIES[0], markersize=7, markerfacecolor="none" if own else None
+        )
+        canvas.axes.text(
+            1.03,
+            y,
+            format(one.value, form),
+            transform=canvas.axes.get_yaxis_transform(),
+            va="center",
+            fontsize=10,
+            color=INK,
+        )
+    lines = {}
+    if reference is not None:
+        lines[reference[1]] = canvas.axes.axvline(reference[0], color=SOFT, linestyle=":", linewidth=1.4)
+    if limit is not None:
+        lines[limit[1]] = canvas.axes.axvline(limit[0], color=BAD, linestyle="--", linewidth=1.4)
+    canvas.axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    canvas.axes.set_ylim(len(rows) - 0.5, -0.5)
+    canvas.axes.grid(visible=False, axis="y")
+    canvas.axes.set_xlabel(xlabel)
+    canvas.axes.margins(x=0.08)
+    if lines:
+        columns = 2 if sum(map(len, lines)) <= 52 else 1
+        canvas.figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, **_LEGEND)
+    return canvas.svg()
+
+
+def _apart(values: Sequence[float]) -> list[float]:
+    """Those of ascending values above 0 whose labels do not touch on a logarithmic axis that begins and ends with them."""
+    kept = list(values[:1])
+    for value in values[1:]:
+        if math.log(value / kept[-1]) >= 0.06 * math.log(values[-1] / values[0]):
+            kept.append(value)
+    return kept
+
+
+def legend_below(canvas: Canvas, columns: int = 2) -> None:
+    """A legend of all that is labelled, below the axes."""
     canvas.figure.legend(loc="outside lower center", ncols=columns, columnspacing=0.9, **_LEGEND)
 
 
