@@ -125,6 +125,7 @@ ALL = {
     "serve-closed-loop": closed_loop_document(),
     "hopper": hopper_document(),
     "simulate": json.loads((RESULTS / "conveyor-tasks-expert-2026-11-25.json").read_text()),
+    "train": json.loads((RESULTS / "conveyor-small-training-h200-2026-11-30.json").read_text()),
     "strange": {"kind": EVIL, "x": EVIL},
 }
 
@@ -189,7 +190,8 @@ def test_every_kind_has_its_section(page):
         assert f"<h2>{text}</h2>" in page
     of_simulation = report_simulation.section(ALL["simulate"]).count("<svg")
     assert of_simulation >= 1
-    assert page.count("<svg") == 3 + 3 + 1 + 1 + of_simulation
+    assert page.count("<svg") == 3 + 3 + 1 + 1 + of_simulation + 2
+    assert page.count("<title>") == 1 + page.count("<svg"), "every figure says what it is"
     assert "Coverage: what ran where" in page
     assert "not warm" in page
     assert "no layout for kind" in page
@@ -207,6 +209,17 @@ def test_figures_follow_the_theme(page):
     assert "#0a0000" not in page
     assert "#010101" not in page
     assert "<text" in page, "text stays text"
+
+
+def test_no_text_of_a_figure_is_black_in_the_dark():
+    names = ("steps-bimodal-24", "plans-h200", "training-h200", "delay", "events")
+    paths = [RESULTS / f"conveyor-small-{name}-2026-11-30.json" for name in names]
+    documents = [(path.name, json.loads(path.read_text())) for path in paths]
+    found = build([*documents, ("bench", ALL["bench"]), ("check", ALL["check"]), ("budget", ALL["budget"])])
+    # powers of ten are pieces of text in a group that has the colour
+    texts = re.findall(r"((?:<g [^>]*>\s*)?<text[^>]*>)\s*([^<]*)", found)
+    assert len(texts) > 200
+    assert [words for tags, words in texts if "fill: var(--" not in tags] == []
 
 
 def test_phones_are_served():

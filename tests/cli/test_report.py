@@ -50,3 +50,25 @@ def test_what_does_not_say_its_kind_exits_2(vivace, tmp_path):
         assert code == 2
         assert "is no result" in " ".join(said.split())
     assert not (tmp_path / "p.html").exists()
+
+
+def test_the_log_of_a_training_is_taken(vivace, tmp_path):
+    step = {"t_s": 1.0, "event": "step", "step": 50, "loss": 0.5}
+    (tmp_path / "log.jsonl").write_text(json.dumps(step) + "\n" + json.dumps(step | {"step": 100}) + "\n")
+    code, document, _ = vivace("report", tmp_path / "log.jsonl", "-o", tmp_path / "p.html")
+    assert (code, document["results"]) == (0, 1)
+    assert "<title>Training loss</title>" in (tmp_path / "p.html").read_text()
+
+
+def test_what_is_no_log_exits_2_and_says_which_line(vivace, tmp_path):
+    for text, said in (
+        ('{"event": "start"}\n{"event": "st', "line 2, is no JSON"),
+        ('{"step": 3}\n', "line 1, is no report of a training"),
+        ("", "is empty"),
+    ):
+        (tmp_path / "log.jsonl").write_text(text)
+        code, _, found = vivace("report", tmp_path / "log.jsonl", "-o", tmp_path / "p.html")
+        assert code == 2
+        assert said in " ".join(found.split())
+    assert vivace("report", tmp_path / "none.jsonl", "-o", tmp_path / "p.html")[0] == 2
+    assert not (tmp_path / "p.html").exists()

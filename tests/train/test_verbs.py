@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vivace.check.report_training import read_log, section
 from vivace.checkpoints.open import open_checkpoint
 from vivace.cli.main import main
 from vivace.robots.dataset import read_frames
@@ -78,6 +79,9 @@ def test_a_recipe_becomes_a_policy(tmp_path, capsys, monkeypatch):
     assert events.index("corrected") > events.index("step")
     assert [row["step"] for row in rows if row["event"] == "step"] == [2, 4, 6]
     assert rows[-1]["simulator"]["mujoco"]
+    page = section(read_log(tmp_path / "run" / "log.jsonl"))
+    assert page.count("<svg") == 2, "loss, and success"
+    assert "corrections, 3 ticks late" in page
     corrected = next(row for row in rows if row["event"] == "corrected")
     assert corrected["examples"] > 0
     assert corrected["delay_ticks"] == 3

@@ -31,6 +31,7 @@ TITLES = {
     "serve-closed-loop": "Closed loop over the network",
     "hopper": "Full size on one GPU",
     "simulate": "Closed loop",
+    "train": "Training",
 }
 
 

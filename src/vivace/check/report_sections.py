@@ -11,6 +11,7 @@ from .report_full_size import hopper
 from .report_html import esc, figures, fold, num, pairs, pill, raw, table, tiles, verdict
 from .report_served import closed_loop, drive
 from .report_simulation import section as simulate
+from .report_training import section as training
 from .results import number
 
 Document = Mapping[str, Any]
@@ -256,6 +257,7 @@ SECTIONS: dict[str, Callable[[Document], str]] = {
     "serve-closed-loop": closed_loop,
     "hopper": hopper,
     "simulate": simulate,
+    "train": lambda document: training(document) if "log" in document else facts(document),
 }
 
 

@@ -2,7 +2,7 @@
 
     {"schema": 1, "kind": "bench", "vivace": "0.1.0", "created_utc": "...", "command": "...", "environment": {...}, ...}
 
-`kind` names who wrote it (check, bench, hopper, budget, golden, inspect, doctor, simulate, serve-drive,
+`kind` names who wrote it (check, bench, hopper, budget, golden, inspect, doctor, simulate, train, serve-drive,
 serve-closed-loop); the remaining keys belong to that kind. JSON has no NaN and no infinity: they are written as the
 strings "nan", "inf", "-inf" and read back by `number`, so a broken number stays visible instead of becoming null.
 """

@@ -10,6 +10,7 @@ import tyro
 
 from ..check.report import build
 from ..check.report_clip import Clip, is_clip, read_clip
+from ..check.report_training import is_log, read_log
 from ..check.results import read_result, write_text
 from ..errors import ConfigError
 from .output import OK, console, emit, refuse_output
@@ -23,7 +24,8 @@ class Args:
     """
 
     results: tyro.conf.Positional[tuple[Path, ...]]
-    """Files written with -o, or the JSON that a command printed; clips of vivace simulate --video: .webp, .gif, .mp4."""
+    """Files written with -o, or the JSON that a command printed; the log.jsonl of vivace train; clips of vivace simulate
+    --video: .webp, .gif, .mp4."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The page."""
     title: str = "vivace report"
@@ -50,9 +52,11 @@ def run(args: Args) -> int:
 
 
 def _read(path: Path) -> dict[str, Any] | Clip:
-    """A result or a clip, by the ending. Raises ConfigError."""
+    """A result, a clip or a training's log, by the ending. Raises ConfigError."""
     if is_clip(path):
         return read_clip(path)
+    if is_log(path):
+        return read_log(path)
     try:
         found = read_result(path)
         if not isinstance(found.get("kind"), str):
@@ -66,5 +70,5 @@ def _read(path: Path) -> dict[str, Any] | Clip:
             raise
         raise ConfigError(
             f"{path.name} is neither a result nor a clip", got=f"a file {path.suffix}",
-            wanted="the JSON of a command, or a clip: .webp, .gif, .mp4",
+            wanted="the JSON of a command, a training's log.jsonl, or a clip: .webp, .gif, .mp4",
         ) from error  # fmt: skip
