@@ -118,9 +118,30 @@ def test_settings_of_ours_are_read_from_vivace_json_or_an_older_config_json(made
         assert (checkpoint.rtc.training_max_delay, checkpoint.rtc.enabled) == (5, False)
     with pytest.raises(CheckpointError, match=r"number of vision heads.*vivace\.json"):
         open_checkpoint(edited(made, tmp_path))
-    for value in (-1, "4", True, 1.5):
+    for value in (-1, "4", "", True, False, 1.5, new.model.horizon, 8000):
         for place in ("own", "config"):
             folder = edited(made, tmp_path, **{"own": {heads: 2}, place: {heads: 2, delay: value}})
             name = {"own": r"vivace\.json", "config": r"config\.json"}[place]
             with pytest.raises(CheckpointError, match=rf"{name}: {delay} cannot be used"):
                 open_checkpoint(folder)
+    last = new.model.horizon - 1
+    allowed = {value: open_checkpoint(edited(made, tmp_path, own={heads: 2, delay: value})).rtc for value in (0, last)}
+    assert allowed[0] is None
+    assert allowed[last].training_max_delay == last
+
+
+def test_an_unknown_key_of_vivace_json_is_refused(made, tmp_path):
+    """A mistyped one would be no setting at all: a network trained for delays would be said to be trained for none."""
+    heads, delay = "vision_num_attention_heads", "rtc_training_max_delay"
+    with pytest.raises(CheckpointError) as refused:
+        open_checkpoint(edited(made, tmp_path, own={heads: 2, "rtc_training_max_dela": 8}))
+    for part in (
+        "vivace.json has an unknown key",
+        "'rtc_training_max_dela'",
+        f"['{delay}', '{heads}']",
+        f"mean '{delay}'",
+    ):
+        assert part in str(refused.value)
+    with pytest.raises(CheckpointError, match="unknown key") as refused:
+        open_checkpoint(edited(made, tmp_path, config={heads: 2, delay: 4}, own={"colour": 1}))
+    assert "did you mean" not in str(refused.value)

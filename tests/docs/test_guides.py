@@ -183,3 +183,38 @@ def test_the_policy_before_it():
         if (arm["arm"]["mode"], arm["arm"]["delay"]["name"]) == ("aligned", "160 ms")
     }
     assert f"{late['slow']}, {late['middle']} and {late['fast']} of 40 on the three belts" in TRAINING
+
+
+def test_lerobot_itself():
+    """The table about LeRobot's own loader and actions, every row of it, and what the text says of all of them."""
+    found = json.loads((RESULTS / "lerobot-itself-2026-11-30.json").read_text(encoding="utf-8"))
+    cases = found["cases"]
+    assert f"LeRobot {found['versions']['lerobot']} takes a folder" in TRAINING
+    assert f"{len(cases)} folders" in TRAINING
+    assert found["environment"]["python"].startswith("3.11")
+    assert "five files" in found["changed_in_lerobot"]
+    assert "It was run on Python 3.11" in TRAINING
+    newer = found["outside_lerobots_bounds"]
+    assert len(newer) == 6
+    assert "Six packages were newer" in TRAINING
+    for name in ("torch", "torchvision", "Pillow"):
+        assert f"{name} {newer[name].split('+')[0].split(',')[0]}" in TRAINING
+    assert all(case["all_keys_loaded"] and not case["missing"] and not case["unexpected"] for case in cases.values())
+    assert all(case["equal_tensors"] == case["tensors"] > 0 for case in cases.values())
+
+    def row(case):
+        exact, rounded = cases[case], cases.get(f"{case}, bfloat16")
+        assert exact["dtype"] == "float32"
+        assert rounded is None or rounded["dtype"] == "bfloat16"
+        last = f"{rounded['rel_l2']:.1e} |" if rounded else "|"
+        return f"| {exact['tensors']} | {exact['max_abs']:.1e} of {exact['scale']:.1f} | {last}"
+
+    names = [case for case in cases if not case.endswith("bfloat16")]
+    begin = TRAINING.index("| folder | tensors |")
+    table = TRAINING[begin : TRAINING.index("Three things to know", begin)]
+    assert len(names) == 6
+    at = 0
+    for name in names:
+        at = table.index(row(name), at + 1)
+    engine = load_policy("conveyor-small", config=EngineConfig(device="cpu", precision="float32")).engine
+    assert cases["conveyor-small"]["checkpoint_hash"] == engine.checkpoint_hash

@@ -41,8 +41,8 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
-def test_files_are_what_lerobot_reads(folder):
-    """Checked with json, pyarrow and Pillow alone, against the facts of the format."""
+def test_files_have_the_layout_of_the_format(folder):
+    """Checked with json, pyarrow and Pillow alone, against the facts of v3.0. LeRobot itself: test_lerobot_dataset.py."""
     info = json.loads((folder / "meta/info.json").read_text())
     assert info["codebase_version"] == "v3.0"
     assert (info["fps"], info["total_episodes"], info["total_frames"], info["total_tasks"]) == (50, 2, 7, 2)

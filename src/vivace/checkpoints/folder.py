@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OWN_SETTINGS = "vivace.json"
 """What vivace must know and LeRobot's config.json has no field for: LeRobot refuses a file with fields it does not know."""
+OWN_KEYS = ("vision_num_attention_heads", "rtc_training_max_delay")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -32,11 +34,22 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def settings_with(folder: Path, key: str) -> tuple[dict[str, Any], Path]:
-    """The settings that say `key`, and their file: config.json where it does (older folders), else vivace.json if there."""
-    file = folder / "config.json"
+    """The settings that say `key`, and their file: config.json where it does (older folders), else vivace.json if there.
+
+    Raises CheckpointError for a key of vivace.json that is not one of OWN_KEYS: a mistyped one would be no setting at all.
+    """
+    file, own = folder / "config.json", folder / OWN_SETTINGS
     config = read_json(file)
-    own = folder / OWN_SETTINGS
-    return (read_json(own), own) if key not in config and own.is_file() else (config, file)
+    if not own.is_file():
+        return config, file
+    settings = read_json(own)
+    if unknown := sorted(settings.keys() - set(OWN_KEYS)):
+        near = difflib.get_close_matches(unknown[0], OWN_KEYS, 1)
+        raise CheckpointError(
+            f"{own} has an unknown key", got=repr(unknown[0])[:60], wanted=f"one of {sorted(OWN_KEYS)}",
+            do=f"did you mean {near[0]!r}?" if near else "",
+        )  # fmt: skip
+    return (config, file) if key in config else (settings, own)
 
 
 def has_weights(folder: Path) -> bool:

@@ -55,7 +55,7 @@ def open_lerobot(folder: Path, asked: Asked) -> Checkpoint:
         tensors=names.in_order(found.tensors, model),
         dead=found.dead,
         notes=(*found.notes, *notes, *horizon_notes, *robot.notes),
-        rtc=_rtc(config, folder),
+        rtc=_rtc(config, folder, model.horizon),
         num_denoise_steps=whole(config, "num_inference_steps", where=file),
         guesses=guesses,
     )
@@ -128,14 +128,9 @@ def _check_agreement(config: dict[str, Any], model: ModelConfig, file: Path) -> 
         )
 
 
-def _rtc(config: dict[str, Any], folder: Path) -> RtcFacts | None:
+def _rtc(config: dict[str, Any], folder: Path, horizon: int) -> RtcFacts | None:
     file = folder / "config.json"
-    own, own_file = settings_with(folder, "rtc_training_max_delay")
-    trained = own.get("rtc_training_max_delay") or 0
-    if isinstance(trained, bool) or not isinstance(trained, int) or trained < 0:
-        raise CheckpointError(
-            f"{own_file}: rtc_training_max_delay cannot be used", got=repr(trained)[:60], wanted=">= 0"
-        )
+    trained = _trained_delay(folder, horizon)
     if config.get("rtc_config") is None and not trained:
         return None
     table = as_table(config.get("rtc_config"), f"{file}: rtc_config")
@@ -157,3 +152,17 @@ def _rtc(config: dict[str, Any], folder: Path) -> RtcFacts | None:
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{file}: rtc_config cannot be used", got=str(error)[:100]) from error
+
+
+def _trained_delay(folder: Path, horizon: int) -> int:
+    """rtc_training_max_delay, 0 where nothing says it. Below the horizon, as `vivace train` wants it too."""
+    settings, file = settings_with(folder, "rtc_training_max_delay")
+    value = settings.get("rtc_training_max_delay")
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < horizon:
+        raise CheckpointError(
+            f"{file}: rtc_training_max_delay cannot be used", got=repr(value)[:60],
+            wanted=f"a whole number of ticks from 0 to {horizon - 1}, below the horizon of {horizon}",
+        )  # fmt: skip
+    return value
