@@ -65,7 +65,7 @@ def test_quick_policies_are_served_as_they_are_to_robots():
     policies = {"quick": Answers(1.0, quick=True), "not": Answers(1.0)}
     alone = dict.fromkeys(policies, np.ones((5, 3), np.float32))
     hopper_served.round_trips(policies, REQUEST, alone, calls=3)
-    assert policies["quick"].threads[-1] == "vivace-serving", "the event loop's"
+    assert "vivace-serving" in policies["quick"].threads, "the event loop's"
     assert set(policies["not"].threads) == {"vivace-inference"}
 
 

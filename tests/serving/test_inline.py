@@ -14,6 +14,9 @@ from vivace.serving import serve_in_thread, thread
 from vivace.serving.options import ServerOptions
 from vivace.types import ActionChunk
 
+ALWAYS = 1e9
+"""So that a machine that is busy elsewhere does not send answers to the worker."""
+
 
 def quick(policy: Any) -> tuple[Any, list[str]]:
     """The policy, which says that it is quick, and the names of the threads that will compute."""
@@ -31,7 +34,7 @@ def quick(policy: Any) -> tuple[Any, list[str]]:
 def test_the_only_client_is_answered_on_the_event_loop(digest_policy: Any, open_client: Callable[..., Any]) -> None:
     expected = digest_policy.infer({"n": 3}).actions
     policy, ran = quick(digest_policy)
-    with serve_in_thread(policy) as handle:
+    with serve_in_thread(policy, inline_below_ms=ALWAYS) as handle:
         client = open_client(handle.port)
         assert np.array_equal([client.ask({"n": 3})["actions"] for _ in range(4)], [expected] * 4)
     assert ran == ["vivace-inference", *["vivace-serving"] * 3]
@@ -41,7 +44,7 @@ def test_a_second_client_sends_everybody_to_the_worker(
     digest_policy: Any, open_client: Callable[..., Any], wait_until: Any, counted: Any
 ) -> None:
     policy, ran = quick(digest_policy)
-    with serve_in_thread(policy) as handle:
+    with serve_in_thread(policy, inline_below_ms=ALWAYS) as handle:
         first, second = open_client(handle.port), open_client(handle.port)
         for client in (first, second, first, second):
             client.ask({})
@@ -55,7 +58,7 @@ def test_a_second_client_sends_everybody_to_the_worker(
 def test_a_policy_that_does_not_say_so_is_not_quick(digest_policy: Any, open_client: Callable[..., Any]) -> None:
     policy, ran = quick(digest_policy)
     policy.quick = False
-    with serve_in_thread(policy) as handle:
+    with serve_in_thread(policy, inline_below_ms=ALWAYS) as handle:
         client = open_client(handle.port)
         for _ in range(3):
             client.ask({})
@@ -79,7 +82,7 @@ def test_a_worker_that_still_runs_for_a_client_that_left_is_not_joined(
 ) -> None:
     """Two inferences at once, one on each thread, would break `infer`'s contract."""
     gated_policy.quick = True
-    with serve_in_thread(gated_policy, inline_below_ms=1e9) as handle:
+    with serve_in_thread(gated_policy, inline_below_ms=ALWAYS) as handle:
         gone, stays = open_client(handle.port), open_client(handle.port)
         gated_policy.release()
         stays.ask({"name": "first"})
@@ -108,7 +111,7 @@ def test_an_error_on_the_event_loop_is_told_and_ends_only_its_connection(
         return chunk
 
     policy.infer = infer
-    with serve_in_thread(policy) as handle:
+    with serve_in_thread(policy, inline_below_ms=ALWAYS) as handle:
         client = open_client(handle.port)
         client.ask({})
         client.send({"bad": 1})
@@ -133,7 +136,7 @@ def test_a_person_who_interrupts_is_not_an_error_of_the_policy(
     policy.infer, seen = infer, threading.excepthook
     threading.excepthook = lambda args: None
     try:
-        with serve_in_thread(policy) as handle:
+        with serve_in_thread(policy, inline_below_ms=ALWAYS) as handle:
             client = open_client(handle.port)
             client.ask({})
             client.send({"interrupt": 1})
@@ -151,7 +154,7 @@ def test_a_stop_leaves_an_inference_behind_that_does_not_return(
 ) -> None:
     monkeypatch.setattr(thread, "STOP_MARGIN_S", 0.1)
     gated_policy.quick = True
-    with serve_in_thread(gated_policy, inline_below_ms=1e9, shutdown_grace_s=0.2) as handle:
+    with serve_in_thread(gated_policy, inline_below_ms=ALWAYS, shutdown_grace_s=0.2) as handle:
         client = open_client(handle.port)
         gated_policy.release()
         client.ask({"name": "quick"})
@@ -168,7 +171,7 @@ def test_a_client_that_sends_ahead_does_not_keep_others_out(
 ) -> None:
     """Its requests are there before their turn, so that nothing but the server's own pause lets anybody else in."""
     policy, ran = quick(digest_policy)
-    with serve_in_thread(policy) as handle:
+    with serve_in_thread(policy, inline_below_ms=ALWAYS) as handle:
         greedy = open_client(handle.port)
         sent = 400
 
