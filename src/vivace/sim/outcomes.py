@@ -202,16 +202,21 @@ def compare(outcomes: Sequence[Outcome], pairs: Sequence[tuple[int, int, str]], 
     """Compare arms on their common seeds; pairs of (arm, reference, why). Pairs without a finished episode are left out."""
     found = []
     for arm, reference, what in pairs:
-        both = list(zip(outcomes[arm].outcomes, outcomes[reference].outcomes, strict=True))
-        whole = [(a == "S", r == "S") for a, r in both if "C" not in (a, r)]
-        if whole:
-            gained, lost = sum(a and not r for a, r in whole), sum(r and not a for a, r in whole)
-            succeeded = sum(r for _, r in whole)
-            result = paired(gained, lost, len(whole), margin=margin, reference=succeeded)
+        result = paired_letters(outcomes[arm].outcomes, outcomes[reference].outcomes, margin=margin)
+        if result is not None:
             found.append((arm, reference, what, result))
     tests = {frozenset(one[:2]): one[3].mcnemar_p for one in found}
     adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
     return [Comparison(*one, holm_p=adjusted[frozenset(one[:2])]) for one in found]
+
+
+def paired_letters(arm: str, reference: str, *, margin: float) -> Paired | None:
+    """Two arms by their letters (`Outcome.outcomes`) on equal seeds, seed by seed; None where no pair ended whole."""
+    whole = [(a == "S", r == "S") for a, r in zip(arm, reference, strict=True) if "C" not in (a, r)]
+    if not whole:
+        return None
+    gained, lost = sum(a and not r for a, r in whole), sum(r and not a for a, r in whole)
+    return paired(gained, lost, len(whole), margin=margin, reference=sum(r for _, r in whole))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
