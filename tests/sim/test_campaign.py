@@ -10,11 +10,13 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from vivace.checkpoints.make import Recipe, make_checkpoint
+from vivace.cli import simulate
 from vivace.cli.main import main
 from vivace.sim import campaign, controls, scene, stored
 from vivace.sim.arms import Arm, Axes, Delay, product
 from vivace.sim.campaign import Block, Job, Settings, collect, comparisons, jobs, run_job, run_jobs
-from vivace.sim.conveyor import ConveyorEnv
+from vivace.sim.conveyor import ACTION_DIM, STATE_DIM, VIEWS, ConveyorEnv
 from vivace.sim.expert import ExpertChunk
 from vivace.sim.faults import FAULTS, Altered
 from vivace.sim.outcomes import outcome, reaction
@@ -277,6 +279,15 @@ def test_a_crash_makes_the_exit_code_1(capsys, monkeypatch):
         (["--real-clock", "--processes", "2"], "--real-clock with --processes"),
         (["--steps", "0"], "--steps"),
         (["--execute-ticks", "0"], "execute_ticks"),
+        (["--execute-ticks", "49"], "--execute-ticks; got 49; wanted at most 48, the actions of a chunk of expert"),
+        (["--engine", "eager"], "--engine with --policy expert"),
+        (["--engine", "auto", "eager"], "--engine with --policy expert"),
+        (["--policy", "expert", "--precision", "float32", "plan.json"], "--precision with --policy expert"),
+        (["--plan", "plan.json"], "expert, the default; got ('plan.json',); wanted nothing"),
+        (["--steps", "5"], "--steps with --policy expert"),
+        (["--horizon", "10"], "--horizon with --policy expert"),
+        (["--device", "cpu"], "--device with --policy expert"),
+        (["--lerobot-version", "0.5"], "--lerobot-version with --policy expert"),
         (["--video", "clip.avi"], "wanted a name that ends in .mp4"),
         (["--store"], "nothing to store"),
         (["-o", "a-file/out.json"], "cannot write a-file/out.json"),
@@ -292,6 +303,45 @@ def test_verb_names_what_is_wrong(capsys, monkeypatch, tmp_path, options, messag
     monkeypatch.setattr(campaign, "run_jobs", None)  # refused before the first episode
     assert main(["simulate", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_expert_beside_a_policy_leaves_the_engines_to_it(capsys, monkeypatch):
+    """Options at their defaults, or of another policy, are not refused."""
+    monkeypatch.setattr(campaign, "run_jobs", lambda *_, **__: [])
+    options = ["--task", "static", "--no-controls", "--precision", "float32", "bfloat16", "--steps", "5"]
+    main(["simulate", "--policy", "expert", "conveyor-small", *options])
+    rows = json.loads(capsys.readouterr().out)["arms"]
+    assert [(row["arm"]["policy"], row["arm"]["precision"]) for row in rows] == [
+        ("expert", "auto"), ("conveyor-small", "float32"), ("conveyor-small", "bfloat16"),
+    ]  # fmt: skip
+    assert main(["simulate", "--task", "static", "--no-controls", "--engine", "auto", "--device", "auto"]) == 0
+
+
+def test_more_actions_than_a_chunk_has_are_refused_before_the_first_episode(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(campaign, "run_jobs", None)
+    short = Recipe(size="tiny", format="lerobot", horizon=5, cameras=VIEWS, state_dim=STATE_DIM, action_dim=ACTION_DIM)
+    make_checkpoint(tmp_path / "short", short)
+    for policy, options, message in (
+        ("conveyor-small", ["--execute-ticks", "25"], "got 25; wanted at most 24, the actions of a chunk of conveyor"),
+        ("conveyor-small", ["--execute-ticks", "1000", "--video", "clip.gif"], "got 1000"),
+        (str(tmp_path / "short"), [], "got 8; wanted at most 5"),  # the default, too
+    ):
+        assert main(["simulate", "--task", "static", "--policy", policy, *options]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_waiting_for_actions_that_no_chunk_has_is_in_the_table(capsys):
+    """An answer that comes 40 ticks late leaves 8 actions of a chunk of 48, and the next one comes after 40."""
+    asked = ["simulate", "--task", "conveyor", "--no-controls", "--episodes", "2"]
+    assert main([*asked, "--delay-ms", "0", "800"]) == 0
+    said = capsys.readouterr()
+    without, starved = (row["starved_ticks"] for row in json.loads(said.out)["arms"])
+    assert (without, starved > 0) == (0, True)
+    lines = [line for line in said.err.splitlines() if "│" in line and "ms" in line]
+    cells = {line.split("│")[2].strip(): line.split("│")[-2].strip() for line in lines[:2]}
+    assert cells == {"0 ms": "", "800 ms": str(starved)}
+    assert main(asked) == 0
+    assert "starved" not in capsys.readouterr().err
 
 
 def killed(job):
@@ -319,6 +369,7 @@ def storing(capsys, monkeypatch, tmp_path, *options):
     """`simulate --store` of a policy that is the expert under another name; (exit code, what was said, stored rates)."""
     monkeypatch.setattr(stored, "EXPERT", "nobody")
     monkeypatch.setattr(stored, "LEAST", 2)
+    monkeypatch.setattr(simulate, "check_horizons", lambda *_: None)
     monkeypatch.setattr(
         "vivace.cli.simulate._played", lambda work, processes: ([played(job) for job in work], None)
     )  # fmt: skip

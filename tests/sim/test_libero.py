@@ -378,3 +378,9 @@ def test_the_verb(tmp_path, capsys):
 )
 def test_what_the_verb_refuses(line):
     assert main(["simulate", *line.split()]) == 2
+
+
+@pytest.mark.parametrize("option", ["--execute-ticks 10", "--precision float32 plan.json", "--engine eager"])
+def test_what_the_expert_would_ignore_is_refused(capsys, option):
+    assert main(f"simulate --suite libero_object {option}".split()) == 2
+    assert f"{option.split()[0]} with --policy expert" in capsys.readouterr().err
