@@ -197,6 +197,19 @@ def test_controls_of_the_expert_pass():
     assert found["delay"].numbers["injected_ticks"] == 3
 
 
+def test_a_control_says_which_arm_it_was_of_and_what_ran():
+    settings, arms = Settings(episodes=6), [Arm("static"), Arm("static", policy="p"), Arm("conveyor", policy="p")]
+    work = controls.control_jobs(arms, settings, episodes=6)
+    blocks = [Block(job.index, tuple(row(i, success=False) for i in range(6)), None) for job in work]
+    found = controls.judge([counted(arm, "S" * 6) for arm in arms], work, blocks, settings)
+    assert [(one.name, one.arm) for one in found if one.policy == "p"] == [
+        (name, 1) for name in ("stored rate", "blanked", "mask", "delay")
+    ]
+    said = {one.name: one.found for one in found if one.policy == "p"}
+    assert "0/6 broken on the eager backend, 6/6 whole" in said["mask"]
+    assert "eager" not in said["blanked"]
+
+
 def test_a_policy_that_does_not_need_its_images_fails_the_control(monkeypatch):
     monkeypatch.setitem(FAULTS, "blanked", lambda whole, env: whole)
     assert judged([Arm("static")])["blanked"].status == "failed"

@@ -327,8 +327,9 @@ def _show(
     for control in judged:
         colour = {"passed": "green", "failed": "red", "void": "yellow"}[control.status]
         console.print(
-            f"control {control.name}, {control.policy}: {control.status}; {control.found}", style=colour, markup=False
-        )
+            f"control {control.name}, {control.policy}, its first arm: {control.status}; {control.found}",
+            style=colour, markup=False,
+        )  # fmt: skip
 
 
 def _title(arm: Arm) -> str:

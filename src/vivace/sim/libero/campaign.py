@@ -173,7 +173,8 @@ def judge(outcomes: Sequence[Outcome], work: Sequence[Job], blocks: Sequence[Blo
         mine = [block for job, block in zip(work, blocks, strict=True) if job.index == place]
         if mine:
             rows = tuple(row for block in mine for row in block.rows)
-            found.append(must_fail("blanked", outcomes[place], Block(place, rows, None)))
+            judged = must_fail("blanked", outcomes[place], Block(place, rows, None))
+            found.append(replace(judged, arm=place))
     return found
 
 
