@@ -105,7 +105,7 @@ def row(seed, success=True, wrong=False, crash=None):
     numbers |= dict.fromkeys(("hand_jump_at_seams_m_s", "hand_jump_inside_m_s", "rms_jerk_m_s3"), 1.0)
     time = {"ticks": 100, "held_ticks": 5, "starved_ticks": 1, "seams": 3, "time_to_success_s": 1.0 + seed}
     flags = {"seed": seed, "success": success, "wrong_object": wrong, "crash": crash}
-    return {**flags, **time, **numbers, "ages": ages, "inference_ms": (), "reaction": None}
+    return {**flags, **time, **numbers, "ages": ages, "delays": {2: 3, 15: 1}, "inference_ms": (), "reaction": None}
 
 
 def test_figures_of_an_arm():
@@ -118,7 +118,28 @@ def test_figures_of_an_arm():
     assert one.age_ms["p99"] == pytest.approx(100.0, abs=20)
     assert one.seams["plans_apart_m_s"] == 0.25  # action 0.5 = 0.25 m/s
     assert one.seams["plans_apart_m"] == 0.005
+    assert one.delay_ticks == {"2": 12, "15": 4}
+    assert one.starved_ticks == 4
+    assert one.inference_ms is None
     assert one.episodes == ()
+
+
+def test_the_slowest_inference_is_kept_with_the_others():
+    rows = [{**row(0), "inference_ms": (2.0, 3.0, 4.0)}, {**row(1), "inference_ms": (300.0,)}]
+    found = outcome(Arm("static"), rows, engine={}, keep=True)
+    assert set(found.inference_ms) == {"p50", "p95", "p99", "max"}
+    assert (found.inference_ms["p50"], found.inference_ms["max"]) == (3.5, 300.0)
+    assert not {"ages", "delays", "inference_ms"} & set(found.episodes[0])
+    crashed = outcome(Arm("static"), [row(0, crash="x: y")], engine={})
+    assert crashed.inference_ms["max"] is None
+
+
+def test_delays_that_were_drawn_are_counted():
+    drawn = replace(delayed(0), delay=Delay("drawn", (2, 6)))
+    fixed, several = run([delayed(3), drawn], 3)
+    assert fixed.delay_ticks == {"3": sum(one["inferences"] for one in fixed.episodes)}
+    assert set(several.delay_ticks) == {"2", "6"}
+    assert sum(several.delay_ticks.values()) == sum(one["inferences"] for one in several.episodes)
 
 
 def counted(arm, letters):

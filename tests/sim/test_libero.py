@@ -121,7 +121,7 @@ def fake_row(seed, letter):
     numbers |= {"ticks": 100, "held_ticks": 5, "starved_ticks": 1, "seams": 3, "time_to_success_s": 1.0}
     crash = "x: y" if letter == "C" else None
     flags = {"seed": seed, "success": letter == "S", "wrong_object": False, "crash": crash, "reaction": None}
-    return {**flags, **numbers, "ages": {0: 1, 2: 1}, "inference_ms": ()}
+    return {**flags, **numbers, "ages": {0: 1, 2: 1}, "delays": {0: 2}, "inference_ms": ()}
 
 
 def test_figures_are_in_the_units_of_20_hz():
@@ -264,6 +264,15 @@ def test_a_policy_with_other_cameras_is_refused(monkeypatch):
     job = jobs(arms(Axes(policies=("folder",)), SMALL), SMALL)[0]
     with pytest.raises(ConfigError, match="other views"):
         run_job(job)
+
+
+def test_a_policy_is_warm_before_its_first_episode(monkeypatch):
+    done = []
+    monkeypatch.setattr(campaign, "_served", lambda job: SimpleNamespace(engine=SimpleNamespace(to_json=dict)))
+    monkeypatch.setattr(campaign, "warm", lambda served, arm, env, *, seed, action_dim: done.append((seed, action_dim)))
+    monkeypatch.setattr(campaign, "_row", lambda env, job, seed, policy: done.append(seed) or fake_row(seed, "S"))
+    play(jobs(arms(Axes(policies=("folder",)), SMALL), SMALL)[0])
+    assert done[:2] == [(0, 7), 0]
 
 
 # --- the pipe ---------------------------------------------------------------------------------------------------------
