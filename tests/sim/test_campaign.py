@@ -10,11 +10,13 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from vivace.checkpoints.make import Recipe, make_checkpoint
+from vivace.cli import simulate
 from vivace.cli.main import main
 from vivace.sim import campaign, controls, scene, stored
 from vivace.sim.arms import Arm, Axes, Delay, product
 from vivace.sim.campaign import Block, Job, Settings, collect, comparisons, jobs, run_job, run_jobs
-from vivace.sim.conveyor import ConveyorEnv
+from vivace.sim.conveyor import ACTION_DIM, STATE_DIM, VIEWS, ConveyorEnv
 from vivace.sim.expert import ExpertChunk
 from vivace.sim.faults import FAULTS, Altered
 from vivace.sim.outcomes import outcome, reaction
@@ -103,7 +105,7 @@ def row(seed, success=True, wrong=False, crash=None):
     numbers |= dict.fromkeys(("hand_jump_at_seams_m_s", "hand_jump_inside_m_s", "rms_jerk_m_s3"), 1.0)
     time = {"ticks": 100, "held_ticks": 5, "starved_ticks": 1, "seams": 3, "time_to_success_s": 1.0 + seed}
     flags = {"seed": seed, "success": success, "wrong_object": wrong, "crash": crash}
-    return {**flags, **time, **numbers, "ages": ages, "inference_ms": (), "reaction": None}
+    return {**flags, **time, **numbers, "ages": ages, "delays": {2: 3, 15: 1}, "inference_ms": (), "reaction": None}
 
 
 def test_figures_of_an_arm():
@@ -116,7 +118,28 @@ def test_figures_of_an_arm():
     assert one.age_ms["p99"] == pytest.approx(100.0, abs=20)
     assert one.seams["plans_apart_m_s"] == 0.25  # action 0.5 = 0.25 m/s
     assert one.seams["plans_apart_m"] == 0.005
+    assert one.delay_ticks == {"2": 12, "15": 4}
+    assert one.starved_ticks == 4
+    assert one.inference_ms is None
     assert one.episodes == ()
+
+
+def test_the_slowest_inference_is_kept_with_the_others():
+    rows = [{**row(0), "inference_ms": (2.0, 3.0, 4.0)}, {**row(1), "inference_ms": (300.0,)}]
+    found = outcome(Arm("static"), rows, engine={}, keep=True)
+    assert set(found.inference_ms) == {"p50", "p95", "p99", "max"}
+    assert (found.inference_ms["p50"], found.inference_ms["max"]) == (3.5, 300.0)
+    assert not {"ages", "delays", "inference_ms"} & set(found.episodes[0])
+    crashed = outcome(Arm("static"), [row(0, crash="x: y")], engine={})
+    assert crashed.inference_ms["max"] is None
+
+
+def test_delays_that_were_drawn_are_counted():
+    drawn = replace(delayed(0), delay=Delay("drawn", (2, 6)))
+    fixed, several = run([delayed(3), drawn], 3)
+    assert fixed.delay_ticks == {"3": sum(one["inferences"] for one in fixed.episodes)}
+    assert set(several.delay_ticks) == {"2", "6"}
+    assert sum(several.delay_ticks.values()) == sum(one["inferences"] for one in several.episodes)
 
 
 def counted(arm, letters):
@@ -193,6 +216,19 @@ def test_controls_of_the_expert_pass():
     wanted = {"stored rate": "passed", "blanked": "passed", "mask": "void", "delay": "passed"}
     assert {name: one.status for name, one in found.items()} == wanted
     assert found["delay"].numbers["injected_ticks"] == 3
+
+
+def test_a_control_says_which_arm_it_was_of_and_what_ran():
+    settings, arms = Settings(episodes=6), [Arm("static"), Arm("static", policy="p"), Arm("conveyor", policy="p")]
+    work = controls.control_jobs(arms, settings, episodes=6)
+    blocks = [Block(job.index, tuple(row(i, success=False) for i in range(6)), None) for job in work]
+    found = controls.judge([counted(arm, "S" * 6) for arm in arms], work, blocks, settings)
+    assert [(one.name, one.arm) for one in found if one.policy == "p"] == [
+        (name, 1) for name in ("stored rate", "blanked", "mask", "delay")
+    ]
+    said = {one.name: one.found for one in found if one.policy == "p"}
+    assert "0/6 broken on the eager backend, 6/6 whole" in said["mask"]
+    assert "eager" not in said["blanked"]
 
 
 def test_a_policy_that_does_not_need_its_images_fails_the_control(monkeypatch):
@@ -277,6 +313,15 @@ def test_a_crash_makes_the_exit_code_1(capsys, monkeypatch):
         (["--real-clock", "--processes", "2"], "--real-clock with --processes"),
         (["--steps", "0"], "--steps"),
         (["--execute-ticks", "0"], "execute_ticks"),
+        (["--execute-ticks", "49"], "--execute-ticks; got 49; wanted at most 48, the actions of a chunk of expert"),
+        (["--engine", "eager"], "--engine with --policy expert"),
+        (["--engine", "auto", "eager"], "--engine with --policy expert"),
+        (["--policy", "expert", "--precision", "float32", "plan.json"], "--precision with --policy expert"),
+        (["--plan", "plan.json"], "expert, the default; got ('plan.json',); wanted nothing"),
+        (["--steps", "5"], "--steps with --policy expert"),
+        (["--horizon", "10"], "--horizon with --policy expert"),
+        (["--device", "cpu"], "--device with --policy expert"),
+        (["--lerobot-version", "0.5"], "--lerobot-version with --policy expert"),
         (["--video", "clip.avi"], "wanted a name that ends in .mp4"),
         (["--store"], "nothing to store"),
         (["-o", "a-file/out.json"], "cannot write a-file/out.json"),
@@ -292,6 +337,45 @@ def test_verb_names_what_is_wrong(capsys, monkeypatch, tmp_path, options, messag
     monkeypatch.setattr(campaign, "run_jobs", None)  # refused before the first episode
     assert main(["simulate", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_expert_beside_a_policy_leaves_the_engines_to_it(capsys, monkeypatch):
+    """Options at their defaults, or of another policy, are not refused."""
+    monkeypatch.setattr(campaign, "run_jobs", lambda *_, **__: [])
+    options = ["--task", "static", "--no-controls", "--precision", "float32", "bfloat16", "--steps", "5"]
+    main(["simulate", "--policy", "expert", "conveyor-small", *options])
+    rows = json.loads(capsys.readouterr().out)["arms"]
+    assert [(row["arm"]["policy"], row["arm"]["precision"]) for row in rows] == [
+        ("expert", "auto"), ("conveyor-small", "float32"), ("conveyor-small", "bfloat16"),
+    ]  # fmt: skip
+    assert main(["simulate", "--task", "static", "--no-controls", "--engine", "auto", "--device", "auto"]) == 0
+
+
+def test_more_actions_than_a_chunk_has_are_refused_before_the_first_episode(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(campaign, "run_jobs", None)
+    short = Recipe(size="tiny", format="lerobot", horizon=5, cameras=VIEWS, state_dim=STATE_DIM, action_dim=ACTION_DIM)
+    make_checkpoint(tmp_path / "short", short)
+    for policy, options, message in (
+        ("conveyor-small", ["--execute-ticks", "25"], "got 25; wanted at most 24, the actions of a chunk of conveyor"),
+        ("conveyor-small", ["--execute-ticks", "1000", "--video", "clip.gif"], "got 1000"),
+        (str(tmp_path / "short"), [], "got 8; wanted at most 5"),  # the default, too
+    ):
+        assert main(["simulate", "--task", "static", "--policy", policy, *options]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_waiting_for_actions_that_no_chunk_has_is_in_the_table(capsys):
+    """An answer that comes 40 ticks late leaves 8 actions of a chunk of 48, and the next one comes after 40."""
+    asked = ["simulate", "--task", "conveyor", "--no-controls", "--episodes", "2"]
+    assert main([*asked, "--delay-ms", "0", "800"]) == 0
+    said = capsys.readouterr()
+    without, starved = (row["starved_ticks"] for row in json.loads(said.out)["arms"])
+    assert (without, starved > 0) == (0, True)
+    lines = [line for line in said.err.splitlines() if "│" in line and "ms" in line]
+    cells = {line.split("│")[2].strip(): line.split("│")[-2].strip() for line in lines[:2]}
+    assert cells == {"0 ms": "", "800 ms": str(starved)}
+    assert main(asked) == 0
+    assert "starved" not in capsys.readouterr().err
 
 
 def killed(job):
@@ -319,6 +403,7 @@ def storing(capsys, monkeypatch, tmp_path, *options):
     """`simulate --store` of a policy that is the expert under another name; (exit code, what was said, stored rates)."""
     monkeypatch.setattr(stored, "EXPERT", "nobody")
     monkeypatch.setattr(stored, "LEAST", 2)
+    monkeypatch.setattr(simulate, "check_horizons", lambda *_: None)
     monkeypatch.setattr(
         "vivace.cli.simulate._played", lambda work, processes: ([played(job) for job in work], None)
     )  # fmt: skip

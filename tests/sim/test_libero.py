@@ -121,7 +121,7 @@ def fake_row(seed, letter):
     numbers |= {"ticks": 100, "held_ticks": 5, "starved_ticks": 1, "seams": 3, "time_to_success_s": 1.0}
     crash = "x: y" if letter == "C" else None
     flags = {"seed": seed, "success": letter == "S", "wrong_object": False, "crash": crash, "reaction": None}
-    return {**flags, **numbers, "ages": {0: 1, 2: 1}, "inference_ms": ()}
+    return {**flags, **numbers, "ages": {0: 1, 2: 1}, "delays": {0: 2}, "inference_ms": ()}
 
 
 def test_figures_are_in_the_units_of_20_hz():
@@ -266,6 +266,15 @@ def test_a_policy_with_other_cameras_is_refused(monkeypatch):
         run_job(job)
 
 
+def test_a_policy_is_warm_before_its_first_episode(monkeypatch):
+    done = []
+    monkeypatch.setattr(campaign, "_served", lambda job: SimpleNamespace(engine=SimpleNamespace(to_json=dict)))
+    monkeypatch.setattr(campaign, "warm", lambda served, arm, env, *, seed, action_dim: done.append((seed, action_dim)))
+    monkeypatch.setattr(campaign, "_row", lambda env, job, seed, policy: done.append(seed) or fake_row(seed, "S"))
+    play(jobs(arms(Axes(policies=("folder",)), SMALL), SMALL)[0])
+    assert done[:2] == [(0, 7), 0]
+
+
 # --- the pipe ---------------------------------------------------------------------------------------------------------
 
 
@@ -378,3 +387,9 @@ def test_the_verb(tmp_path, capsys):
 )
 def test_what_the_verb_refuses(line):
     assert main(["simulate", *line.split()]) == 2
+
+
+@pytest.mark.parametrize("option", ["--execute-ticks 10", "--precision float32 plan.json", "--engine eager"])
+def test_what_the_expert_would_ignore_is_refused(capsys, option):
+    assert main(f"simulate --suite libero_object {option}".split()) == 2
+    assert f"{option.split()[0]} with --policy expert" in capsys.readouterr().err

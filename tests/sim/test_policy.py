@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import vivace
+from vivace.backends.eager import EagerBackend
 from vivace.checkpoints.make import Recipe, make_checkpoint
 from vivace.cli.main import main
 from vivace.errors import ConfigError
-from vivace.sim import controls, tasks
+from vivace.runtime.policy import Policy as ServedPolicy
+from vivace.sim import campaign, controls, film, tasks
 from vivace.sim.actors import ExpertActor, Options, ServedActor, load, previous
 from vivace.sim.arms import Arm, Delay
 from vivace.sim.campaign import Job, run_job
@@ -117,6 +119,60 @@ def test_the_real_clock_turns_inference_time_into_ticks(folder):
     assert row["ages"] or row["inference_ms"][0] > 260  # with the 2 ticks, older than the chunk of 16 is long
 
 
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_nothing_is_run_for_the_first_time_under_an_episodes_clock(folder, monkeypatch, measured, told):
+    """A backend records or compiles once more for committed actions, up to a minute: not while the world goes on."""
+    done = []
+    infer, began = ServedPolicy.infer, rollout
+
+    def run(policy, *args, previous=None, **kwargs):
+        kinds.append(previous.mode if previous else None)
+        return backend_infer(policy, *args, previous=previous, **kwargs)
+
+    def answered(policy, request, *, previous=None, **kwargs):
+        done.append("told look" if previous else "look")
+        return infer(policy, request, previous=previous, **kwargs)
+
+    def episode(*args, **kwargs):
+        done.append("episode")
+        return began(*args, **kwargs)
+
+    kinds, backend_infer = [], EagerBackend.infer
+    monkeypatch.setattr(EagerBackend, "infer", run)
+    monkeypatch.setattr(ServedPolicy, "infer", answered)
+    monkeypatch.setattr(
+        campaign, "rollout", lambda *args, **kwargs: (kinds.append("episode"), episode(*args, **kwargs))[1]
+    )
+    arm = Arm(
+        "short", policy=str(folder), engine="eager", precision="float32", steps=2, committed=told,
+        delay=Delay("", (2,), measured=measured),
+    )  # fmt: skip
+    run_job(Job(0, arm, (0, 1), options=Options(device="cpu"), task=SHORT))
+    before = done[: done.index("episode")]
+    assert before == (["look", "told look"] if told else ["look"]) * measured
+    assert ("trained" in kinds[: kinds.index("episode")]) == told
+    assert done.count("episode") == 2
+
+
+def test_a_film_of_a_real_clock_is_warm_too(folder, monkeypatch, tmp_path):
+    warmed = []
+    monkeypatch.setattr(
+        film, "warm", lambda served, arm, env, *, seed: warmed.append((served.engine.backend, arm, seed))
+    )
+    monkeypatch.setitem(tasks.TASKS, "short", SHORT)
+    arm = Arm("short", policy=str(folder), engine="eager", precision="float32", steps=2)
+    film.record(arm, seed=3, options=Options(device="cpu"), video=tmp_path / "clip.gif", rerun=None)
+    assert warmed == [("eager", arm, 3)]
+
+
+def test_a_policy_that_cannot_answer_is_a_crash_under_a_real_clock_too(folder, monkeypatch):
+    monkeypatch.setattr(ServedPolicy, "infer", lambda *args, **kwargs: 1 / 0)
+    arm = Arm("short", policy=str(folder), engine="eager", precision="float32", steps=2, delay=Delay("", measured=True))
+    (row,) = run_job(Job(0, arm, (0,), options=Options(device="cpu"), task=SHORT)).rows
+    assert "division by zero" in row["crash"]
+
+
 def test_the_expert_told_what_is_committed_plans_from_where_that_leads():
     env = ConveyorEnv("conveyor")
     env.reset(seed=3)
@@ -153,6 +209,7 @@ def test_verb_runs_a_policy_with_controls_that_it_cannot_meet(folder, capsys, mo
     assert arm["arm"]["committed"]
     assert arm["engine"]["precision"] == "float32"
     assert document["simulator"]["renderer"] in ("egl", "osmesa")
-    assert arm["inference_ms"]["p50"] > 0
+    assert 0 < arm["inference_ms"]["p50"] <= arm["inference_ms"]["p99"] <= arm["inference_ms"]["max"]
+    assert list(arm["delay_ticks"]) == ["2"]
     status = {one["name"]: one["status"] for one in document["controls"]}
     assert status == {"stored rate": "void", "blanked": "void", "mask": "void", "delay": "passed"}

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from ..check.environment import collect
 from ..check.results import result
-from ..checkpoints import bundled
 from ..errors import ConfigError, WorkerDied
-from .output import FAILED, OK, console, deliver, refuse_output
+from .output import FAILED, OK, console, deliver
 from .policy_args import CheckpointArgs
+from .simulate_checks import check, check_horizons
 
 if TYPE_CHECKING:
     from ..sim.arms import Arm
@@ -110,7 +110,7 @@ def run(args: Args) -> int:
     """Print one row for each arm, comparisons and controls, and the JSON."""
     from ..sim import campaign, controls, statistics  # Unsupported without the extra `sim`
 
-    _check(args)
+    check(args)
     if args.suite is not None:
         return _run_suite(args)
     arms, settings = _arms(args), _settings(args)
@@ -171,18 +171,6 @@ def _run_suite(args: Args) -> int:
     return OK if passed else FAILED
 
 
-def _check_suite(args: Args) -> None:
-    """No option is ignored: some are for the conveyor only, some for suites only."""
-    conveyor = "task", "episodes", "store", "video", "rerun", "gl"
-    suites = "convention", "suite_task", "episodes_per_task", "libero_python"
-    for name in suites if args.suite is None else conveyor:
-        if getattr(args, name) != getattr(Args, name):
-            where = "a suite: pass --suite" if args.suite is None else "the conveyor: leave it out, or --suite"
-            raise ConfigError(
-                f"--{name.replace('_', '-')}", got=getattr(args, name), wanted=f"nothing; it is for {where}"
-            )
-
-
 def _suite(args: Args) -> Suite:
     from ..sim.actors import Options
     from ..sim.libero.campaign import Suite
@@ -198,28 +186,6 @@ def _suite(args: Args) -> Suite:
         python=args.libero_python,
         options=Options(**options),
     )
-
-
-def _check(args: Args) -> None:
-    if args.episodes < 1 or args.processes < 1 or args.seed < 0 or args.control_episodes < 1:
-        raise ConfigError("--episodes, --processes and --control-episodes must be at least 1, --seed at least 0")
-    if args.real_clock and args.processes > 1:
-        raise ConfigError(
-            "--real-clock with --processes", got=args.processes, wanted="1: the others would slow it down"
-        )
-    if any(steps < 1 for steps in args.steps):
-        raise ConfigError("--steps", got=list(args.steps), wanted="at least 1")
-    if args.execute_ticks is not None and args.execute_ticks < 1:
-        raise ConfigError("execute_ticks", got=args.execute_ticks, wanted="at least 1")
-    if args.store and set(args.policy) == {"expert"}:
-        raise ConfigError("nothing to store", got="--policy expert", wanted="--store with a checkpoint folder")
-    _check_suite(args)
-    for path in (args.output, args.video, args.rerun):
-        refuse_output(path)
-    for policy in args.policy:
-        if policy != "expert" and not bundled.find(Path(policy)).is_dir():
-            wanted = f"expert, a checkpoint folder, or one of {bundled.names()}"
-            raise ConfigError("--policy", got=repr(policy), wanted=wanted)
 
 
 def _arms(args: Args, suite: Suite | None = None) -> list[Arm]:
@@ -242,6 +208,7 @@ def _arms(args: Args, suite: Suite | None = None) -> list[Arm]:
         execute_ticks=args.execute_ticks or ticks,
     )
     product = arms.product(axes) if suite is None else libero.arms(axes, suite)
+    check_horizons(product, args.options)
     return stored.with_committed(product, args.committed)
 
 
@@ -339,7 +306,9 @@ def _show(
     outcomes: Sequence[Outcome], compared: Sequence[Comparison], judged: Sequence[Control], args: Args, title: str
 ) -> None:
     table = Table(title=title)
-    heads = "arm", "delay", "success", "95 % interval", "time, s", "age, ms", "p99", "wrong", "crashed"
+    heads = ["arm", "delay", "success", "95 % interval", "time, s", "age, ms", "p99", "wrong", "crashed"]
+    starved = any(one.starved_ticks for one in outcomes)
+    heads += ["starved, ticks"] if starved else []
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i == 0 else "right")
     for one in outcomes:
@@ -348,6 +317,7 @@ def _show(
         figures = one.time_to_success_s["median"], one.age_ms["mean"], one.age_ms["p99"]
         shown = [_number(value, digits) for value, digits in zip(figures, (2, 0, 0), strict=True)]
         cells = [rate, f"{low:.1%} to {high:.1%}", *shown, str(one.wrong_object), str(one.crashes)]
+        cells += [str(one.starved_ticks or "")] if starved else []
         table.add_row(escape(_title(one.arm)), escape(one.arm.delay.name), *cells, style="red" if one.crashes else None)
     console.print(table)
     if compared:
@@ -357,8 +327,9 @@ def _show(
     for control in judged:
         colour = {"passed": "green", "failed": "red", "void": "yellow"}[control.status]
         console.print(
-            f"control {control.name}, {control.policy}: {control.status}; {control.found}", style=colour, markup=False
-        )
+            f"control {control.name}, {control.policy}, its first arm: {control.status}; {control.found}",
+            style=colour, markup=False,
+        )  # fmt: skip
 
 
 def _title(arm: Arm) -> str:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,16 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ShapeError, VivaceError, WorkerDied
+from ..runtime.policy import Policy as ServedPolicy
 from ..types import Observation
 from . import scene
-from .actors import Actor, Options, actor, load
+from .actors import Actor, Options, ServedActor, actor, load
 from .arms import EXPERT, Arm, references
 from .conveyor import ACTION_DIM, ConveyorEnv
 from .episode import HELD, Episode, expected_reaction_ticks, reaction_ticks
 from .faults import broken
 from .orphans import begin_worker
 from .outcomes import CONVEYOR, Comparison, Outcome, Units, compare, outcome
-from .rollout import Chunk, Committed, Moment, checked, rollout
+from .rollout import Chunk, Committed, Moment, Simulator, checked, rollout
 from .stored import read
 from .tasks import SPEEDS_M_S, Task, task
 
@@ -79,7 +81,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Block:
-    """What came of a job: rows as in `Episode.summary`, with crash, reaction, ages and inference_ms.
+    """What came of a job: rows as in `Episode.summary`, with crash, reaction, ages, delays and inference_ms.
 
     renderer  which OpenGL drew the images, None = none were drawn
     """
@@ -124,9 +126,26 @@ def environment(arm: Arm, *, options: Options, task_: Task | None = None) -> Con
     belt = SPEEDS_M_S[arm.belt] if arm.belt else None
     named = task_ or task(arm.task)
     if arm.policy == EXPERT:
-        return ConveyorEnv(named, belt_m_s=belt)
+        return ConveyorEnv(named, belt_m_s=belt, library=options.gl)  # a film draws what the expert does not look at
     size = read(arm.policy).image_px or load(arm.policy, arm.engine, arm.precision, arm.steps, options).io.image_size
     return ConveyorEnv(named, belt_m_s=belt, image_px=size, library=options.gl)
+
+
+def warm(served: ServedPolicy, arm: Arm, env: Simulator, *, seed: int, action_dim: int = ACTION_DIM) -> None:
+    """Run what the arm's looks will run before an episode's clock starts, as a server does before its robot.
+
+    Loading has warmed the policy up without committed actions; with them a backend compiles or records once more, which
+    takes up to a minute. Under a real clock a look of the simulator is answered too: the first one is the slowest.
+    """
+    if arm.committed:
+        served.warmup(chunking=("trained",))
+    if arm.delay.measured:
+        env.reset(seed=seed)
+        seen, guarded = env.look(), Guarded(ServedActor(served, seed), action_dim)
+        with suppress(PolicyCrash):  # it will be counted in the episode
+            chunk = guarded.policy(seen)
+            if arm.committed:
+                guarded.continuing(seen, Committed(chunk, start=0, ticks=1))
 
 
 def play(
@@ -157,17 +176,18 @@ def play(
 
 def run_job(job: Job) -> Block:
     """Run a block in this process."""
-    env = environment(job.arm, options=job.options, task_=job.task)
+    arm = job.arm
+    env = environment(arm, options=job.options, task_=job.task)
     try:
+        served = None
+        if arm.policy != EXPERT:
+            served = load(arm.policy, arm.engine, arm.precision, arm.steps, job.options)
+            warm(served, arm, env, seed=job.seeds[0])
         rows = tuple(_row(env, job, seed, twin=i < job.twins) for i, seed in enumerate(job.seeds))
         renderer = env.renderer
     finally:
         env.close()
-    arm = job.arm
-    if arm.policy == EXPERT:
-        return Block(job.index, rows, None, renderer=renderer)
-    engine = load(arm.policy, arm.engine, arm.precision, arm.steps, job.options).engine
-    return Block(job.index, rows, engine.to_json(), renderer=renderer)
+    return Block(job.index, rows, None if served is None else served.engine.to_json(), renderer=renderer)
 
 
 def _row(env: ConveyorEnv, job: Job, seed: int, *, twin: bool) -> dict[str, Any]:
@@ -191,7 +211,7 @@ def _row(env: ConveyorEnv, job: Job, seed: int, *, twin: bool) -> dict[str, Any]
 
 def crashed_row(seed: int, crash: PolicyCrash) -> dict[str, Any]:
     """The row of an episode that says nothing about how well the policy acts."""
-    return {"seed": seed, "crash": str(crash), "ages": {}, "inference_ms": ()}
+    return {"seed": seed, "crash": str(crash), "ages": {}, "delays": {}, "inference_ms": ()}
 
 
 def finished_row(episode: Episode, react: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -199,7 +219,8 @@ def finished_row(episode: Episode, react: dict[str, Any] | None = None) -> dict[
     used: NDArray[np.int64] = episode.age_ticks[episode.age_ticks != HELD]
     ages = dict(Counter(used.tolist()))
     return {
-        **episode.summary(), "crash": None, "reaction": react, "ages": ages, "inference_ms": episode.inference_ms,
+        **episode.summary(), "crash": None, "reaction": react, "ages": ages, "delays": dict(Counter(episode.delays)),
+        "inference_ms": episode.inference_ms,
     }  # fmt: skip
 
 

@@ -1,8 +1,11 @@
-"""Controls: what a campaign must get right before its other numbers mean anything. Run for the first arm of every policy.
+"""Controls: what a campaign must get right before its other numbers mean anything.
+
+They run on the first arm of every policy and on no other: they say nothing about the other arms' engines and precisions.
 
     stored rate   the arm reproduces the rate that is stored beside the policy (stored.py), on whatever seeds
     blanked       with black images it fails
-    mask          with the image tokens masked it fails (a served policy: the expert has no mask)
+    mask          with the image tokens masked it fails, always on the eager backend, which takes every mask, whatever the
+                  arm's own is (a served policy: the expert has no mask)
     delay         a delay made longer by 3 ticks moves the reaction to a jump by exactly 3 ticks
 
 A control that cannot be decided (nothing stored, or a policy that never succeeds anyway) is void and says why.
@@ -33,13 +36,14 @@ REACTION_SEEDS = tuple(range(4))
 
 @dataclass(frozen=True)
 class Control:
-    """One control and what was found."""
+    """One control and what was found. arm: its place in the result, the first one of its policy; no other is controlled."""
 
     name: str
     policy: str
     status: Status
     found: str
     numbers: dict[str, Any]
+    arm: int = 0
 
 
 def first_arms(arms: Sequence[Arm]) -> dict[str, int]:
@@ -76,17 +80,18 @@ def judge(
     outcomes: Sequence[Outcome], work: Sequence[Job], blocks: Sequence[Block], settings: Settings
 ) -> list[Control]:
     """What the control blocks say, in the order of `control_jobs`."""
-    found = []
+    found: list[Control] = []
     for policy, place in first_arms([one.arm for one in outcomes]).items():
-        found.append(stored_rate(outcomes[place]))
+        ours = [stored_rate(outcomes[place])]
         mine = [(job, block) for job, block in zip(work, blocks, strict=True) if job.index == place]
         for job, block in mine:
             if job.arm.fault is not None:
-                found.append(must_fail(job.arm.fault, outcomes[place], block))
+                ours.append(must_fail(job.arm.fault, outcomes[place], block))
         if policy == EXPERT:
-            found.append(Control("mask", policy, "void", "the expert has no attention mask", {}))
+            ours.append(Control("mask", policy, "void", "the expert has no attention mask", {}))
         probes = [(job.arm.delay.ticks[0], block) for job, block in mine if job.task is not None]
-        found.append(delay_moves(policy, probes[0], probes[1]))
+        ours.append(delay_moves(policy, probes[0], probes[1]))
+        found += [replace(one, arm=place) for one in ours]
     return found
 
 
@@ -111,11 +116,12 @@ def must_fail(fault: str, whole: Outcome, block: Block) -> Control:
     """The broken policy's success must be lower, one-sided Fisher at 5 %. It has to act for that: a crash shows nothing."""
     policy, letters = whole.arm.policy, "".join(letter(row) for row in block.rows)
     n, successes = len(letters), letters.count("S")
+    where = " on the eager backend" if fault == "mask" else ""
     numbers: dict[str, Any] = {"broken": [successes, n], "whole": [whole.successes, whole.finished]}
     if crashes := [str(row["crash"]) for row in block.rows if row["crash"] is not None]:
-        found = f"{len(crashes)} of {n} episodes of the broken policy crashed: {crashes[0]}"
+        found = f"{len(crashes)} of {n} episodes of the broken policy crashed{where}: {crashes[0]}"
         return Control(fault, policy, "failed", found, {"crashes": len(crashes)})
-    said = f"{successes}/{n} broken, {whole.successes}/{whole.finished} whole"
+    said = f"{successes}/{n} broken{where}, {whole.successes}/{whole.finished} whole"
     if not whole.finished or fisher_less((0, n), (whole.successes, whole.finished)) >= 0.05:
         why = "the whole policy succeeds too rarely, or there are too few episodes, to tell"
         return Control(fault, policy, "void", f"{said}: {why}", numbers)

@@ -5,6 +5,8 @@ mask           the action expert cannot see the image tokens      expert: the th
 normalisation  statistics of another robot                        expert: the hand seems to be 3 cm beside
 prompt         the instruction names another cube
 index          actions are taken one execution horizon too late in the chunk
+
+A masked policy runs the eager backend, which takes every mask, whatever engine its arm has.
 """
 
 from __future__ import annotations

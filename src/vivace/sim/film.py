@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import ConfigError, Unsupported
 from ..types import Observation
-from .actors import Options
-from .arms import Arm
-from .campaign import environment, play
+from .actors import Options, load
+from .arms import EXPERT, Arm
+from .campaign import environment, play, warm
 from .conveyor import ConveyorEnv
 from .episode import HELD, Episode
 from .rollout import Moment
@@ -55,6 +55,8 @@ def record(arm: Arm, *, seed: int, options: Options, video: Path | None, rerun: 
             logger.log(seen, moment)
 
     try:
+        if arm.policy != EXPERT:
+            warm(load(arm.policy, arm.engine, arm.precision, arm.steps, options), arm, env, seed=seed)
         episode = play(env, arm, seed=seed, options=options, watch=watch)
     finally:
         env.close()

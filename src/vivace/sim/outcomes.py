@@ -38,6 +38,8 @@ KS_1_PERCENT = 1.63
 """Kolmogorov-Smirnov: D * sqrt(n) above this has p < 1 %; for discrete distributions less."""
 LEAST_EVENTS = 20
 """Fewer reactions agree with nearly every theory."""
+PER_TICK = "ages", "delays", "inference_ms"
+"""Of a row: counted over the whole arm, and not kept with its episode."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Outcome:
     age_ms       observation age at actuation over all executed actions: mean, p99, max
     seams        at chunk switches: jumps of commanded and measured velocity, against those inside chunks; of the plans
     reaction     see `reaction`; None without an event
-    inference_ms wall time on this machine; None for the expert
+    delay_ticks  the delays that happened, in control ticks: {ticks: inferences that took so many}
+    starved_ticks  at which the chunk in use had run out, over all episodes
+    inference_ms wall time on this machine: p50, p95, p99, max; None for the expert
     """
 
     arm: Arm
@@ -63,6 +67,7 @@ class Outcome:
     outcomes: str
     time_to_success_s: dict[str, float | None]
     age_ms: dict[str, float | None]
+    delay_ticks: dict[str, int]
     held_share: float | None
     starved_ticks: int
     seams: dict[str, float | None]
@@ -100,15 +105,16 @@ def outcome(
         outcomes=letters,
         time_to_success_s={"median": _percentile(times, 50), "p90": _percentile(times, 90)},
         age_ms=ages(good, units.tick_ms),
+        delay_ticks=delays(good),
         held_share=_mean([row["held_ticks"] / row["ticks"] for row in good]),
         starved_ticks=sum(row["starved_ticks"] for row in good),
         seams=seams(good, units),
         rms_jerk_m_s3=_mean([row["rms_jerk_m_s3"] for row in good]),
         reaction=reaction(arm, good),
-        inference_ms=None if engine is None else {f"p{q}": _percentile(milliseconds, q) for q in (50, 95, 99)},
+        inference_ms=None if engine is None else milliseconds_of(milliseconds),
         engine=engine,
         crash_messages=tuple(dict.fromkeys(row["crash"] for row in rows if row["crash"] is not None))[:3],
-        episodes=tuple({k: v for k, v in row.items() if k not in ("ages", "inference_ms")} for row in rows if keep),
+        episodes=tuple({k: v for k, v in row.items() if k not in PER_TICK} for row in rows if keep),
     )
 
 
@@ -130,6 +136,20 @@ def ages(rows: Sequence[Row], tick_ms: float = TICK_MS) -> dict[str, float | Non
         "p99": _percentile(every, 99),
         "max": float(every.max()) if every.size else None,
     }
+
+
+def delays(rows: Sequence[Row]) -> dict[str, int]:
+    """{control ticks: inferences that took so many}, as in a result file."""
+    counts: Counter[int] = Counter()
+    for row in rows:
+        counts.update(row["delays"])
+    return {str(ticks): count for ticks, count in sorted(counts.items())}
+
+
+def milliseconds_of(inferences: Sequence[float]) -> dict[str, float | None]:
+    """The middle and the tail of wall times in ms; None of nothing."""
+    tail = {f"p{q}": _percentile(inferences, q) for q in (50, 95, 99)}
+    return {**tail, "max": max(inferences, default=None)}
 
 
 def seams(rows: Sequence[Row], units: Units = CONVEYOR) -> dict[str, float | None]:
@@ -202,16 +222,21 @@ def compare(outcomes: Sequence[Outcome], pairs: Sequence[tuple[int, int, str]], 
     """Compare arms on their common seeds; pairs of (arm, reference, why). Pairs without a finished episode are left out."""
     found = []
     for arm, reference, what in pairs:
-        both = list(zip(outcomes[arm].outcomes, outcomes[reference].outcomes, strict=True))
-        whole = [(a == "S", r == "S") for a, r in both if "C" not in (a, r)]
-        if whole:
-            gained, lost = sum(a and not r for a, r in whole), sum(r and not a for a, r in whole)
-            succeeded = sum(r for _, r in whole)
-            result = paired(gained, lost, len(whole), margin=margin, reference=succeeded)
+        result = paired_letters(outcomes[arm].outcomes, outcomes[reference].outcomes, margin=margin)
+        if result is not None:
             found.append((arm, reference, what, result))
     tests = {frozenset(one[:2]): one[3].mcnemar_p for one in found}
     adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
     return [Comparison(*one, holm_p=adjusted[frozenset(one[:2])]) for one in found]
+
+
+def paired_letters(arm: str, reference: str, *, margin: float) -> Paired | None:
+    """Two arms by their letters (`Outcome.outcomes`) on equal seeds, seed by seed; None where no pair ended whole."""
+    whole = [(a == "S", r == "S") for a, r in zip(arm, reference, strict=True) if "C" not in (a, r)]
+    if not whole:
+        return None
+    gained, lost = sum(a and not r for a, r in whole), sum(r and not a for a, r in whole)
+    return paired(gained, lost, len(whole), margin=margin, reference=sum(r for _, r in whole))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -17,7 +17,7 @@ from ...errors import ConfigError
 from ...types import Observation
 from ..actors import Actor, Options, ServedActor, load
 from ..arms import EXPERT, Arm, Axes, product
-from ..campaign import Block, Guarded, PolicyCrash, crashed_row, finished_row
+from ..campaign import Block, Guarded, PolicyCrash, crashed_row, finished_row, warm
 from ..controls import Control, first_arms, must_fail
 from ..conveyor import ConveyorEnv
 from ..faults import broken
@@ -173,7 +173,8 @@ def judge(outcomes: Sequence[Outcome], work: Sequence[Job], blocks: Sequence[Blo
         mine = [block for job, block in zip(work, blocks, strict=True) if job.index == place]
         if mine:
             rows = tuple(row for block in mine for row in block.rows)
-            found.append(must_fail("blanked", outcomes[place], Block(place, rows, None)))
+            judged = must_fail("blanked", outcomes[place], Block(place, rows, None))
+            found.append(replace(judged, arm=place))
     return found
 
 
@@ -181,16 +182,19 @@ def run_job(job: Job) -> Played:
     """Run a block in this process; LIBERO runs beside it."""
     expert, chosen = job.arm.policy == EXPERT, convention(job.suite.convention)
     # the policy first: its errors are known in seconds
-    policy = None if expert else partial(ServedActor, _served(job))
+    served = None if expert else _served(job)
+    policy = None if served is None else partial(ServedActor, served)
     process = job.start() if job.start is not None else None
     env = LiberoEnv(
         job.suite.name, job.task, convention=chosen, python=job.suite.python, images=not expert, process=process
     )
     try:
+        if served is not None:
+            warm(served, job.arm, env, seed=job.seeds[0], action_dim=ACTION_DIM)
         rows = tuple(_row(env, job, seed, policy) for seed in job.seeds)
     finally:
         env.close()
-    engine = None if expert else _served(job).engine.to_json()
+    engine = None if served is None else served.engine.to_json()
     return Played(job.index, rows, engine, job.task, env.prompt, env.versions)
 
 
