@@ -45,6 +45,8 @@ def test_every_result_of_the_guides_is_of_the_policy_that_comes_with_vivace():
         "plans-fp8-cpu",
         "real-clock-h200",
         "unseen",
+        "unseen-belts",
+        "unseen-events",
         "untold",
     )
     hashes = {arm["engine"]["checkpoint_hash"] for name in names for arm in load(name)["arms"]}
@@ -63,13 +65,21 @@ def test_the_rates_that_the_policy_brings_are_those_of_the_results():
 
 
 def test_rates_hold_on_seeds_that_nothing_was_chosen_on():
-    unseen = load("unseen")
-    assert unseen["seeds"] == {"first": 80000, "n": 200}
-    assert [(arm["successes"], arm["n"]) for arm in unseen["arms"]] == [(200, 200)] * 2
-    assert {row["name"]: row["status"] for row in unseen["controls"]} == dict.fromkeys(
-        ("stored rate", "blanked", "mask", "delay"), "passed"
+    found = [load(name) for name in ("unseen", "unseen-belts", "unseen-events")]
+    for unseen in found:
+        assert unseen["seeds"] == {"first": 80000, "n": 200}
+        assert {row["name"]: row["status"] for row in unseen["controls"]} == dict.fromkeys(
+            ("stored rate", "blanked", "mask", "delay"), "passed"
+        )
+    arms = [arm for unseen in found for arm in unseen["arms"]]
+    where = {(arm["arm"]["task"], arm["arm"]["belt"]): (arm["successes"], arm["n"]) for arm in arms}
+    assert where.pop(("perturb", None)) == (199, 200)
+    assert list(where.values()) == [(200, 200)] * 6
+    assert "200/200 again but for `perturb`, 199/200" in SIMULATION
+    assert (
+        f"wrong object {sum(arm['wrong_object'] for arm in arms)} of {sum(arm['n'] for arm in arms)}, and" in SIMULATION
     )
-    looks = [arm["inference_ms"]["p50"] for arm in unseen["arms"]]
+    looks = [arm["inference_ms"]["p50"] for arm in found[0]["arms"]]
     assert f"{min(looks):.0f} to {max(looks):.0f} ms" in SIMULATION
 
 
