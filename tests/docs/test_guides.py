@@ -45,6 +45,7 @@ def test_every_result_of_the_guides_is_of_the_policy_that_comes_with_vivace():
         "plans-fp8-cpu",
         "real-clock-h200",
         "unseen",
+        "unseen-100ms",
         "unseen-belts",
         "unseen-events",
         "untold",
@@ -81,6 +82,18 @@ def test_rates_hold_on_seeds_that_nothing_was_chosen_on():
     )
     looks = [arm["inference_ms"]["p50"] for arm in found[0]["arms"]]
     assert f"{min(looks):.0f} to {max(looks):.0f} ms" in SIMULATION
+
+
+def test_aligned_beats_naive_on_unseen_seeds_too():
+    unseen = load("unseen-100ms")
+    aligned, naive = unseen["arms"]
+    assert (aligned["arm"]["mode"], naive["arm"]["mode"], unseen["seeds"]["first"]) == ("aligned", "naive", 80000)
+    paired = next(one["result"] for one in unseen["comparisons"] if one["what"] == "mode")
+    said = f"{aligned['successes']} and {naive['successes']} (p = {paired['mcnemar_p']:.0e}, "
+    assert said in SIMULATION
+    assert {row["name"]: row["status"] for row in unseen["controls"]} == {
+        "stored rate": "void", "blanked": "passed", "mask": "passed", "delay": "passed",
+    }  # fmt: skip
 
 
 def test_rates_without_delay():
