@@ -31,6 +31,19 @@ def quick(policy: Any) -> tuple[Any, list[str]]:
     return policy, ran
 
 
+def fails_at(policy: Any, key: str, error: BaseException) -> None:
+    """Let the policy raise `error` for requests that have this key."""
+    answers = policy.infer
+
+    def infer(request: Mapping[str, Any]) -> ActionChunk:
+        chunk: ActionChunk = answers(request)
+        if key in request:
+            raise error
+        return chunk
+
+    policy.infer = infer
+
+
 def test_the_only_client_is_answered_on_the_event_loop(digest_policy: Any, open_client: Callable[..., Any]) -> None:
     expected = digest_policy.infer({"n": 3}).actions
     policy, ran = quick(digest_policy)
@@ -102,15 +115,7 @@ def test_an_error_on_the_event_loop_is_told_and_ends_only_its_connection(
     digest_policy: Any, open_client: Callable[..., Any], error: BaseException
 ) -> None:
     policy, ran = quick(digest_policy)
-    answers = policy.infer
-
-    def infer(request: Mapping[str, Any]) -> ActionChunk:
-        chunk: ActionChunk = answers(request)
-        if "bad" in request:
-            raise error
-        return chunk
-
-    policy.infer = infer
+    fails_at(policy, "bad", error)
     with serve_in_thread(policy, inline_below_ms=ALWAYS) as handle:
         client = open_client(handle.port)
         client.ask({})
@@ -125,16 +130,8 @@ def test_a_person_who_interrupts_is_not_an_error_of_the_policy(
 ) -> None:
     """On a program's main thread that is how Ctrl-C arrives; here it ends the thread with the event loop."""
     policy, _ = quick(digest_policy)
-    answers = policy.infer
-
-    def infer(request: Mapping[str, Any]) -> ActionChunk:
-        if "interrupt" in request:
-            raise KeyboardInterrupt
-        chunk: ActionChunk = answers(request)
-        return chunk
-
-    policy.infer, seen = infer, threading.excepthook
-    threading.excepthook = lambda args: None
+    fails_at(policy, "interrupt", KeyboardInterrupt())
+    seen, threading.excepthook = threading.excepthook, lambda args: None
     try:
         with serve_in_thread(policy, inline_below_ms=ALWAYS) as handle:
             client = open_client(handle.port)
