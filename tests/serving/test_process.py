@@ -147,3 +147,12 @@ def test_answers_on_the_event_loop_can_be_switched_off(start: Any, open_client: 
     for prompt in ("first", "second"):
         client.ask({"prompt": prompt})
     assert f"started second on the {where}" in process.log.read_text()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--inline-below-ms", "-1"), ("--port", "70000")])
+def test_options_that_cannot_be_used_are_refused_before_loading(start: Any, option: str, value: str) -> None:
+    process = start(option, value)
+    assert process.inner.wait(60) == 2
+    said = process.log.read_text()
+    assert "cannot be used" in said
+    assert "loaded" not in said

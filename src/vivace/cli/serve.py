@@ -8,10 +8,12 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from ..errors import ConfigError
+from ..serving.options import ServerOptions
 from ..serving.server import PolicyServer
 from .output import OK, console
 from .policy_args import PolicyArgs, load
@@ -53,19 +55,14 @@ def run(args: Args) -> int:
     """Load, warm up, listen, serve; ends after a signal."""
     _log_to_stderr(debug=args.debug)
     api_key = None if args.api_key_file is None else _read_key(args.api_key_file)
+    options: dict[str, Any] = {
+        "host": args.host, "port": args.port, "api_key": api_key, "max_message_bytes": args.max_message_mb * 2**20,
+        "max_connections": args.max_connections, "inline_below_ms": args.inline_below_ms, "debug": args.debug,
+    }  # fmt: skip
+    ServerOptions(**options)  # refuses what cannot be used before minutes of loading
     with console.status(f"loading {args.path}"):
         policy = load(args.path, args.policy, backend=args.backend, precision=args.precision)
-    server = PolicyServer(
-        policy,
-        host=args.host,
-        port=args.port,
-        api_key=api_key,
-        max_message_bytes=args.max_message_mb * 2**20,
-        max_connections=args.max_connections,
-        inline_below_ms=args.inline_below_ms,
-        metrics=args.metrics,
-        debug=args.debug,
-    )
+    server = PolicyServer(policy, metrics=args.metrics, **options)
     console.print("warming up", highlight=False)
     asyncio.run(server.run(ready=announce))
     return OK
