@@ -10,6 +10,7 @@ import pytest
 from vivace.checkpoints import bundled
 from vivace.config import EngineConfig
 from vivace.runtime.policy import load_policy
+from vivace.sim.statistics import fisher
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,6 +47,7 @@ def test_every_result_of_the_guides_is_of_the_policy_that_comes_with_vivace():
         "real-clock-h200",
         "unseen",
         "unseen-100ms",
+        "unseen-160ms",
         "unseen-belts",
         "unseen-events",
         "untold",
@@ -94,6 +96,15 @@ def test_aligned_beats_naive_on_unseen_seeds_too():
     assert {row["name"]: row["status"] for row in unseen["controls"]} == {
         "stored rate": "void", "blanked": "passed", "mask": "passed", "delay": "passed",
     }  # fmt: skip
+
+
+def test_what_the_plans_were_compared_at_holds_on_unseen_seeds():
+    unseen, (float32,) = load("unseen-160ms"), load("plans-cpu")["arms"]
+    (arm,) = unseen["arms"]
+    ours, before = (arm["successes"], arm["n"]), (float32["successes"], float32["n"])
+    assert f"{ours[0]} of {ours[1]} " in SIMULATION
+    assert f"(Fisher p = {fisher(ours, before):.2f})" in SIMULATION
+    assert [row["status"] for row in unseen["controls"]] == ["void", "passed", "passed", "passed"]
 
 
 def test_rates_without_delay():
