@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -56,6 +57,17 @@ def _installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
+
+
+@pytest.fixture(scope="session")
+def openpi_module() -> Callable[[str], Any]:
+    """Imports a module of openpi-client. Not installed: an error in CI, a skip by name elsewhere."""
+
+    def load(name: str) -> Any:
+        full = f"openpi_client.{name}"
+        return importlib.import_module(full) if os.environ.get("CI") else pytest.importorskip(full)
+
+    return load
 
 
 @pytest.fixture(scope="session")

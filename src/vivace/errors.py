@@ -61,6 +61,10 @@ class ProtocolError(VivaceError):
     """A peer sent bytes that the wire protocol does not allow."""
 
 
+class ServerError(VivaceError):
+    """A policy server could not be reached, refused a request, or did not answer in time."""
+
+
 class DeadlineMissed(VivaceError):
     """An action was not ready when its control tick came."""
 

@@ -9,7 +9,7 @@ import pytest
 
 from vivace.check import hopper_client, hopper_served
 from vivace.config import ResolvedEngine
-from vivace.errors import NumericsError, ObservationError
+from vivace.errors import ObservationError, ServerError
 from vivace.serving.thread import serve_in_thread
 from vivace.types import ActionChunk
 
@@ -46,10 +46,13 @@ class Answers:
         pass
 
 
-def test_round_trips_hold_the_inference_and_every_answer_is_compared():
+@pytest.mark.parametrize("client", hopper_client.CLIENTS)
+def test_round_trips_hold_the_inference_and_every_answer_is_compared(client, openpi_module):
+    if client == "openpi":
+        openpi_module("websocket_client_policy")
     steady, other = Answers(1.0), Answers(*[1.0] * 4, *range(2, 100))
     alone = {"steady": np.ones((5, 3), np.float32), "other": np.ones((5, 3), np.float32)}
-    found = hopper_served.round_trips({"steady": steady, "other": other}, REQUEST, alone, calls=3)
+    found = hopper_served.round_trips({"steady": steady, "other": other}, REQUEST, alone, calls=3, client=client)
     times, same = found["steady"]
     assert len(times.total_ms) == len(times.stages_ms["server"]) == 3
     assert all(5.0 <= server < whole for server, whole in zip(times.stages_ms["server"], times.total_ms, strict=True))
@@ -61,10 +64,13 @@ def test_round_trips_hold_the_inference_and_every_answer_is_compared():
     assert np.array_equal(sent["image"], REQUEST["image"])
 
 
-def test_quick_policies_are_served_as_they_are_to_robots():
+@pytest.mark.parametrize("client", hopper_client.CLIENTS)
+def test_quick_policies_are_served_as_they_are_to_robots(client, openpi_module):
+    if client == "openpi":
+        openpi_module("websocket_client_policy")
     policies = {"quick": Answers(1.0, quick=True), "not": Answers(1.0)}
     alone = dict.fromkeys(policies, np.ones((5, 3), np.float32))
-    hopper_served.round_trips(policies, REQUEST, alone, calls=3)
+    hopper_served.round_trips(policies, REQUEST, alone, calls=3, client=client)
     assert "vivace-serving" in policies["quick"].threads, "the event loop's"
     assert set(policies["not"].threads) == {"vivace-inference"}
 
@@ -75,11 +81,12 @@ def test_a_client_that_fails_says_why():
 
 
 def test_a_server_that_answers_with_an_error_stops_the_client():
-    with serve_in_thread(Answers(1.0, refuses_after=3)) as server, pytest.raises(NumericsError, match="no text"):
+    with serve_in_thread(Answers(1.0, refuses_after=3)) as server, pytest.raises(ServerError, match="no text"):
         hopper_client.asked({"one": server.url}, REQUEST, {"one": 0}, calls=9, seed=0)
 
 
 def test_without_websockets_it_is_not_run(monkeypatch):
     assert hopper_served.why_not() is None
     monkeypatch.setattr(hopper_served.importlib.util, "find_spec", lambda name: None)
-    assert hopper_served.why_not() == "websockets is not installed"
+    assert hopper_served.why_not() == "websockets not installed"
+    assert hopper_served.why_not("openpi") == "websockets and openpi_client not installed"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
-import os
 import queue
 import signal
 import socket
@@ -80,17 +78,6 @@ class GatedPolicy(DigestPolicy):
 
     def next_started(self) -> Any:
         return self.started.get(timeout=WAIT_S)
-
-
-@pytest.fixture(scope="session")
-def openpi_module() -> Callable[[str], Any]:
-    """Imports a module of openpi-client. Not installed: an error in CI, a skip by name elsewhere."""
-
-    def load(name: str) -> Any:
-        full = f"openpi_client.{name}"
-        return importlib.import_module(full) if os.environ.get("CI") else pytest.importorskip(full)
-
-    return load
 
 
 @pytest.fixture

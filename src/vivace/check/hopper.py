@@ -6,12 +6,12 @@ The file (kind "hopper") is written after every row, so what was measured surviv
 
     setup       how weights, requests and ranges were made; seed; calls; phases; estimated_s
     ceilings    bf16_tflops, fp8_tflops, copy_gb_s that torch reaches here on large work; published: the datasheet's
-    rows[]      setting, engine, precision, boundary B0|B0 reuse|B1|B2|B3, batch, steps, calls (behind the percentiles),
-                latency {p50_ms, p95_ms, p99_ms, max_ms, min_ms, mean_ms, samples}, clock, stable, bit_identical {same, of,
-                output_poisoned}; at B0 also launches {exposed, of}, stages_ms and rates per stage {tflop, gb, fp8_share,
-                tflop_s, gb_s, floor_ms, of_floor}; rivals: compile_mode, ours_in_the_same_rounds {engine: {p50_ms,
-                ratio}}; at B2 parts_ms, what the policy says of its own parts; at B3 server_p50_ms, its
-                `policy.infer`
+    rows[]      setting, engine, precision, boundary B0|B0 reuse|B1|B2|B3|B3 openpi, batch, steps, calls (behind the
+                percentiles), latency {p50_ms, p95_ms, p99_ms, max_ms, min_ms, mean_ms, samples}, clock, stable,
+                bit_identical {same, of, output_poisoned}; at B0 also launches {exposed, of}, stages_ms and rates per
+                stage {tflop, gb, fp8_share, tflop_s, gb_s, floor_ms, of_floor}; rivals: compile_mode,
+                ours_in_the_same_rounds {engine: {p50_ms, ratio}}; at B2 parts_ms, what the policy says of its own
+                parts; at B3 and B3 openpi server_p50_ms, its `policy.infer`, and added_ms, B3 - B2
     accuracy[]  setting, engine, precision, observations, noise_draws, cosine_mean, cosine_worst, rel_l2, rel_l2_worst,
                 plain_bfloat16 {the same four of plain PyTorch in bfloat16}, infer_is_two_calls {same, of}: infer, infer
                 after look, and denoise(prefill) give the same bits

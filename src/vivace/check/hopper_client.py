@@ -2,24 +2,22 @@
 
     python -m vivace.check.hopper_client < question > answer
 
-Both are messages of `serving.protocol`. Question: {"urls": {engine: ws://...}, "request": observation, "alone": {engine:
-actions of its policy without a server}, "calls": samples of each engine, "seed": order of the engines}. Answer: {engine:
-{"times": fields of `bench.EngineTimes`, "same", "of"}}.
-Connects as openpi's client does: no compression, no bound on a message, msgpack. Needs no torch, as a robot does not.
+Both are messages of `serving.protocol`. Question: {"client": one of CLIENTS, "urls": {engine: ws://...}, "request":
+observation, "alone": {engine: actions of its policy without a server}, "calls": samples of each engine, "seed": order of
+the engines}. Answer: {engine: {"times": fields of `bench.EngineTimes`, "same", "of"}}. Needs no torch, as a robot does not.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
-from websockets.sync.client import ClientConnection, connect
 
-from ..errors import NumericsError
 from ..serving.protocol import pack, unpack
 from . import bench
 
@@ -41,34 +39,44 @@ class Bits:
 
 
 def asked(
-    urls: Mapping[str, str], request: Mapping[str, Any], alone: Mapping[str, Any], *, calls: int, seed: int
-) -> dict[str, Any]:
-    """Round trips to every server; see the module's docstring. Raises NumericsError with a server's error text."""
+    urls: Mapping[str, str], request: Mapping[str, Any], alone: Mapping[str, Any], *, calls: int, seed: int,
+    client: str = "vivace",
+) -> dict[str, Any]:  # fmt: skip
+    """Round trips to every server; see the module's docstring. Raises what the client does, with a server's words."""
     bits = Bits(alone)
     with ExitStack() as stack:
-        open_to = {
-            name: stack.enter_context(connect(url, compression=None, max_size=None)) for name, url in urls.items()
-        }
-        for connection in open_to.values():
-            connection.recv()  # the metadata, once
+        clients = {name: CLIENTS[client](url, stack) for name, url in urls.items()}
         times = bench.measure(
-            {name: _round_trip(name, connection, request) for name, connection in open_to.items()}, samples=calls,
+            {name: _round_trip(name, ask, request) for name, ask in clients.items()}, samples=calls,
             seed=seed, warmup=bench.SHORT_WARM_UP, stages=bits.stages,
         )  # fmt: skip
     return {name: {"times": asdict(one), "same": bits.same[name], "of": bits.of[name]} for name, one in times.items()}
 
 
-def _round_trip(name: str, connection: ClientConnection, request: Mapping[str, Any]) -> Callable[[], Any]:
-    """Packing and unpacking are inside: the robot waits for them as well."""
+Ask = Callable[[Mapping[str, Any]], dict[str, Any]]
 
-    def ask() -> tuple[str, dict[str, Any]]:
-        connection.send(pack(dict(request)))
-        answer = connection.recv()
-        if isinstance(answer, str):
-            raise NumericsError(f"the server of {name} sent an error", got=answer[-400:])
-        return name, unpack(answer)
 
+def _ours(url: str, stack: ExitStack) -> Ask:
+    from ..serving.client import PolicyClient
+
+    return stack.enter_context(PolicyClient(url, None)).infer
+
+
+def _openpis(url: str, stack: ExitStack) -> Ask:
+    """As it is installed; it has no way to close its connection."""
+    client = importlib.import_module("openpi_client.websocket_client_policy").WebsocketClientPolicy(url)
+    stack.callback(client._ws.close)
+    ask: Ask = client.infer
     return ask
+
+
+CLIENTS: Final[Mapping[str, Callable[[str, ExitStack], Ask]]] = {"vivace": _ours, "openpi": _openpis}
+"""Who asks: `serving.client`, or openpi's own client."""
+
+
+def _round_trip(name: str, ask: Ask, request: Mapping[str, Any]) -> Callable[[], Any]:
+    """Packing and unpacking are inside: the robot waits for them as well."""
+    return lambda: (name, ask(request))
 
 
 def main() -> int:

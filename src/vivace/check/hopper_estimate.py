@@ -37,7 +37,7 @@ def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
     talking = sum(size.prompt_tokens > 0 for size in o.sizes)
     reusing = sum(size.horizon == 50 for size in o.sizes)
     timed = settings * head * (o.calls * (CALL_S + SPIN_S) + o.host_calls * CALL_S)
-    timed += talking * (head * o.host_calls * (2 * (CALL_S + HOST_S) + SERVED_S) + FIXED_S["client"])
+    timed += talking * (head * o.host_calls * (3 * (CALL_S + HOST_S) + 2 * SERVED_S) + 2 * FIXED_S["client"])
     timed += few_settings * few * o.few_calls * (CALL_S + SPIN_S)
     timed += reusing * head * o.reuse_calls * CALL_S / 2
     per_observation = (o.draws + WAYS) * CALL_S

@@ -4,7 +4,8 @@
     B0 reuse  the same of the denoise stage alone: what a frame costs that reuses the prefix
     B1        pinned host buffers in, replay, actions back on the host; wall clock
     B2        `policy.infer`: uint8 pictures, raw state and task text in, robot actions out; wall clock
-    B3        the same through a server on this machine, as a client in another process sees it; its wall clock
+    B3        the same through a server on this machine, as vivace's client in another process sees it; its wall clock
+    B3 openpi the same through openpi's own client
 
 After every timed call its output is compared with the first one bit by bit, so an engine that is not deterministic is seen
 among the very calls that made the percentiles. Where a graph writes to one address (B0), the output is then overwritten
@@ -34,6 +35,8 @@ from .targets import Size
 
 LOWEST_COSINE = {"bfloat16": 0.999, "fp8": 0.9}
 """An engine below it computes something else and is not timed; how good FP8 is, the accuracy rows say."""
+BOUNDARIES = {"vivace": "B3", "openpi": "B3 openpi"}
+"""Through which client (`hopper_client.CLIENTS`)."""
 WARM_UP = bench.SHORT_WARM_UP
 WARM_REPLAYS = 5
 
@@ -97,9 +100,11 @@ def time_rows(size: Size, boundary: str, timed: Sequence[Timed], *, seed: int = 
     return rows
 
 
-def served_row(size: Size, engine: Engine, times: bench.EngineTimes, same: Mapping[str, int]) -> dict[str, Any]:
-    """A row at B3, from what the client measured."""
-    row = _row(size, "B3", engine, times)
+def served_row(
+    size: Size, engine: Engine, times: bench.EngineTimes, same: Mapping[str, int], *, client: str = "vivace"
+) -> dict[str, Any]:
+    """A row at B3, from what this client measured."""
+    row = _row(size, BOUNDARIES[client], engine, times)
     row |= {
         "clock": "the client's, question packed until answer unpacked",
         "bit_identical": {**same, "output_poisoned": False},

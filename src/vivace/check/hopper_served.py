@@ -39,9 +39,11 @@ class Rehearsed:
         self._policy.infer(self._request)
 
 
-def why_not() -> str | None:
-    """None if servers can run here."""
-    return None if importlib.util.find_spec("websockets") else "websockets is not installed"
+def why_not(client: str = "vivace") -> str | None:
+    """None if servers and this client (`hopper_client.CLIENTS`) can run here."""
+    needed = {"vivace": ("websockets",), "openpi": ("websockets", "openpi_client")}[client]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(missing)} not installed" if missing else None
 
 
 def round_trips(
@@ -50,10 +52,11 @@ def round_trips(
     alone: Mapping[str, NDArray[Any]],
     *,
     calls: int,
+    client: str = "vivace",
     seed: int = 0,
     timeout_s: float = 300.0,
 ) -> dict[str, tuple[bench.EngineTimes, dict[str, int]]]:
-    """Serve these policies on free loopback ports, and have another process ask them in rounds.
+    """Serve these policies on free loopback ports, and have another process ask them in rounds, through one client each.
 
     Returns  {engine: (times, of which `total_ms` are the round trips and stage "server" the servers' `policy.infer`;
              {"same", "of"}: answers with the bits of `alone`, the actions of the policy without a server)}
@@ -66,7 +69,8 @@ def round_trips(
             name: stack.enter_context(serve_in_thread(Rehearsed(policy, request))).url
             for name, policy in policies.items()
         }
-        question = pack({"urls": urls, "request": dict(request), "alone": dict(alone), "calls": calls, "seed": seed})
+        about = {"client": client, "calls": calls, "seed": seed}
+        question = pack({"urls": urls, "request": dict(request), "alone": dict(alone), **about})
         command = [sys.executable, "-m", "vivace.check.hopper_client"]
         done = subprocess.run(command, input=question, capture_output=True, timeout=timeout_s)
     if done.returncode:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import msgpack
@@ -39,20 +41,39 @@ def pack(value: Any) -> bytes:
     Raises ProtocolError for complex, structured and object arrays and for types that msgpack does not have.
     """
     try:
-        packed: bytes = _PACKERS.mine.pack(value)
+        message: bytes = _PACKERS.mine.pack(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ProtocolError(
-            "value cannot be sent", got=str(error), wanted="numbers, text, lists, dicts, arrays"
-        ) from error
-    return packed
+        raise _cannot_be_sent(error) from error
+    return message
 
 
-def unpack(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> Any:
+@contextmanager
+def packed(value: Any) -> Iterator[memoryview]:
+    """`pack`, to be read while the block runs: it lies in memory that the next message of this thread will overwrite."""
+    packer = _PACKERS.kept
+    try:
+        try:
+            packer.pack(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _cannot_be_sent(error) from error
+        with packer.getbuffer() as message:
+            yield message
+    finally:
+        packer.reset()
+
+
+def _cannot_be_sent(error: Exception) -> ProtocolError:
+    return ProtocolError("value cannot be sent", got=str(error), wanted="numbers, text, lists, dicts, arrays")
+
+
+def unpack(data: bytes, *, limits: Limits | None = DEFAULT_LIMITS) -> Any:
     """Decode one message. Arrays are read-only, numpy scalars come back as numpy scalars.
 
-    Raises ProtocolError for anything that is not exactly one well-formed value within `limits`.
+    limits  None = from a peer that may take as much memory as it likes: a robot's own server
+    Raises  ProtocolError for anything that is not exactly one well-formed value within `limits`.
     """
-    check_structure(data, limits)
+    if limits is not None:
+        check_structure(data, limits)
     try:
         return msgpack.unpackb(data, object_pairs_hook=_decode_map, strict_map_key=True)
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
@@ -80,10 +101,14 @@ def _bytes_of(value: np.ndarray[Any, np.dtype[Any]]) -> bytes | memoryview:
 
 
 class _Packers(threading.local):
-    """One packer per thread; it keeps its buffer, so that no request asks the system for half a megabyte again."""
+    """Two packers per thread; they keep their buffers, so that no request asks the system for half a megabyte again.
+
+    mine  hands out bytes       kept  hands out its buffer, for `packed`
+    """
 
     def __init__(self) -> None:
         self.mine = msgpack.Packer(default=_encode)
+        self.kept = msgpack.Packer(default=_encode, autoreset=False)
 
 
 _PACKERS: Final = _Packers()
@@ -97,14 +122,14 @@ def _decode_map(pairs: list[tuple[Any, Any]]) -> Any:
     if b"__ndarray__" in fields:
         return _decode_array(fields)
     if b"__npgeneric__" in fields:
-        return _decode_scalar(fields)
+        return decode_scalar(fields)
     return fields
 
 
 def _decode_array(fields: dict[Any, Any]) -> np.ndarray[Any, np.dtype[Any]]:
     if fields.keys() != ARRAY_KEYS or fields[b"__ndarray__"] is not True:
         raise ProtocolError("array has other fields than the encoding", got=_names(fields), wanted=sorted(ARRAY_KEYS))
-    dtype, shape, data = _dtype(fields[b"dtype"]), _shape(fields[b"shape"]), fields[b"data"]
+    dtype, shape, data = dtype_of(fields[b"dtype"]), _shape(fields[b"shape"]), fields[b"data"]
     if type(data) is not bytes:
         raise ProtocolError("array data has the wrong type", got=type(data).__name__, wanted="bytes")
     wanted = math.prod(shape) * dtype.itemsize
@@ -119,10 +144,11 @@ def _decode_array(fields: dict[Any, Any]) -> np.ndarray[Any, np.dtype[Any]]:
     return np.ndarray(shape, dtype=dtype, buffer=data)
 
 
-def _decode_scalar(fields: dict[Any, Any]) -> np.generic:
+def decode_scalar(fields: dict[Any, Any]) -> np.generic:
+    """The numpy scalar of a decoded map, or ProtocolError."""
     if fields.keys() != SCALAR_KEYS or fields[b"__npgeneric__"] is not True:
         raise ProtocolError("scalar has other fields than the encoding", got=_names(fields), wanted=sorted(SCALAR_KEYS))
-    dtype, value = _dtype(fields[b"dtype"]), fields[b"data"]
+    dtype, value = dtype_of(fields[b"dtype"]), fields[b"data"]
     allowed: dict[str, tuple[type, ...]] = {
         "b": (bool,),
         "i": (int,),
@@ -138,7 +164,7 @@ def _decode_scalar(fields: dict[Any, Any]) -> np.generic:
     return scalar
 
 
-def _dtype(name: Any) -> np.dtype[Any]:
+def dtype_of(name: Any) -> np.dtype[Any]:
     """The dtype of a wire name, or ProtocolError."""
     if type(name) is not str or not _DTYPE.fullmatch(name):
         raise ProtocolError("unknown dtype", got=repr(name)[:60], wanted='a numpy dtype such as "<f4"')

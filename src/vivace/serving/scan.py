@@ -11,7 +11,7 @@ A request of a robot has about 40 nodes, so the walk costs some 20 microseconds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from ..errors import ProtocolError
 
@@ -74,6 +74,8 @@ def _heads() -> tuple[_Head | None, ...]:
 
 
 _HEADS: Final = _heads()
+_BYTES_WIDTH: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4}
+"""First byte of a byte string -> bytes that its length takes."""
 
 
 def check_structure(data: bytes, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -108,6 +110,24 @@ def check_structure(data: bytes, limits: Limits = DEFAULT_LIMITS) -> None:
                 raise ProtocolError("message is nested too deeply", wanted=f"at most {limits.max_depth} levels")
     if position != end:
         raise ProtocolError("message has bytes after its end", got=f"{end - position} more", wanted="one value")
+
+
+class Bytes(NamedTuple):
+    """Where a byte string lies in a message: data[head:body] announces it, data[body:end] is it."""
+
+    head: int
+    body: int
+    end: int
+
+
+def byte_strings(data: bytes) -> list[Bytes]:
+    """The byte strings, in order, of a message that `check_structure` has taken."""
+    found, position = [], 0
+    while position < len(data):
+        head, (position, _) = position, _step(data, position)
+        if width := _BYTES_WIDTH.get(data[head]):
+            found.append(Bytes(head, head + 1 + width, position))
+    return found
 
 
 def _step(data: bytes, position: int) -> tuple[int, int]:

@@ -27,9 +27,10 @@ from websockets.frames import CloseCode
 
 from ..errors import NumericsError, ProtocolError, VivaceError
 from ..types import ActionChunk
+from .decoder import Decoder
 from .metrics import ServerMetrics
 from .options import ServerOptions
-from .protocol import pack, unpack
+from .protocol import pack
 from .results import result_of
 from .scan import Limits
 from .worker import Job, Outcome, Worker, outcome_of
@@ -109,6 +110,7 @@ class Session:
     ) -> None:
         self._connection, self._infer, self._greeting = connection, infer, greeting
         self._worker, self._metrics, self._options, self._alone = worker, metrics, options, alone
+        self._unpack = Decoder(Limits(max_bytes=options.max_message_bytes))
         self._last_infer_ms = math.inf
         self._busy = False
         self._stopping = False
@@ -184,7 +186,7 @@ class Session:
     def _decode(self, frame: bytes | str) -> dict[str, Any]:
         if isinstance(frame, str):
             raise ProtocolError("request is a text frame", wanted="a binary frame with a msgpack map")
-        request = unpack(frame, limits=Limits(max_bytes=self._options.max_message_bytes))
+        request = self._unpack(frame)
         if not isinstance(request, dict):
             raise ProtocolError("request is not a map", got=type(request).__name__, wanted="an observation dict")
         if wrong := [key for key in request if not isinstance(key, str)]:

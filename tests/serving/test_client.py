@@ -1,0 +1,198 @@
+"""vivace's client for robots: answers, errors, and what happens when the server is late, busy or gone."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.sync.server import ServerConnection, serve
+
+from vivace.errors import ConfigError, ProtocolError, ServerError
+from vivace.serving import pack, serve_in_thread, unpack
+from vivace.serving.client import PolicyClient
+
+
+@contextmanager
+def answering(handler: Callable[[ServerConnection], None]) -> Iterator[int]:
+    """A server of the library's own kind; yields its port."""
+    with serve(handler, "127.0.0.1", 0, compression=None) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.socket.getsockname()[1]
+        server.shutdown()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 60, 61, 62, 63, 65_460, 65_461, 65_462, 65_463, 450_000, 3_000_001])
+def test_frames_of_every_length_arrive_whole(digest_policy: Any, size: int) -> None:
+    """Heads of three lengths, and words of four bytes with zero to three left over."""
+    requests = [
+        {"image": np.random.default_rng(seed).integers(0, 256, size + more, np.uint8)}
+        for seed, more in enumerate((0, 4, 0))
+    ]
+    with serve_in_thread(digest_policy) as handle, PolicyClient(port=handle.port) as client:
+        for request in requests:
+            np.testing.assert_array_equal(client.infer(request)["actions"], digest_policy.infer(request).actions)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # openpi's use of its websocket library
+def test_the_answer_is_what_openpis_client_gets(digest_policy: Any, openpi_module: Callable[[str], Any]) -> None:
+    theirs_class = openpi_module("websocket_client_policy").WebsocketClientPolicy
+    request = {"observation/image": np.arange(48, dtype=np.uint8).reshape(4, 4, 3), "prompt": "push"}
+    with serve_in_thread(digest_policy) as handle, PolicyClient("127.0.0.1", handle.port) as ours:
+        theirs = theirs_class("127.0.0.1", handle.port)
+        assert ours.get_server_metadata() == theirs.get_server_metadata()
+        one, two = ours.infer(request), theirs.infer(request)
+        theirs._ws.close()
+    assert one.keys() == two.keys()
+    np.testing.assert_array_equal(one["actions"], two["actions"])
+    assert one["actions"].dtype == two["actions"].dtype
+    assert not one["actions"].flags.writeable
+
+
+def test_a_refused_request_says_why_and_the_next_one_is_answered(digest_policy: Any) -> None:
+    with serve_in_thread(digest_policy) as handle, PolicyClient(port=handle.port) as client:
+        with pytest.raises(ServerError, match="refused the request; got ValueError: no such arm"):
+            client.infer({"raise": "no such arm"})
+        np.testing.assert_array_equal(client.infer({"n": 1})["actions"], digest_policy.infer({"n": 1}).actions)
+
+
+def test_what_cannot_be_sent_leaves_the_connection_as_it_was(digest_policy: Any) -> None:
+    with serve_in_thread(digest_policy) as handle, PolicyClient(port=handle.port) as client:
+        wire = client._wire
+        with pytest.raises(ProtocolError, match="cannot be sent"):
+            client.infer({"image": np.zeros(200_000, np.uint8), "what": {1, 2}})
+        client.infer({"n": 1})
+        assert client._wire is wire
+
+
+def test_pings_are_answered_between_requests(digest_policy: Any) -> None:
+    with serve_in_thread(digest_policy, ping_interval_s=0.5) as handle, PolicyClient(port=handle.port) as client:
+        wire, end = client._wire, time.monotonic() + 2.5
+        while time.monotonic() < end:
+            client.infer({})
+            time.sleep(0.05)
+        assert client._wire is wire
+
+
+def test_a_connection_that_the_server_closed_is_opened_again(digest_policy: Any, wait_until: Any, counted: Any) -> None:
+    """A robot that stood still for longer than the server waits for its pong."""
+    hasty = {"ping_interval_s": 0.2, "send_timeout_s": 0.3}
+    with serve_in_thread(digest_policy, **hasty) as handle, PolicyClient(port=handle.port) as client:
+        wire = client._wire
+        wait_until(lambda: counted(handle.port, "vivace_connections") == 0)
+        assert client.infer({"n": 2})["actions"].shape == (10, 7)
+        assert client._wire is not wire
+
+
+def test_it_waits_for_a_server_that_starts_later(digest_policy: Any) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    found: list[Any] = []
+
+    def ask() -> None:
+        with PolicyClient(port=port, connect_s=20) as client:
+            found.append(client.infer({"n": 3})["actions"])
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.6)
+    with serve_in_thread(digest_policy, port=port):
+        asking.join(20)
+    np.testing.assert_array_equal(found, [digest_policy.infer({"n": 3}).actions])
+
+
+def test_nobody_there_is_an_error_after_the_time_given() -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        with pytest.raises(ServerError, match=r"no policy server at ws://127.0.0.1:\d+ within 0.3 s.*vivace serve"):
+            PolicyClient(port=reserved.getsockname()[1], connect_s=0.3)
+
+
+def test_a_key_is_sent_and_a_wrong_one_is_refused(digest_policy: Any) -> None:
+    with serve_in_thread(digest_policy, api_key="secret") as handle:
+        with PolicyClient(port=handle.port, api_key="secret") as client:
+            assert client.infer({})["actions"].shape == (10, 7)
+        for key in ("wrong", None):
+            with pytest.raises(ServerError, match="refuses the connection; got HTTP 401 wanted the header"):
+                PolicyClient(port=handle.port, api_key=key)
+
+
+def test_a_late_answer_is_never_taken_for_the_next_one(gated_policy: Any) -> None:
+    with serve_in_thread(gated_policy) as handle, PolicyClient(port=handle.port, answer_s=0.4) as client:
+        with pytest.raises(ServerError, match=r"did not answer within 0\.4 s"):
+            client.infer({"name": "first"})
+        gated_policy.release(2)
+        second = client.infer({"name": "second"})
+    expected = super(type(gated_policy), gated_policy).infer({"name": "second"}).actions
+    np.testing.assert_array_equal(second["actions"], expected)
+
+
+def test_fragments_and_pings_between_them_are_one_answer() -> None:
+    answer = pack({"actions": np.arange(6.0).reshape(2, 3)})
+
+    def handler(connection: ServerConnection) -> None:
+        connection.send(pack({"robot": "made up"}))
+        for _ in connection:
+            connection.send(iter([answer[:5], answer[5:6], b"", answer[6:]]))
+            connection.ping()
+
+    with answering(handler) as port, PolicyClient(port=port) as client:
+        assert client.get_server_metadata() == {"robot": "made up"}
+        for _ in range(3):
+            np.testing.assert_array_equal(client.infer({})["actions"], unpack(answer)["actions"])
+
+
+def test_a_server_that_closes_instead_of_answering_says_why() -> None:
+    def handler(connection: ServerConnection) -> None:
+        connection.send(pack({}))
+        connection.recv()
+        connection.close(1013, "robot is in maintenance")
+
+    with answering(handler) as port, PolicyClient(port=port) as client:
+        with pytest.raises(ServerError, match="closed the connection; got 1013 robot is in maintenance"):
+            client.infer({})
+        assert client._wire is None
+
+
+def test_a_greeting_of_text_is_no_policy_server() -> None:
+    with (
+        answering(lambda connection: connection.send("hello")) as port,
+        pytest.raises(ServerError, match="greets with text; got hello"),
+    ):
+        PolicyClient(port=port)
+
+
+def test_something_else_that_listens_is_no_policy_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            peer, _ = other.accept()
+            with peer:
+                peer.recv(4096)
+                peer.sendall(b"220 mail.example ESMTP\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(ServerError, match="no policy server there"):
+            PolicyClient(port=other.getsockname()[1], connect_s=5)
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [("wss://127.0.0.1", "speaks no TLS"), ("http://127.0.0.1", "cannot be used"), ("ws://", "cannot be used")],
+)
+def test_addresses_that_cannot_be_used(address: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        PolicyClient(address, 1, connect_s=0.1)
+
+
+def test_a_robot_needs_no_torch() -> None:
+    code = "import sys, vivace.serving.client; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
