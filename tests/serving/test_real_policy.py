@@ -15,6 +15,7 @@ import vivace
 from vivace.check import observations
 from vivace.checkpoints.make import Recipe, make_checkpoint
 from vivace.config import EngineConfig
+from vivace.serving import PolicyClient
 from vivace.serving.protocol import pack, unpack
 from vivace.serving.thread import serve_in_thread
 
@@ -90,3 +91,43 @@ def test_graphs_recorded_on_one_thread_answer_alike_on_two():
     assert set(threads[8:]) == {"vivace-inference"}
     expected = np.array([policy.infer(request).actions for request in (*requests, *requests)])
     assert all(np.array_equal(found, expected) for found in (*alone, *both))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_bucket_that_is_not_warm_is_recorded_on_the_event_loop():
+    """Both buckets' graphs are then replayed by the worker as well, with the same bits."""
+    config = EngineConfig(backend="cuda_graph", device="cuda", precision="bfloat16+vision", prompt_bucket=8)
+    policy = vivace.load_policy("conveyor-small", config=config)
+    like = observations.synthetic(policy.io, 2, seed=3, prepare=policy.prepare)
+    short, long = {**like[0], "task": "red"}, {**like[1], "task": "put the red cube into the bin on the left side"}
+    tokens = [len(policy.prepare(request).tokens) for request in (short, long)]
+    assert tokens[0] // 8 < tokens[1] // 8, "two buckets"
+    seen = []
+
+    def captured():
+        return policy.backend.describe()["graphs_captured"]
+
+    class Watched:
+        metadata, engine, quick = policy.metadata, policy.engine, policy.quick
+
+        def warmup(self):
+            policy.warmup([tokens[0]])
+
+        def infer(self, request):
+            before = captured()
+            chunk = policy.infer(request)
+            seen.append((threading.current_thread().name, captured() - before))
+            return chunk
+
+    with serve_in_thread(Watched(), port=0, inline_below_ms=1e9) as handle, PolicyClient(port=handle.port) as client:
+        found = [client.infer(request)["actions"] for request in (short, short, long, long, short)]
+        with PolicyClient(port=handle.port) as other:
+            found += [one.infer(request)["actions"] for request in (long, short) for one in (client, other)]
+    worker, loop = "vivace-inference", "vivace-serving"
+    assert [name for name, _ in seen] == [worker, loop, loop, loop, loop, *[worker] * 4]
+    assert [new > 0 for _, new in seen] == [False, False, True, *[False] * 6]
+    expected = {id(request): policy.infer(request).actions for request in (short, long)}
+    order = (short, short, long, long, short, long, long, short, short)
+    assert all(np.array_equal(one, expected[id(request)]) for one, request in zip(found, order, strict=True))
+    assert not np.array_equal(*expected.values())

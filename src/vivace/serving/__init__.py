@@ -1,10 +1,12 @@
 """Policies over the wire: protocol code apart from policy code.
 
 scan (bounds) <- protocol (bytes) <- results (ActionChunk -> dict) <- worker (who is next) <- session (a client) <- server
+                 protocol <- client (a robot's side)
 """
 
+from .client import PolicyClient
 from .protocol import pack, unpack
 from .server import PolicyServer, ServedPolicy
 from .thread import ServerHandle, serve_in_thread
 
-__all__ = ["PolicyServer", "ServedPolicy", "ServerHandle", "pack", "serve_in_thread", "unpack"]
+__all__ = ["PolicyClient", "PolicyServer", "ServedPolicy", "ServerHandle", "pack", "serve_in_thread", "unpack"]
