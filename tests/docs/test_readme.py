@@ -125,7 +125,7 @@ def test_figures_in_the_text_are_the_results_own():
     def rows_of(document):
         return {(r["setting"], r["engine"], r["boundary"]): r["latency"]["p50_ms"] for r in document["rows"]}
 
-    newer = load("hopper-served-graphs-h200-2026-11-30.json")
+    newer = load("hopper-client-h200-2026-11-30.json")
     soaks = [one["soak"][0]["latency"] for one in (load("hopper-soak-h100-2026-11-25.json"), newer)]
     older = rows_of(load("hopper-h100-2026-11-25.json"))
     now = rows_of(newer)
@@ -142,7 +142,10 @@ def test_figures_in_the_text_are_the_results_own():
         return min(more), max(more)
 
     (least, most), (before_least, before_most) = added(now), added(older)
-    (web_least, web_most), (few_least, few_most) = (added(now, "B3", "B2", views) for views in ((3,), (1, 2)))
+    served = {(r["setting"], r["boundary"], r["engine"]): r["added_ms"] for r in newer["rows"] if "added_ms" in r}
+    first = sorted(ms for (setting, boundary, _), ms in served.items() if (setting, boundary) == ("3,200,50", "B3"))
+    ours = [ms for (setting, boundary, _), ms in served.items() if boundary == "B3" and setting != "3,200,50"]
+    openpis = [ms for (_, boundary, _), ms in served.items() if boundary == "B3 openpi"]
     start = {row["caches"]: row for row in newer["start"]}
     warm, cold = start["warm"], start["cold"]
     one_bucket = {row["precision"]: row["ratio"] for row in newer["memory"]}["bf16"]
@@ -154,16 +157,29 @@ def test_figures_in_the_text_are_the_results_own():
     for plan in ("fp8-mlp", "fp8-full"):
         assert len(load(f"check-full-size-{plan}-h200-2026-11-30.json")["marks"]) == 136
     assert "masks are read" in newer["setup"]["graphs"]
-    assert all(row["informational"] or "not asked for" in row["why"] for row in newer["not_run"])
-    assert all(line.startswith("3,") and " B3: B3 - B2" in line for line in newer["missed"]), "one mark, three views"
-    assert few_most <= 1.5
+    assert newer["not_run"] == []
+    assert len(newer["missed"]) == 2
+    assert all(line.startswith("3,200,50 ") and " B3: B3 - B2" in line for line in newer["missed"]), "one mark"
+    assert max(ours) <= 1.5 < first[0]
     assert most <= 1.0
     assert newer["soak"][0]["checks"] == {"same": 200, "of": 200, "output_poisoned": True}
     assert all("look, infer" in row["poisoned"]["ways"] and row["passed"] for row in newer["proof"])
-    rivals = [load(f"hopper-rivals-{one}h200-2026-11-30.json") for one in ("", "3-16-50-", "2-48-10-")]
-    timed = [[row["setting"] for row in one["rows"] if row["engine"] == "compiled graph"] for one in rivals]
-    assert timed == [[*SIZES], ["3,16,50"], ["2,48,10"]]
-    assert [one["missed"] for one in rivals] == [[], [], []]
+    rivals = load("hopper-rivals-five-h200-2026-11-30.json")
+    timed = [row for row in rivals["rows"] if row["engine"] == "compiled graph"]
+    assert [row["setting"] for row in timed] == [*SIZES]
+    assert [row["calls"] for row in timed] == [1000] * 5
+    assert rivals["passed"]
+    assert rivals["setup"]["commit"] == newer["setup"]["commit"]
+    ratios = {
+        plan: [row["ours_in_the_same_rounds"][f"cuda_graph {plan}"]["ratio"] for row in timed]
+        for plan in ("fp8-all", "bf16")
+    }
+    files = load("start-from-files-h200-2026-11-30.json")
+    assert files["passed"]
+    from_files = [row["first_action_s"] for row in files["rows"]]
+    assert [row["caches"] for row in files["rows"]] == ["cold", "warm", "warm", "warm"]
+    other = load("check-full-size-fp8-prefix-and-vision-h200-2026-11-30.json")
+    assert len(other["marks"]) == 136
     stretch = {
         row["setting"]
         for row in newer["rows"] for mark in row["targets"] if mark["stretch_met"] and mark["stretch"] is not None
@@ -171,6 +187,7 @@ def test_figures_in_the_text_are_the_results_own():
     assert stretch == {"1,48,50"}
     assert len(failed) == 2
     assert all(mark["what"].startswith("K layer") and mark["wanted"] == 0.99 for mark in failed)
+    assert [mark["what"] for mark in other["marks"] if not mark["passed"]] == [mark["what"] for mark in failed]
     wanted = (
         f"fp8-mlp ({small[0][0]:.2f} on the H100, {small[0][1]:.2f} on the H200) and "
         f"fp8-full ({small[1][0]:.2f}, {small[1][1]:.2f}) miss or just meet",
@@ -179,12 +196,17 @@ def test_figures_in_the_text_are_the_results_own():
         f"{soaks[1]['p99_ms'] / soaks[1]['p50_ms']:.3f} on the H200",
         f"first action {warm['first_action_s']:.0f} s after its start and has every prompt bucket ready after "
         f"{warm['every_bucket_s']:.0f} s, {cold['first_action_s']:.0f} and {cold['every_bucket_s']:.0f} s without",
-        f"takes {web_least:.2f} to {web_most:.2f} ms more than `policy.infer` with three views",
-        f"{few_least:.2f} to {few_most:.2f} with two or one",
+        f"takes {min(ours):.2f} to {max(ours):.2f} ms more than `policy.infer` through vivace's own client "
+        f"({min(openpis):.2f} to {max(openpis):.2f} through openpi's)",
+        f"in the first setting {first[0]:.2f} and {first[1]:.2f}: the one mark",
+        f"fp8-all is {min(ratios['fp8-all']):.1f} to {max(ratios['fp8-all']):.1f} times faster and "
+        f"bfloat16 {min(ratios['bf16']):.1f} to {max(ratios['bf16']):.1f};",
+        f"a checkpoint of {files['weights_bytes_in_files'] / 1e9:.1f} GB",
+        f"answers {min(from_files[1:]):.0f} to {max(from_files[1:]):.0f} s after its start, {from_files[0]:.0f} s without",
         f"`policy.infer` takes {least:.2f} to {most:.2f} ms more than B0",
         f"H100, with an older host path: {before_least:.1f} to {before_most:.1f};",
-        f"{warm['ratio']:.2f} times weights and cache with all prompt buckets in fp8-all, "
-        f"{one_bucket:.2f} with one in bfloat16",
+        f"fp8-all reserves {warm['ratio']:.2f} times weights and cache with all prompt buckets, "
+        f"bfloat16 {one_bucket:.2f} with one",
         f"actions (cosine {marks['actions, mean cosine']['got']:.5f}, mark 0.999)",
         f"two of 18 layers ({min(mark['got'] for mark in failed):.4f}, mark 0.99)",
     )
