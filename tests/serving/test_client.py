@@ -17,7 +17,7 @@ from websockets.sync.server import ServerConnection, serve
 
 from vivace.errors import ConfigError, ProtocolError, ServerError
 from vivace.serving import pack, serve_in_thread, unpack
-from vivace.serving.client import PolicyClient
+from vivace.serving.client import PolicyClient, _Wire
 
 
 @contextmanager
@@ -185,12 +185,80 @@ def test_something_else_that_listens_is_no_policy_server() -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "why"),
-    [("wss://127.0.0.1", "speaks no TLS"), ("http://127.0.0.1", "cannot be used"), ("ws://", "cannot be used")],
+    ("host", "port", "why"),
+    [
+        ("wss://127.0.0.1", 1, "speaks no TLS"),
+        ("http://127.0.0.1", 1, "cannot be used"),
+        ("ws://", None, "cannot be used"),
+        ("127.0.0.1:1", 2, "cannot be used.*and port 2"),
+        ("127.0.0.1:port", None, "cannot be used"),
+        ("127.0.0.1", 70_000, "cannot be used"),
+    ],
 )
-def test_addresses_that_cannot_be_used(address: str, why: str) -> None:
+def test_addresses_that_cannot_be_used(host: str, port: int | None, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        PolicyClient(address, 1, connect_s=0.1)
+        PolicyClient(host, port, connect_s=0.1)
+
+
+def test_a_server_is_named_in_every_usual_way(digest_policy: Any) -> None:
+    with serve_in_thread(digest_policy) as handle:
+        for host, port in (
+            ("127.0.0.1", handle.port), (f"127.0.0.1:{handle.port}", None), (handle.url, None),
+            ("ws://127.0.0.1", handle.port),
+        ):  # fmt: skip
+            with PolicyClient(host, port) as client:
+                assert client.infer({})["actions"].shape == (10, 7)
+    for host, whole in (
+        ("::1", r"ws://\[::1\]:8000"), ("localhost", "ws://localhost:8000"), ("ws://[::1]/x", r"ws://\[::1\]:8000/x"),
+    ):  # fmt: skip
+        with pytest.raises(ServerError, match=f"no policy server at {whole} within"):
+            PolicyClient(host, connect_s=0.0)
+
+
+def test_what_a_server_says_unasked_is_no_answer(digest_policy: Any) -> None:
+    """Data between two requests: whose they are cannot be known, so the connection is opened anew."""
+    told = threading.Event()
+
+    def handler(connection: ServerConnection) -> None:
+        connection.send(pack({}))
+        for message in connection:
+            connection.send(pack({"actions": np.array([[unpack(bytes(message))["n"]]])}))
+            connection.send(pack({"actions": np.array([[-1]])}))
+            told.set()
+
+    with answering(handler) as port, PolicyClient(port=port) as client:
+        for n in range(3):
+            told.clear()
+            assert client.infer({"n": n})["actions"] == n
+            assert told.wait(10)
+            time.sleep(0.05)  # on its way
+
+
+def test_the_time_for_an_answer_runs_on_while_the_server_sends_pings(gated_policy: Any) -> None:
+    with (
+        serve_in_thread(gated_policy, ping_interval_s=0.2) as handle,
+        PolicyClient(port=handle.port, answer_s=1.0) as client,
+        pytest.raises(ServerError, match="did not answer within 1 s"),
+    ):
+        client.infer({})
+
+
+def test_an_interrupt_before_the_greeting_leaves_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its greeting would be taken for the next answer."""
+
+    def handler(connection: ServerConnection) -> None:
+        connection.send(pack({"robot": "made up"}))
+        for _ in connection:
+            connection.send(pack({"actions": np.zeros((1, 1))}))
+
+    with answering(handler) as port, PolicyClient(port=port) as client:
+        client.close()
+        receive = _Wire.receive
+        monkeypatch.setattr(_Wire, "receive", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            client.infer({})
+        monkeypatch.setattr(_Wire, "receive", receive)
+        assert client.infer({})["actions"].shape == (1, 1)
 
 
 def test_a_robot_needs_no_torch() -> None:

@@ -17,9 +17,11 @@ import select
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Final, Self
+from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 from websockets.client import ClientProtocol
@@ -39,6 +41,8 @@ _WORDS_BEGIN: Final = 16
 """Where the payload begins in a frame's memory: behind the longest head, where words of four bytes begin."""
 READ: Final = 2**16
 RETRY_S: Final = 0.25
+PORT: Final = 8000
+DATA: Final = (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
 
 
 class PolicyClient:
@@ -46,7 +50,7 @@ class PolicyClient:
 
     Args:
         host: name or address, or a whole ws:// address.
-        port: None = as the address says.
+        port: None = what the address says, else 8000.
         api_key: what the server was started with.
         connect_s: how long to try while nobody listens; a server listens when its policy is warm.
         answer_s: how long an answer may take.
@@ -57,13 +61,13 @@ class PolicyClient:
     def __init__(
         self,
         host: str = "127.0.0.1",
-        port: int | None = 8000,
+        port: int | None = None,
         *,
         api_key: str | None = None,
         connect_s: float = 120.0,
         answer_s: float = 60.0,
     ) -> None:
-        self._address = (host if "://" in host else f"ws://{host}") + ("" if port is None else f":{port}")
+        self._address = _address(host, port)
         self._api_key, self._connect_s, self._answer_s = api_key, connect_s, answer_s
         self._wire: _Wire | None = None
         self._metadata: dict[str, Any] = {}
@@ -117,31 +121,27 @@ class PolicyClient:
         if self._wire is not None and self._wire.alive():
             return self._wire
         self.close()
-        self._wire = _patiently(
-            self._address, api_key=self._api_key, connect_s=self._connect_s, answer_s=self._answer_s
-        )
-        greeting = self._wire.receive()
-        if isinstance(greeting, str):
-            self.close()
-            raise ServerError("the policy server greets with text", got=greeting[:200], wanted="its metadata")
-        self._metadata = unpack(greeting, limits=None)
-        return self._wire
+        wire = _patiently(self._address, api_key=self._api_key, connect_s=self._connect_s, answer_s=self._answer_s)
+        try:
+            greeting = wire.receive()
+            if isinstance(greeting, str):
+                raise ServerError("the policy server greets with text", got=greeting[:200], wanted="its metadata")
+            self._metadata = unpack(greeting, limits=None)
+        except BaseException:
+            wire.close()
+            raise
+        self._wire = wire
+        return wire
 
 
 class _Wire:
     """One websocket. The library speaks its protocol; requests are framed here, piece by piece."""
 
     def __init__(self, address: str, *, api_key: str | None, connect_s: float, answer_s: float) -> None:
-        try:
-            uri = parse_uri(address)
-        except InvalidURI as error:
-            raise ConfigError("policy server's address cannot be used", got=address, wanted="ws://host:port") from error
-        if uri.secure:
-            raise ConfigError(
-                "this client speaks no TLS", got=address, wanted="ws://", do="use openpi's client, or a tunnel"
-            )
+        uri = parse_uri(address)
         self._address, self._answer_s = address, answer_s
-        self._frame = np.empty(0, np.uint8)
+        self._sent = np.empty(0, np.uint8)  # memory of the last frame
+        self._events: deque[Any] = deque()
         self._protocol = ClientProtocol(uri, max_size=None)
         self._socket = socket.create_connection((uri.host, uri.port), timeout=max(connect_s, 0.1))
         try:
@@ -160,9 +160,8 @@ class _Wire:
         self._flush()
         while not (events := self._protocol.events_received()) and self._protocol.handshake_exc is None:
             self._read()
-        self._events = list(events)
         if self._protocol.handshake_exc is None:
-            del self._events[0]  # the response; a server's first frame may have come with it
+            self._events = deque(events[1:])  # without the response; a server's first frame may have come with it
             return
         told = events[0] if events else None
         if isinstance(told, Response):
@@ -175,10 +174,10 @@ class _Wire:
         key = secrets.token_bytes(4)
         head = _head(len(message)) + key
         end = _WORDS_BEGIN + len(message)
-        if len(self._frame) < end:
-            self._frame = np.empty(end + 3, np.uint8)
+        if len(self._sent) < end:
+            self._sent = np.empty(end, np.uint8)
         begin = _WORDS_BEGIN - len(head)
-        frame = self._frame
+        frame = self._sent
         frame[begin:_WORDS_BEGIN] = np.frombuffer(head, np.uint8)
         words = len(message) // 4
         np.bitwise_xor(
@@ -186,6 +185,7 @@ class _Wire:
             out=frame[_WORDS_BEGIN : _WORDS_BEGIN + 4 * words].view("=u4"),
         )  # fmt: skip
         frame[_WORDS_BEGIN + 4 * words : end] = np.frombuffer(apply_mask(message[4 * words :], key), np.uint8)
+        self._socket.settimeout(self._answer_s)
         try:
             self._socket.sendall(frame[begin:end].data)
         except OSError as error:
@@ -193,22 +193,27 @@ class _Wire:
             raise self._lost(error) from error
 
     def receive(self) -> bytes | str:
-        """The next message."""
+        """The next message. Pings do not stop the clock: a server sends them also while its policy hangs."""
+        end = time.monotonic() + self._answer_s
         fragments: list[Frame] = []
         while not fragments or not fragments[-1].fin:
-            fragments += [one for one in self._frames() if one.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)]
+            frame = self._frame(end)
+            if frame.opcode in DATA:
+                fragments.append(frame)
         data = fragments[0].data if len(fragments) == 1 else b"".join(one.data for one in fragments)
         return bytes(data).decode() if fragments[0].opcode is Opcode.TEXT else bytes(data)
 
     def alive(self) -> bool:
-        """Whether the server still holds the connection; answers what it has asked meanwhile."""
+        """Whether the server still holds the connection, and said nothing unasked; answers its pings."""
         try:
             while self._protocol.state is State.OPEN and select.select([self._socket], [], [], 0)[0]:
                 self._read()
                 self._events += self._protocol.events_received()
         except ServerError:
             return False
-        return self._protocol.state is State.OPEN
+        unasked = any(one.opcode in DATA for one in self._events)
+        self._events.clear()
+        return self._protocol.state is State.OPEN and not unasked
 
     def close(self) -> None:
         """Say so and leave."""
@@ -220,13 +225,14 @@ class _Wire:
             log.debug("%s was gone already: %s", self._address, error)
         self._socket.close()
 
-    def _frames(self) -> list[Any]:
-        """What has come; waits if nothing has."""
+    def _frame(self, end: float) -> Frame:
+        """The next frame; waits until `end` if none has come."""
         while not self._events:
+            self._socket.settimeout(max(end - time.monotonic(), 1e-3))
             self._read()
-            self._events = self._protocol.events_received()
-        found, self._events = self._events, []
-        return found
+            self._events += self._protocol.events_received()
+        frame: Frame = self._events.popleft()
+        return frame
 
     def _read(self) -> None:
         """Take in what the server sent, and answer pings."""
@@ -256,6 +262,27 @@ class _Wire:
         closed = self._protocol.close_rcvd
         why = f"{closed.code} {closed.reason}" if closed is not None else str(error or "end of stream")
         return ServerError("the policy server closed the connection", got=why, do="see the server's log")
+
+
+def _address(host: str, port: int | None) -> str:
+    """The whole address of a server. Raises ConfigError for one that is none, or has two ports."""
+    address = host if "://" in host else f"ws://[{host}]" if host.count(":") > 1 else f"ws://{host}"
+    try:
+        parts = urlsplit(address)
+        if parts.port is None:
+            parts = parts._replace(netloc=f"{parts.netloc}:{PORT if port is None else port}")
+        elif port is not None:
+            raise ValueError(f"and port {port}")
+        uri = parse_uri(urlunsplit(parts))
+    except (InvalidURI, ValueError) as error:
+        raise ConfigError(
+            "policy server's address cannot be used", got=f"{address}: {error}", wanted="ws://host:port"
+        ) from error
+    if uri.secure:
+        raise ConfigError(
+            "this client speaks no TLS", got=address, wanted="ws://", do="use openpi's client, or a tunnel"
+        )
+    return urlunsplit(parts)
 
 
 def _patiently(address: str, *, api_key: str | None, connect_s: float, answer_s: float) -> _Wire:
