@@ -4,7 +4,7 @@
     python benchmarks/start_probe.py full-size -o start.json -- --backend cuda_graph --precision plan.json
 
 Each start is a `vivace serve` process of its own with what follows `--`. The first finds no compiled kernels (its caches are
-an empty folder), the others do. The port opens when every bucket is warm. What this does not show is a slow disk: files that
+an empty folder, but for CUDA's own), the others do. The port opens when every bucket is warm. What this does not show is a slow disk: files that
 were just written or read are in the host's memory.
 """
 
@@ -69,8 +69,11 @@ def one_start(folder: Path, options: list[str], request: Mapping[str, Any], cach
         finally:
             late.cancel()
             server.send_signal(signal.SIGTERM)
-            server.wait(60)
-            server.stdout.close()
+            try:
+                server.wait(60)
+            finally:
+                server.kill()
+                server.stdout.close()
     same = bool(np.array_equal(answer["actions"], again["actions"]))
     return {"listening_s": listening, "first_action_s": first, "same_bits": same, "engine": event["engine"],
             "actions": answer["actions"]}  # fmt: skip

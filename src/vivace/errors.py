@@ -61,8 +61,11 @@ class ProtocolError(VivaceError):
     """A peer sent bytes that the wire protocol does not allow."""
 
 
-class ServerError(VivaceError):
-    """A policy server could not be reached, refused a request, or did not answer in time."""
+class ServerError(VivaceError, RuntimeError):
+    """A policy server could not be reached, refused a request, or did not answer in time.
+
+    Also a RuntimeError, which is what openpi's client raises for a refused request.
+    """
 
 
 class DeadlineMissed(VivaceError):

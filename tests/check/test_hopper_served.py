@@ -10,6 +10,8 @@ import pytest
 from vivace.check import hopper_client, hopper_served
 from vivace.config import ResolvedEngine
 from vivace.errors import ObservationError, ServerError
+from vivace.serving import client as ours
+from vivace.serving.protocol import unpack
 from vivace.serving.thread import serve_in_thread
 from vivace.types import ActionChunk
 
@@ -73,6 +75,26 @@ def test_quick_policies_are_served_as_they_are_to_robots(client, openpi_module):
     hopper_served.round_trips(policies, REQUEST, alone, calls=3, client=client)
     assert "vivace-serving" in policies["quick"].threads, "the event loop's"
     assert set(policies["not"].threads) == {"vivace-inference"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # openpi's use of its websocket library
+@pytest.mark.parametrize("client", hopper_client.CLIENTS)
+def test_the_client_that_is_named_asks(client, monkeypatch, openpi_module):
+    """Rows of one must never be the other's."""
+    theirs, asked = openpi_module("websocket_client_policy"), []
+    classes = {"vivace": (ours, "PolicyClient"), "openpi": (theirs, "WebsocketClientPolicy")}
+    for name, (module, made) in classes.items():
+        real = getattr(module, made)
+        monkeypatch.setattr(module, made, lambda *a, name=name, real=real: asked.append(name) or real(*a))
+    with serve_in_thread(Answers(1.0)) as server:
+        hopper_client.asked({"one": server.url}, REQUEST, {"one": 0}, calls=1, seed=0, client=client)
+    assert asked == [client]
+    questions, run = [], subprocess.run
+    monkeypatch.setattr(
+        hopper_served.subprocess, "run", lambda *a, **k: questions.append(unpack(k["input"])) or run(*a, **k)
+    )
+    hopper_served.round_trips({"one": Answers(1.0)}, REQUEST, {"one": 0}, calls=1, client=client)
+    assert [one["client"] for one in questions] == [client]
 
 
 def test_a_client_that_fails_says_why():

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,13 +126,22 @@ def test_a_key_is_sent_and_a_wrong_one_is_refused(digest_policy: Any) -> None:
 
 
 def test_a_late_answer_is_never_taken_for_the_next_one(gated_policy: Any) -> None:
-    with serve_in_thread(gated_policy) as handle, PolicyClient(port=handle.port, answer_s=0.4) as client:
-        with pytest.raises(ServerError, match=r"did not answer within 0\.4 s"):
+    with serve_in_thread(gated_policy) as handle, PolicyClient(port=handle.port, answer_s=1.5) as client:
+        began = time.monotonic()
+        with pytest.raises(ServerError, match=r"did not answer within 1\.5 s"):
             client.infer({"name": "first"})
+        assert 1.4 < time.monotonic() - began < 2 * 1.5
         gated_policy.release(2)
         second = client.infer({"name": "second"})
     expected = super(type(gated_policy), gated_policy).infer({"name": "second"}).actions
     np.testing.assert_array_equal(second["actions"], expected)
+
+
+def late(pieces: Iterable[Any]) -> Iterator[Any]:
+    """Each in a packet of its own."""
+    for piece in pieces:
+        yield piece
+        time.sleep(0.02)
 
 
 def test_fragments_and_pings_between_them_are_one_answer() -> None:
@@ -141,7 +150,7 @@ def test_fragments_and_pings_between_them_are_one_answer() -> None:
     def handler(connection: ServerConnection) -> None:
         connection.send(pack({"robot": "made up"}))
         for _ in connection:
-            connection.send(iter([answer[:5], answer[5:6], b"", answer[6:]]))
+            connection.send(late([answer[:5], answer[5:6], b"", answer[6:]]))
             connection.ping()
 
     with answering(handler) as port, PolicyClient(port=port) as client:
@@ -259,6 +268,156 @@ def test_an_interrupt_before_the_greeting_leaves_no_connection(monkeypatch: pyte
             client.infer({})
         monkeypatch.setattr(_Wire, "receive", receive)
         assert client.infer({})["actions"].shape == (1, 1)
+
+
+def test_an_interrupt_while_it_waits_leaves_no_answer_behind(
+    digest_policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve_in_thread(digest_policy) as handle, PolicyClient(port=handle.port) as client:
+        receive = _Wire.receive
+        monkeypatch.setattr(_Wire, "receive", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            client.infer({"n": 1})
+        monkeypatch.setattr(_Wire, "receive", receive)
+        np.testing.assert_array_equal(client.infer({"n": 2})["actions"], digest_policy.infer({"n": 2}).actions)
+
+
+def test_long_answers_and_texts_in_fragments() -> None:
+    long = {"actions": np.zeros((700, 500))}
+
+    def handler(connection: ServerConnection) -> None:
+        connection.send(pack({}))
+        connection.recv()
+        connection.send(pack(long))
+        connection.recv()
+        connection.send(late(["ObservationError: no ", "state"]))
+
+    with answering(handler) as port, PolicyClient(port=port) as client:
+        np.testing.assert_array_equal(client.infer({})["actions"], long["actions"])
+        with pytest.raises(ServerError, match="refused the request; got ObservationError: no state"):
+            client.infer({})
+
+
+def test_what_was_wrong_with_a_request_that_was_not_read_to_its_end(digest_policy: Any) -> None:
+    image = np.zeros(30_000_000, np.uint8)
+    with serve_in_thread(digest_policy, max_message_bytes=10_000) as handle, PolicyClient(port=handle.port) as client:
+        with pytest.raises(ServerError, match="closed the connection; got 1009"):
+            client.infer({"image": image})
+        assert client.infer({})["actions"].shape == (10, 7)
+
+
+def test_a_close_frame_is_an_answer_though_the_connection_stays_open() -> None:
+    left = threading.Event()
+
+    def handler(connection: ServerConnection) -> None:
+        connection.send(pack({}))
+        connection.recv()
+        connection.socket.sendall(b"\x88\x07\x03\xf3sorry")
+        left.wait(20)
+
+    with answering(handler) as port, PolicyClient(port=port, answer_s=30) as client:
+        began = time.monotonic()
+        with pytest.raises(ServerError, match="closed the connection; got 1011 sorry"):
+            client.infer({})
+        assert time.monotonic() - began < 15
+        left.set()
+
+
+def test_an_answer_that_is_no_map_is_refused() -> None:
+    def handler(connection: ServerConnection) -> None:
+        connection.send(pack({}))
+        for _ in connection:
+            connection.send(pack([1, 2]))
+
+    with answering(handler) as port, PolicyClient(port=port) as client, pytest.raises(ProtocolError, match="not a map"):
+        client.infer({})
+
+
+def test_an_idle_client_does_not_keep_a_server_from_stopping(digest_policy: Any) -> None:
+    with serve_in_thread(digest_policy) as handle:
+        with PolicyClient(port=handle.port) as client:
+            client.infer({})
+            began = time.monotonic()
+            handle.stop()
+            assert time.monotonic() - began < 5, "not the ten seconds that a client has to take its answer"
+            with pytest.raises(ServerError, match="no policy server"):
+                client.infer({})
+        assert time.monotonic() - began < 20, "one try: a robot that lost its server is told"
+
+
+def test_a_tunnel_that_takes_connections_before_the_server_listens(digest_policy: Any) -> None:
+    far = socket.create_server(("127.0.0.1", 0))
+    port = far.getsockname()[1]
+
+    def refuse() -> None:
+        for _ in range(2):
+            peer, _ = far.accept()
+            peer.close()
+        far.close()
+
+    refusing = threading.Thread(target=refuse)
+    refusing.start()
+    found: list[Any] = []
+
+    def ask() -> None:
+        with PolicyClient(port=port, connect_s=20) as client:
+            found.append(client.infer({"n": 3})["actions"])
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    refusing.join(20)
+    with serve_in_thread(digest_policy, port=port):
+        asking.join(20)
+    np.testing.assert_array_equal(found, [digest_policy.infer({"n": 3}).actions])
+
+
+def test_a_refusal_in_http_is_told_without_its_length() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            peer, _ = other.accept()
+            with peer:
+                peer.recv(4096)
+                peer.sendall(b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\nnot from here")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(ServerError, match="refuses the connection; got HTTP 403 not from here"):
+            PolicyClient(port=other.getsockname()[1], connect_s=5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"connect_s": float("inf")}, {"connect_s": -1.0}, {"answer_s": 0.0}, {"answer_s": float("nan")},
+        {"api_key": "schl\u00fcssel"}, {"api_key": "two\nlines"}, {"host": "ws://robot:schl\u00fcssel@127.0.0.1"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_that_cannot_be_used_are_refused_and_a_key_is_not_printed(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        PolicyClient(**{"connect_s": 0.0, **wrong})
+    assert "schl" not in str(refused.value)
+    assert "lines" not in str(refused.value)
+
+
+def test_a_name_that_no_machine_has_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", unknown)
+    with pytest.raises(ServerError, match=r"no machine behind ws://no-such-robot\.invalid:8000"):
+        PolicyClient("no-such-robot.invalid")
+
+
+def test_memory_of_a_huge_request_is_given_back(digest_policy: Any) -> None:
+    with serve_in_thread(digest_policy) as handle, PolicyClient(port=handle.port) as client:
+        packers = []
+        for size in (100_000, 200_000, 9_000_000, 1000):
+            client.infer({"image": np.zeros(size, np.uint8)})
+            packers.append(client._packer._packer)
+        assert client._wire is not None
+        assert 200_000 < len(client._wire._memory) < 300_000
+        assert packers[0] is packers[1] is not packers[2] is packers[3]
 
 
 def test_a_robot_needs_no_torch() -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from vivace.errors import ProtocolError
+from vivace.serving import decoder as decoder_module
 from vivace.serving import pack, unpack
-from vivace.serving.decoder import Decoder
+from vivace.serving.decoder import Decoder, _layout_of
 from vivace.serving.scan import DEFAULT_LIMITS, Limits, byte_strings
 
 arrays = st.sampled_from(["u1", "<f4", ">f8", "<i8", "?", "<U2", "S3"]).flatmap(
@@ -145,12 +146,58 @@ def test_booleans_are_looked_at_every_time() -> None:
         decoder(bad)
 
 
-def test_bytes_that_look_like_an_array_are_bytes() -> None:
-    """b"data" before other bytes, in a list: no layout, and the same bytes."""
-    message = pack({"x": np.zeros(3), "list": [b"data", b"raw bytes"]})
+@pytest.mark.parametrize(
+    "message",
+    [
+        pack({"x": np.zeros(3), "list": [b"data", b"raw bytes"]}),
+        pack({"x": np.frombuffer(b"data", np.uint8), "after": 1}),
+        pack({"x": np.zeros(3), "y": {"data": b"data"}, "z": np.frombuffer(b"data", np.uint8)}),
+        msgpack.packb({"x": {b"__npgeneric__": True, b"data": b"abc", b"dtype": "|S3"}}),
+        msgpack.packb({b"data": {b"data": b"data", b"raw": b"data"}}),
+        msgpack.packb([b"data", {b"raw bytes as a key": 1}]),
+    ],
+    ids=["list", "the word as data", "the word everywhere", "scalar of bytes", "maps", "key"],
+)
+def test_bytes_that_look_like_an_array_are_what_they_are(message: bytes) -> None:
     decoder = Decoder(DEFAULT_LIMITS)
-    for _ in range(3):
+    for _ in range(4):
         assert same(decoder(message), unpack(message))
+
+
+def test_a_remembered_message_with_more_behind_it_is_refused() -> None:
+    message = pack(request())
+    for damaged in (message + b"\x01", message[:-1]):
+        with pytest.raises(ProtocolError, match=r"bytes after its end|ends too early"):
+            learned(message, message)(damaged)
+
+
+def test_what_a_client_chose_is_not_kept() -> None:
+    """Text and numbers outside of arrays decide how much a layout holds."""
+    decoder = Decoder(DEFAULT_LIMITS)
+    for message in (pack(request(prompt="x" * 20_000)), pack(request(list=[1.5] * 4_000))):
+        for _ in range(3):
+            assert same(decoder(message), unpack(message))
+            assert decoder._layout is None
+
+
+def test_layouts_that_are_of_no_use_become_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time in every request: each layout costs as much as decoding, and none is used."""
+    made: list[bytes] = []
+    monkeypatch.setattr(
+        decoder_module, "_layout_of", lambda data, strings: made.append(data) or _layout_of(data, strings)
+    )
+    decoder = Decoder(DEFAULT_LIMITS)
+    for index in range(300):
+        message = pack(request(index, time=float(index)))
+        assert same(decoder(message), unpack(message))
+    assert len(made) == 8, "the second, then after 2, 4, 8, ... more"
+    for index in range(300):  # the time stands still: it is of use again, at last
+        decoder(pack(request(index, time=0.0)))
+    assert decoder._used
+    assert len(made) == 9
+    decoder(pack(request(0, time=1.0)))
+    decoder(pack(request(0, time=1.0)))
+    assert len(made) == 10, "and then at once"
 
 
 def test_limits_hold_for_the_first_message_of_a_structure() -> None:

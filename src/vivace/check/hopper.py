@@ -27,7 +27,8 @@ The file (kind "hopper") is written after every row, so what was measured surviv
     finished    false: ended from outside, and settings without a row are nowhere named     passed
 
 Rows carry targets[]: {what, got, rule, must, stretch, must_met, stretch_met}. `check.targets` says where they come from.
-`passed`: finished, no must is missed and nothing is in not_run but what is informational: what this program can never run.
+`passed`: finished, no must is missed and nothing is in not_run but what is informational: what this program can never run,
+and openpi's client where it is not installed.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class Run:
         write_result(self.options.out, self.document)
 
     def skip(self, phase: str, what: str, why: str, *, informational: bool = False) -> None:
-        """Say that something was not measured.  informational: this program cannot measure it, so it decides nothing."""
+        """Say that something was not measured.  informational: no mark hangs on it here, so it decides nothing."""
         self.tell(f"NOT RUN {phase} {what}: {why}")
         self.add("not_run", {"phase": phase, "what": what, "why": why, "informational": informational})
 

@@ -6,14 +6,15 @@
 Any openpi client works with vivace's server. This one is faster by what a general websocket client does with half a
 megabyte of pictures: it packs and masks them into memory that it keeps, and no second thread has to wake for the answer.
 So nothing answers the server's pings between two requests: after some 40 s without one the server closes the connection,
-and the next request opens a new one. Needs numpy, msgpack and websockets, no torch.
+and the next request opens a new one. Connects directly, never through a proxy of the environment. Needs numpy, msgpack and
+websockets, no torch.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import secrets
-import select
 import socket
 import struct
 import time
@@ -25,24 +26,27 @@ from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 from websockets.client import ClientProtocol
-from websockets.exceptions import InvalidHandshake, InvalidURI
+from websockets.exceptions import InvalidURI
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
 from websockets.protocol import State
 from websockets.uri import parse_uri
 from websockets.utils import apply_mask
 
-from ..errors import ConfigError, ServerError
-from .protocol import packed, unpack
+from ..errors import ConfigError, ProtocolError, ServerError
+from .protocol import KEPT_BYTES, KeptPacker, unpack
 
 log = logging.getLogger(__name__)
 
-_WORDS_BEGIN: Final = 16
-"""Where the payload begins in a frame's memory: behind the longest head, where words of four bytes begin."""
-READ: Final = 2**16
-RETRY_S: Final = 0.25
 PORT: Final = 8000
+READ_BYTES: Final = 2**16
+"""Taken from the socket at a time; an answer has some 3 KB."""
+RETRY_S: Final = 0.25
+GOODBYE_S: Final = 0.2
+"""For a close frame that the server does not take."""
 DATA: Final = (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
+_PAYLOAD: Final = 16
+"""Where the payload begins in a frame's memory: behind the longest head, where words of four bytes begin."""
 
 
 class PolicyClient:
@@ -52,26 +56,32 @@ class PolicyClient:
         host: name or address, or a whole ws:// address.
         port: None = what the address says, else 8000.
         api_key: what the server was started with.
-        connect_s: how long to try while nobody listens; a server listens when its policy is warm.
+        connect_s: how long to try while nobody listens; a server listens when its policy is warm. Later, when a connection
+            is gone, it is opened again at the next request, with one try.
         answer_s: how long an answer may take.
 
-    Raises ConfigError for an address that cannot be used, ServerError when there is no server or it refuses.
+    Raises ConfigError for an argument that cannot be used, ServerError when there is no server or it refuses.
     """
 
     def __init__(
         self,
         host: str = "127.0.0.1",
         port: int | None = None,
-        *,
         api_key: str | None = None,
+        *,
         connect_s: float = 120.0,
         answer_s: float = 60.0,
     ) -> None:
-        self._address = _address(host, port)
-        self._api_key, self._connect_s, self._answer_s = api_key, connect_s, answer_s
-        self._wire: _Wire | None = None
+        if not (math.isfinite(connect_s) and connect_s >= 0 and math.isfinite(answer_s) and answer_s > 0):
+            raise ConfigError(
+                "times cannot be used", got=f"connect_s={connect_s}, answer_s={answer_s}", wanted="finite seconds"
+            )
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise ConfigError("api key cannot be used", wanted="printable ASCII", do="check where it was read from")
+        self._address, self._api_key, self._answer_s = _address(host, port), api_key, answer_s
+        self._packer = KeptPacker()
         self._metadata: dict[str, Any] = {}
-        self._connected()
+        self._wire: _Wire | None = self._open(patience_s=connect_s)
 
     def get_server_metadata(self) -> dict[str, Any]:
         """What the server said when it was connected to, last: of the robot, and under "vivace" what runs."""
@@ -80,31 +90,31 @@ class PolicyClient:
     def infer(self, obs: Mapping[str, Any]) -> dict[str, Any]:
         """Actions for one observation; see the server's guide for both dicts. Arrays are read-only.
 
-        Raises ProtocolError for what cannot be sent, ServerError with the server's words where it refused; the
-        next call then opens a new connection.
+        Raises ProtocolError for what cannot be sent, ServerError with the server's words where it refused, and when it is
+        gone or too late; the next call then opens a new connection.
         """
-        with packed(dict(obs)) as message:
+        with self._packer.packed(dict(obs)) as message:
             wire = self._connected()
             try:
                 wire.send(message)
                 answer = wire.receive()
             except BaseException:  # an answer that comes later would be taken for the next one's
-                self.close()
+                self._wire = None
+                wire.cut()
                 raise
         if isinstance(answer, str):
             self.close()
             raise ServerError("the policy server refused the request", got=answer)
-        result: dict[str, Any] = unpack(answer, limits=None)
-        return result
+        return _map(answer)
 
     def reset(self) -> None:
         """Nothing: the server keeps nothing between requests."""
 
     def close(self) -> None:
         """Close the connection. A later `infer` opens a new one."""
-        if self._wire is not None:
-            self._wire.close()
-            self._wire = None
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close()
 
     def __enter__(self) -> Self:
         """This client."""
@@ -118,79 +128,100 @@ class PolicyClient:
 
     def _connected(self) -> _Wire:
         """The connection, opened if there is none or the server has left it."""
-        if self._wire is not None and self._wire.alive():
-            return self._wire
-        self.close()
-        wire = _patiently(self._address, api_key=self._api_key, connect_s=self._connect_s, answer_s=self._answer_s)
-        try:
-            greeting = wire.receive()
-            if isinstance(greeting, str):
-                raise ServerError("the policy server greets with text", got=greeting[:200], wanted="its metadata")
-            self._metadata = unpack(greeting, limits=None)
-        except BaseException:
-            wire.close()
-            raise
-        self._wire = wire
-        return wire
+        if self._wire is None or not self._wire.alive():
+            self.close()
+            self._wire = self._open(patience_s=0.0)
+        return self._wire
+
+    def _open(self, *, patience_s: float) -> _Wire:
+        """A connection whose greeting was read, tried for so long."""
+        end, told = time.monotonic() + patience_s, False
+        while True:
+            try:
+                wire = _Wire(self._address, api_key=self._api_key, answer_s=self._answer_s)
+                try:
+                    greeting = wire.receive()
+                    if isinstance(greeting, str):
+                        raise ServerError("the policy server greets with text", got=greeting[:200])
+                    self._metadata = _map(greeting)
+                except BaseException:
+                    wire.cut()
+                    raise
+                return wire
+            except socket.gaierror as error:
+                raise ServerError(f"no machine behind {self._address}", got=str(error), do="check the name") from error
+            except (OSError, _Gone) as error:  # gone: a tunnel takes connections before its far end listens
+                if time.monotonic() + RETRY_S > end:
+                    raise ServerError(
+                        f"no policy server at {self._address} within {patience_s:g} s",
+                        got=str(error),
+                        do="start `vivace serve`",
+                    ) from error
+                if not told:
+                    log.info("waiting for %s: %s", self._address, error)
+                    told = True
+                time.sleep(RETRY_S)
+
+
+class _Gone(ServerError):
+    """The connection ended, or nothing came in time."""
 
 
 class _Wire:
-    """One websocket. The library speaks its protocol; requests are framed here, piece by piece."""
+    """One websocket. The library speaks its protocol; requests are framed here."""
 
-    def __init__(self, address: str, *, api_key: str | None, connect_s: float, answer_s: float) -> None:
+    def __init__(self, address: str, *, api_key: str | None, answer_s: float) -> None:
         uri = parse_uri(address)
         self._address, self._answer_s = address, answer_s
-        self._sent = np.empty(0, np.uint8)  # memory of the last frame
+        self._memory = np.empty(0, np.uint8)  # of the last frame that was sent
         self._events: deque[Any] = deque()
         self._protocol = ClientProtocol(uri, max_size=None)
-        self._socket = socket.create_connection((uri.host, uri.port), timeout=max(connect_s, 0.1))
+        self._socket = socket.create_connection((uri.host, uri.port), timeout=answer_s)
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._socket.settimeout(answer_s)
             self._shake_hands(api_key)
         except BaseException:
             self._socket.close()
             raise
 
     def _shake_hands(self, api_key: str | None) -> None:
-        request = self._protocol.connect()
-        if api_key is not None:
+        request, end = self._protocol.connect(), time.monotonic() + self._answer_s
+        if api_key:
             request.headers["Authorization"] = f"Api-Key {api_key}"
         self._protocol.send_request(request)
         self._flush()
-        while not (events := self._protocol.events_received()) and self._protocol.handshake_exc is None:
-            self._read()
-        if self._protocol.handshake_exc is None:
-            self._events = deque(events[1:])  # without the response; a server's first frame may have come with it
+        more = True
+        while more and not self._events and self._protocol.handshake_exc is None:
+            more = self._read(end)
+        told = self._events.popleft() if self._events else None  # a first frame may have come with it
+        if isinstance(told, Response) and self._protocol.handshake_exc is None:
             return
-        told = events[0] if events else None
         if isinstance(told, Response):
             words = (told.body or b"").decode(errors="replace").strip()
             raise ServerError("the policy server refuses the connection", got=f"HTTP {told.status_code} {words}")
+        if not more:
+            raise self._gone(None)
         raise ServerError("no policy server there", got=str(self._protocol.handshake_exc), wanted=self._address)
 
     def send(self, message: memoryview) -> None:
         """One binary frame, masked into memory that is kept, and sent at once: every piece would wake the server."""
         key = secrets.token_bytes(4)
         head = _head(len(message)) + key
-        end = _WORDS_BEGIN + len(message)
-        if len(self._sent) < end:
-            self._sent = np.empty(end, np.uint8)
-        begin = _WORDS_BEGIN - len(head)
-        frame = self._sent
-        frame[begin:_WORDS_BEGIN] = np.frombuffer(head, np.uint8)
-        words = len(message) // 4
+        begin, end, words = _PAYLOAD - len(head), _PAYLOAD + len(message), len(message) // 4
+        frame = self._memory if len(self._memory) >= end else np.empty(end, np.uint8)
+        self._memory = frame if end <= KEPT_BYTES else self._memory
+        frame[begin:_PAYLOAD] = np.frombuffer(head, np.uint8)
         np.bitwise_xor(
             np.frombuffer(message, "=u4", words), np.frombuffer(key, "=u4"),
-            out=frame[_WORDS_BEGIN : _WORDS_BEGIN + 4 * words].view("=u4"),
+            out=frame[_PAYLOAD : _PAYLOAD + 4 * words].view("=u4"),
         )  # fmt: skip
-        frame[_WORDS_BEGIN + 4 * words : end] = np.frombuffer(apply_mask(message[4 * words :], key), np.uint8)
+        frame[_PAYLOAD + 4 * words : end] = np.frombuffer(apply_mask(message[4 * words :], key), np.uint8)
         self._socket.settimeout(self._answer_s)
         try:
             self._socket.sendall(frame[begin:end].data)
         except OSError as error:
             self.alive()  # takes in the reason, if the server gave one
-            raise self._lost(error) from error
+            raise self._gone(error) from error
 
     def receive(self) -> bytes | str:
         """The next message. Pings do not stop the clock: a server sends them also while its policy hangs."""
@@ -200,16 +231,17 @@ class _Wire:
             frame = self._frame(end)
             if frame.opcode in DATA:
                 fragments.append(frame)
-        data = fragments[0].data if len(fragments) == 1 else b"".join(one.data for one in fragments)
-        return bytes(data).decode() if fragments[0].opcode is Opcode.TEXT else bytes(data)
+        data = bytes(fragments[0].data) if len(fragments) == 1 else b"".join(one.data for one in fragments)
+        return data.decode(errors="replace") if fragments[0].opcode is Opcode.TEXT else data
 
     def alive(self) -> bool:
         """Whether the server still holds the connection, and said nothing unasked; answers its pings."""
         try:
-            while self._protocol.state is State.OPEN and select.select([self._socket], [], [], 0)[0]:
-                self._read()
-                self._events += self._protocol.events_received()
-        except ServerError:
+            while self._protocol.state is State.OPEN and self._read(None):
+                pass
+        except BlockingIOError:
+            pass
+        except _Gone:
             return False
         unasked = any(one.opcode in DATA for one in self._events)
         self._events.clear()
@@ -219,34 +251,46 @@ class _Wire:
         """Say so and leave."""
         try:
             if self._protocol.state is State.OPEN:
+                self._socket.settimeout(GOODBYE_S)
                 self._protocol.send_close(1000)
                 self._flush()
-        except (OSError, ServerError) as error:
+        except (OSError, _Gone) as error:
             log.debug("%s was gone already: %s", self._address, error)
+        finally:
+            self._socket.close()
+
+    def cut(self) -> None:
+        """Leave without a word: in the middle of a message there is nothing to say."""
         self._socket.close()
 
     def _frame(self, end: float) -> Frame:
         """The next frame; waits until `end` if none has come."""
         while not self._events:
-            self._socket.settimeout(max(end - time.monotonic(), 1e-3))
-            self._read()
-            self._events += self._protocol.events_received()
+            if self._protocol.state is not State.OPEN or not self._read(end):
+                raise self._gone(None)
         frame: Frame = self._events.popleft()
         return frame
 
-    def _read(self) -> None:
-        """Take in what the server sent, and answer pings."""
+    def _read(self, end: float | None) -> bool:
+        """Take in what the server sent, and answer pings. Returns whether more may come.
+
+        Raises _Gone when the connection broke or `end` has come; BlockingIOError if nothing is there and end is None.
+        """
+        self._socket.settimeout(0.0 if end is None else max(end - time.monotonic(), 1e-3))
         try:
-            data = self._socket.recv(READ)
+            data = self._socket.recv(READ_BYTES)
+        except BlockingIOError:
+            raise
         except OSError as error:
-            raise self._lost(error) from error
+            raise self._gone(error) from error
         if data:
             self._protocol.receive_data(data)
         else:
             self._protocol.receive_eof()
+        self._events += self._protocol.events_received()
+        self._socket.settimeout(self._answer_s)
         self._flush()
-        if not data:
-            raise self._lost(None)
+        return bool(data)
 
     def _flush(self) -> None:
         try:
@@ -254,14 +298,24 @@ class _Wire:
                 if data:
                     self._socket.sendall(data)
         except OSError as error:
-            raise self._lost(error) from error
+            raise self._gone(error) from error
 
-    def _lost(self, error: OSError | None) -> ServerError:
-        if isinstance(error, TimeoutError):
-            return ServerError(f"the policy server did not answer within {self._answer_s:g} s", got=self._address)
-        closed = self._protocol.close_rcvd
-        why = f"{closed.code} {closed.reason}" if closed is not None else str(error or "end of stream")
-        return ServerError("the policy server closed the connection", got=why, do="see the server's log")
+    def _gone(self, error: OSError | None) -> _Gone:
+        closed, broken = self._protocol.close_rcvd, self._protocol.parser_exc
+        if closed is not None:
+            why = f"{closed.code} {closed.reason}"
+        elif isinstance(error, TimeoutError):
+            return _Gone(f"the policy server did not answer within {self._answer_s:g} s", got=self._address)
+        else:
+            why = str(error or broken or "end of stream")
+        return _Gone("the policy server closed the connection", got=why, do="see the server's log")
+
+
+def _map(message: bytes) -> dict[str, Any]:
+    value = unpack(message, limits=None)
+    if not isinstance(value, dict):
+        raise ProtocolError("the policy server's message is not a map", got=type(value).__name__, wanted="a dict")
+    return value
 
 
 def _address(host: str, port: int | None) -> str:
@@ -269,6 +323,8 @@ def _address(host: str, port: int | None) -> str:
     address = host if "://" in host else f"ws://[{host}]" if host.count(":") > 1 else f"ws://{host}"
     try:
         parts = urlsplit(address)
+        if parts.username or parts.password:
+            raise ConfigError("policy server's address holds a name or a password", do="pass api_key instead")
         if parts.port is None:
             parts = parts._replace(netloc=f"{parts.netloc}:{PORT if port is None else port}")
         elif port is not None:
@@ -283,26 +339,6 @@ def _address(host: str, port: int | None) -> str:
             "this client speaks no TLS", got=address, wanted="ws://", do="use openpi's client, or a tunnel"
         )
     return urlunsplit(parts)
-
-
-def _patiently(address: str, *, api_key: str | None, connect_s: float, answer_s: float) -> _Wire:
-    """A connection, as soon as somebody listens."""
-    end, told = time.monotonic() + connect_s, False
-    while True:
-        left = end - time.monotonic()
-        try:
-            return _Wire(address, api_key=api_key, connect_s=left, answer_s=answer_s)
-        except OSError as error:
-            if left <= RETRY_S:
-                raise ServerError(
-                    f"no policy server at {address} within {connect_s:g} s", got=str(error), do="start `vivace serve`"
-                ) from error
-            if not told:
-                log.info("waiting for %s: %s", address, error)
-                told = True
-            time.sleep(RETRY_S)
-        except InvalidHandshake as error:
-            raise ServerError("no policy server there", got=str(error), wanted=address) from error
 
 
 def _head(length: int) -> bytes:

@@ -21,6 +21,12 @@ _EXTENSION: Final = b"\xd6\x01"
 """Head and type of an extension value of four bytes. No peer can write one: the scan refuses the type."""
 
 
+LONGEST_PATIENCE: Final = 1024
+"""Messages until the next try, where no layout was of use."""
+MAX_STRUCTURE_BYTES: Final = 16 * 2**10
+"""Outside of arrays, of a message whose structure is remembered; robots' requests have some 500."""
+
+
 @dataclass(frozen=True)
 class _Array:
     """An array of a message: data[begin : begin + its bytes]."""
@@ -54,17 +60,31 @@ class Decoder:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._length = -1
+        self._alike = 0  # messages of that length in a row, after the first
+        self._patience = 1
         self._layout: _Layout | None = None
+        self._used = False
 
     def __call__(self, data: bytes) -> Any:
         """Decode one message; see `protocol.unpack`."""
         if self._layout is not None and self._layout.fits(data):
+            self._used, self._patience = True, 1
             return _filled(self._layout.value, data)
         value = unpack(data, limits=self._limits)
-        # a prompt that changes with every request would make every layout useless: so only for the second of a length
-        self._layout = _layout_of(data, byte_strings(data)) if len(data) == self._length else None
-        self._length = len(data)
+        self._learn(data)
         return value
+
+    def _learn(self, data: bytes) -> None:
+        """Make a layout of the second message of a length; later where none was of use.
+
+        A prompt or a number that changes with every request makes every layout useless, and each costs what decoding does.
+        """
+        if self._layout is not None and not self._used:
+            self._patience = min(2 * self._patience, LONGEST_PATIENCE)
+        self._alike = self._alike + 1 if len(data) == self._length else 0
+        self._length, self._layout, self._used = len(data), None, False
+        if self._alike >= self._patience:
+            self._layout, self._alike = _layout_of(data, byte_strings(data)), 0
 
 
 def _filled(value: Any, data: bytes) -> Any:
@@ -92,6 +112,7 @@ class _NoLayout(Exception):
 
 def _layout_of(data: bytes, strings: Sequence[Bytes]) -> _Layout | None:
     """The layout of a message that `unpack` has taken; None if it has none."""
+    # an array's data come behind their name; what else does so is no part of an array, and then there is no layout
     bodies = [two for one, two in pairwise(strings) if one.end == two.head and data[one.body : one.end] == b"data"]
     pieces, between, position, arrays = [], [], 0, 0
     for index, one in enumerate(bodies):
@@ -99,11 +120,15 @@ def _layout_of(data: bytes, strings: Sequence[Bytes]) -> _Layout | None:
         between.append((position, data[position : one.body]))
         position = one.end
     between.append((position, data[position:]))
+    if sum(len(piece) for _, piece in between) > MAX_STRUCTURE_BYTES:  # what a client chose is not kept for it
+        return None
 
     def of_map(pairs: list[tuple[Any, Any]]) -> Any:
         nonlocal arrays
         fields = dict(pairs)
         if b"__npgeneric__" in fields:
+            if type(fields[b"data"]) is Bytes:
+                raise _NoLayout
             return decode_scalar(fields)
         if b"__ndarray__" not in fields:
             return fields

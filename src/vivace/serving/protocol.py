@@ -47,19 +47,31 @@ def pack(value: Any) -> bytes:
     return message
 
 
-@contextmanager
-def packed(value: Any) -> Iterator[memoryview]:
-    """`pack`, to be read while the block runs: it lies in memory that the next message of this thread will overwrite."""
-    packer = _PACKERS.kept
-    try:
+KEPT_BYTES: Final = 8 * 2**20
+"""What is kept for the next message is no longer than this."""
+
+
+class KeptPacker:
+    """`pack` into memory that is kept for the next message; one message at a time."""
+
+    def __init__(self) -> None:
+        self._packer = msgpack.Packer(default=_encode, autoreset=False)
+
+    @contextmanager
+    def packed(self, value: Any) -> Iterator[memoryview]:
+        """The message, as long as the block runs. Raises as `pack`."""
         try:
-            packer.pack(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise _cannot_be_sent(error) from error
-        with packer.getbuffer() as message:
-            yield message
-    finally:
-        packer.reset()
+            try:
+                self._packer.pack(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise _cannot_be_sent(error) from error
+            with self._packer.getbuffer() as message:
+                length = len(message)
+                yield message
+            if length > KEPT_BYTES:
+                self._packer = msgpack.Packer(default=_encode, autoreset=False)
+        finally:
+            self._packer.reset()
 
 
 def _cannot_be_sent(error: Exception) -> ProtocolError:
@@ -101,14 +113,10 @@ def _bytes_of(value: np.ndarray[Any, np.dtype[Any]]) -> bytes | memoryview:
 
 
 class _Packers(threading.local):
-    """Two packers per thread; they keep their buffers, so that no request asks the system for half a megabyte again.
-
-    mine  hands out bytes       kept  hands out its buffer, for `packed`
-    """
+    """One packer per thread; it keeps its buffer, so that no request asks the system for half a megabyte again."""
 
     def __init__(self) -> None:
         self.mine = msgpack.Packer(default=_encode)
-        self.kept = msgpack.Packer(default=_encode, autoreset=False)
 
 
 _PACKERS: Final = _Packers()

@@ -41,6 +41,8 @@ ERROR_REASON: Final = (
     "Internal server error. Traceback included in previous frame."  # openpi's words: clients match them
 )
 GOING_AWAY_REASON: Final = "server is shutting down"
+GOODBYE_S: Final = 1.0
+"""For an idle client's close frame: `serving.client` looks at what came at its next request only."""
 
 
 Infer = Callable[[Mapping[str, Any]], ActionChunk]
@@ -140,7 +142,7 @@ class Session:
         """Let the running request be answered, then close with 1001; close at once when the client is idle."""
         self._stopping = True
         if not self._busy:
-            await self._close(CloseCode.GOING_AWAY, GOING_AWAY_REASON)
+            await self._close(CloseCode.GOING_AWAY, GOING_AWAY_REASON, timeout_s=GOODBYE_S)
 
     def abort(self) -> None:
         """Cut the connection now."""
