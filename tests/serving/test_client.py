@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from websockets.server import ServerProtocol
 from websockets.sync.server import ServerConnection, serve
 
 from vivace.errors import ConfigError, ProtocolError, ServerError
@@ -101,7 +102,7 @@ def test_it_waits_for_a_server_that_starts_later(digest_policy: Any) -> None:
         with PolicyClient(port=port, connect_s=20) as client:
             found.append(client.infer({"n": 3})["actions"])
 
-    asking = threading.Thread(target=ask)
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     time.sleep(0.6)
     with serve_in_thread(digest_policy, port=port):
@@ -226,9 +227,10 @@ def test_a_server_is_named_in_every_usual_way(digest_policy: Any) -> None:
 
 def test_what_a_server_says_unasked_is_no_answer(digest_policy: Any) -> None:
     """Data between two requests: whose they are cannot be known, so the connection is opened anew."""
-    told = threading.Event()
+    told, opened = threading.Event(), []
 
     def handler(connection: ServerConnection) -> None:
+        opened.append(connection)
         connection.send(pack({}))
         for message in connection:
             connection.send(pack({"actions": np.array([[unpack(bytes(message))["n"]]])}))
@@ -241,6 +243,7 @@ def test_what_a_server_says_unasked_is_no_answer(digest_policy: Any) -> None:
             assert client.infer({"n": n})["actions"] == n
             assert told.wait(10)
             time.sleep(0.05)  # on its way
+    assert len(opened) == 3
 
 
 def test_the_time_for_an_answer_runs_on_while_the_server_sends_pings(gated_policy: Any) -> None:
@@ -306,21 +309,57 @@ def test_what_was_wrong_with_a_request_that_was_not_read_to_its_end(digest_polic
         assert client.infer({})["actions"].shape == (10, 7)
 
 
+@contextmanager
+def speaking(then: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A bare socket that shakes hands, greets, and then does what `then` says; yields its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            peer, _ = listening.accept()
+            with peer:
+                protocol = ServerProtocol()
+                while not (events := protocol.events_received()):
+                    protocol.receive_data(peer.recv(4096))
+                protocol.send_response(protocol.accept(events[0]))
+                protocol.send_binary(pack({}))
+                for data in protocol.data_to_send():
+                    peer.sendall(data)
+                then(peer)
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield listening.getsockname()[1]
+
+
+SORRY = b"\x88\x07\x03\xf3sorry"  # a close frame with code 1011
+
+
 def test_a_close_frame_is_an_answer_though_the_connection_stays_open() -> None:
     left = threading.Event()
 
-    def handler(connection: ServerConnection) -> None:
-        connection.send(pack({}))
-        connection.recv()
-        connection.socket.sendall(b"\x88\x07\x03\xf3sorry")
-        left.wait(20)
+    def then(peer: socket.socket) -> None:
+        peer.recv(4096)
+        peer.sendall(SORRY)
+        left.wait(60)
 
-    with answering(handler) as port, PolicyClient(port=port, answer_s=30) as client:
+    with speaking(then) as port, PolicyClient(port=port, answer_s=30) as client:
         began = time.monotonic()
         with pytest.raises(ServerError, match="closed the connection; got 1011 sorry"):
             client.infer({})
         assert time.monotonic() - began < 15
         left.set()
+
+
+def test_a_server_that_leaves_while_a_request_is_on_its_way_says_why() -> None:
+    def then(peer: socket.socket) -> None:
+        peer.recv(4096)
+        peer.sendall(SORRY)  # and leaves with the rest unread: a reset
+
+    with (
+        speaking(then) as port,
+        PolicyClient(port=port) as client,
+        pytest.raises(ServerError, match="closed the connection; got 1011 sorry"),
+    ):
+        client.infer({"image": np.zeros(60_000_000, np.uint8)})
 
 
 def test_an_answer_that_is_no_map_is_refused() -> None:
@@ -355,7 +394,7 @@ def test_a_tunnel_that_takes_connections_before_the_server_listens(digest_policy
             peer.close()
         far.close()
 
-    refusing = threading.Thread(target=refuse)
+    refusing = threading.Thread(target=refuse, daemon=True)
     refusing.start()
     found: list[Any] = []
 
@@ -363,7 +402,7 @@ def test_a_tunnel_that_takes_connections_before_the_server_listens(digest_policy
         with PolicyClient(port=port, connect_s=20) as client:
             found.append(client.infer({"n": 3})["actions"])
 
-    asking = threading.Thread(target=ask)
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     refusing.join(20)
     with serve_in_thread(digest_policy, port=port):
