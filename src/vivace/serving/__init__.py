@@ -1,6 +1,7 @@
 """Policies over the wire: protocol code apart from policy code.
 
 scan (bounds) <- protocol (bytes) <- results (ActionChunk -> dict) <- worker (who is next) <- session (a client) <- server
+                 protocol <- decoder (a robot's next request) <- session
                  protocol <- client (a robot's side)
 """
 
