@@ -12,6 +12,7 @@ from vivace.check.budget import budget, read_run
 from vivace.check.metrics import errors
 from vivace.check.report import TITLES, build
 from vivace.check.report_html import num
+from vivace.check.report_sections import render
 from vivace.errors import ConfigError
 
 ENVIRONMENT = {
@@ -86,6 +87,19 @@ def hopper_document():
     return results.result("hopper", body)
 
 
+def start_document():
+    mark = {"what": EVIL, "got": 15.4, "rule": "at most", "must": 30.0, "must_met": True}
+    row = {"caches": EVIL, "listening_s": 15.3, "first_action_s": 15.4, "same_bits": True, "targets": [mark]}
+    body = {
+        "options": [EVIL],
+        "weights_bytes_in_files": 8.3e9,
+        "rows": [row],
+        "passed": True,
+        "engine": {"backend": EVIL},
+    }
+    return results.result("start", body)
+
+
 def calibrate_document():
     plan = {"name": EVIL, "hash": "47f6", "method": "amax", "data": "recorded: x", "checkpoint_hash": "c5ae"}
     row = {"layer": EVIL, "amax": 6.0, "chosen": 6.0, "saturated": 0, "flushed": 3, "step_spread": 1.0}
@@ -124,6 +138,7 @@ ALL = {
     "serve-drive": drive_document(),
     "serve-closed-loop": closed_loop_document(),
     "hopper": hopper_document(),
+    "start": start_document(),
     "simulate": json.loads((RESULTS / "conveyor-tasks-expert-2026-11-25.json").read_text()),
     "train": json.loads((RESULTS / "conveyor-small-training-h200-2026-11-30.json").read_text()),
     "strange": {"kind": EVIL, "x": EVIL},
@@ -278,3 +293,30 @@ def test_an_engine_that_was_refused_is_shown():
 )
 def test_numbers_for_people(value, text):
     assert num(value) == text
+
+
+def test_full_size_rivals_are_shown_beside_ours_of_the_same_rounds():
+    """Their stages have times and no rates; nothing of them is judged."""
+    document = json.loads((RESULTS / "hopper-rivals-five-h200-2026-11-30.json").read_text())
+    page = render(document)
+    for row in document["rows"]:
+        for name, one in row.get("ours_in_the_same_rounds", {}).items():
+            assert f"{name}: {num(one['p50_ms'])} ms in the same rounds, {num(one['ratio'])} times faster" in page
+        assert f"<td>{num(row['stages_ms']['denoise'])}</td><td>-</td>" in page
+    assert "nothing here is judged" in page
+
+
+def test_the_boundaries_of_a_full_size_result_are_explained():
+    document = json.loads((RESULTS / "hopper-client-h200-2026-11-30.json").read_text())
+    page = render(document)
+    assert "B3 openpi: the same through openpi&#x27;s client, not judged" in page
+    assert "B3 - B2, ms 1.521, at most 1.5" in page
+    assert "1.5207655" not in page.split("<h3>Latency")[0]
+
+
+def test_starts_from_files_are_a_table():
+    document = json.loads((RESULTS / "start-from-files-h200-2026-11-30.json").read_text())
+    page = render(document)
+    for row in document["rows"]:
+        assert f"<td>{num(row['first_action_s'])}</td>" in page
+    assert "8.29 GB of weights" in page

@@ -145,7 +145,13 @@ def test_figures_in_the_text_are_the_results_own():
     served = {(r["setting"], r["boundary"], r["engine"]): r["added_ms"] for r in newer["rows"] if "added_ms" in r}
     first = sorted(ms for (setting, boundary, _), ms in served.items() if (setting, boundary) == ("3,200,50", "B3"))
     ours = [ms for (setting, boundary, _), ms in served.items() if boundary == "B3" and setting != "3,200,50"]
-    openpis = [ms for (_, boundary, _), ms in served.items() if boundary == "B3 openpi"]
+    theirs = {(setting, engine): ms for (setting, boundary, engine), ms in served.items() if boundary == "B3 openpi"}
+    openpis = [ms for (setting, _), ms in theirs.items() if setting != "3,200,50"]
+    their_first = sorted(ms for (setting, _), ms in theirs.items() if setting == "3,200,50")
+    shown = {
+        row["boundary"]: row["latency"]["p50_ms"]
+        for row in newer["rows"] if (row["setting"], row["engine"]) == ("3,200,50", "cuda_graph fp8-all")
+    }  # fmt: skip
     start = {row["caches"]: row for row in newer["start"]}
     warm, cold = start["warm"], start["cold"]
     one_bucket = {row["precision"]: row["ratio"] for row in newer["memory"]}["bf16"]
@@ -198,7 +204,10 @@ def test_figures_in_the_text_are_the_results_own():
         f"{warm['every_bucket_s']:.0f} s, {cold['first_action_s']:.0f} and {cold['every_bucket_s']:.0f} s without",
         f"takes {min(ours):.2f} to {max(ours):.2f} ms more than `policy.infer` through vivace's own client "
         f"({min(openpis):.2f} to {max(openpis):.2f} through openpi's)",
-        f"in the first setting {first[0]:.2f} and {first[1]:.2f}: the one mark",
+        f"in the first setting {first[0]:.2f} and {first[1]:.2f}, the one mark",
+        f"(openpi's: {their_first[0]:.2f} and {their_first[1]:.2f})",
+        f"code {newer['setup']['commit']})",
+        f"actions {shown['B2']:.0f} ms after it asks in the same process, {shown['B3']:.1f} ms over a websocket",
         f"fp8-all is {min(ratios['fp8-all']):.1f} to {max(ratios['fp8-all']):.1f} times faster and "
         f"bfloat16 {min(ratios['bf16']):.1f} to {max(ratios['bf16']):.1f};",
         f"a checkpoint of {files['weights_bytes_in_files'] / 1e9:.1f} GB",

@@ -30,6 +30,7 @@ TITLES = {
     "serve-drive": "Served over the network",
     "serve-closed-loop": "Closed loop over the network",
     "hopper": "Full size on one GPU",
+    "start": "Start from files",
     "simulate": "Closed loop",
     "train": "Training",
 }

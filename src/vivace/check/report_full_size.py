@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import report_plots as plots
 from .report_html import esc, figures, fold, num, pairs, pill, table, tiles, verdict
 from .results import number
+from .targets import TABLES
 from .waterfall import Step, merged, settings, waterfall
 
 Document = Mapping[str, Any]
+LONG_NUMBER = re.compile(r"\d+\.\d{6,}")
+BOUNDARIES = {
+    "B0": "replay on device buffers", "B0 reuse": "of the denoise stage alone", "B1": "with copies in and out",
+    "B2": "policy.infer, host arrays to host actions", "B3": "websocket round trip on one machine, vivace's client",
+    "B3 openpi": "the same through openpi's client, not judged",
+}  # fmt: skip
 
 
 def hopper(document: Document, beside: Sequence[tuple[str, Document]] = (), above: str = "") -> str:
@@ -25,8 +33,11 @@ def hopper(document: Document, beside: Sequence[tuple[str, Document]] = (), abov
     replays = [row for row in document["rows"] if row["boundary"] == "B0"]
     fastest = [min((r for r in replays if r["setting"] == name), key=_p50) for name in named]
     top = [(f"{num(_p50(row))} ms", f"{row['engine']}, ({row['setting']})") for row in fastest]
-    top.append((str(len(document["missed"])), "marks missed"))
-    missed = "".join(f"<li>{esc(line)}</li>" for line in document["missed"])
+    judged = any(row.get("targets") for name in TABLES for row in document.get(name, []))
+    top.append((str(len(document["missed"])), "marks missed") if judged else ("none", "marks: nothing here is judged"))
+    missed = "".join(
+        f"<li>{esc(LONG_NUMBER.sub(lambda found: num(found[0], 4), line))}</li>" for line in document["missed"]
+    )
     skipped = "".join(
         f"<li>{esc(row['phase'])}, {esc(row['what'])}: {esc(row['why'])}</li>" for row in document["not_run"]
     )
@@ -38,12 +49,19 @@ def hopper(document: Document, beside: Sequence[tuple[str, Document]] = (), abov
             f"<h3>Not run</h3><ul>{skipped}</ul>" if skipped else "",
             _whence([name for name, _ in beside], above),
             *(_waterfall(name, found) for name, found in steps.items() if len(found) > 1),
-            "<h3>Latency, milliseconds</h3>" + _latency(document["rows"]),
+            "<h3>Latency, milliseconds</h3>" + _boundaries(document["rows"]) + _latency(document["rows"]),
             fold("stages, rates and floors", _ceilings(document) + _rates(document["rows"], document.get("ceilings"))),
             "<h3>Actions against float32</h3>" + _accuracy(document["accuracy"]),
             _rest(document),
         ]
     )
+
+
+def _boundaries(rows: Sequence[Document]) -> str:
+    """What the second column means, as far as it comes up."""
+    seen = {row["boundary"] for row in rows}
+    said = "; ".join(f"{name}: {what}" for name, what in BOUNDARIES.items() if name in seen)
+    return f'<p class="soft">{esc(said)}.</p>' if said else ""
 
 
 def _whence(beside: Sequence[str], above: str) -> str:
@@ -96,7 +114,7 @@ def _latency(rows: Sequence[Document]) -> str:
         same = row.get("bit_identical")
         cells.append([
             f"({esc(row['setting'])}) {esc(row['engine'])}", esc(row["boundary"]), *times, str(row["calls"]),
-            f"{same['same']} / {same['of']}" if same else "-", _marks(row),
+            f"{same['same']} / {same['of']}" if same else "-", _marks(row) + _same_rounds(row),
         ])  # fmt: skip
     return table(
         ["setting, engine", "", "p50", "p95", "p99", "max", "calls", "same bits", "marks"], cells, text_columns=(8,)
@@ -110,6 +128,15 @@ def _marks(row: Document) -> str:
             "good" if one["must_met"] else "bad",
         )
         for one in row.get("targets", [])
+    )
+
+
+def _same_rounds(row: Document) -> str:
+    """How much faster vivace's engines were, called in turn with this rival."""
+    ours = row.get("ours_in_the_same_rounds", {})
+    return "".join(
+        pill(f"{name}: {num(one['p50_ms'])} ms in the same rounds, {num(one['ratio'])} times faster", "plain")
+        for name, one in ours.items()
     )
 
 
@@ -139,11 +166,15 @@ def _ceiling_of(rate: Document, ceilings: Document | None) -> tuple[str, str]:
 def _rates(rows: Sequence[Document], ceilings: Document | None) -> str:
     cells = []
     for row in rows:
-        for stage, rate in row.get("rates", {}).items():
+        for stage, ms in row.get("stages_ms", {}).items():
+            first = [f"({esc(row['setting'])}) {esc(row['engine'])}", esc(stage), num(ms)]
+            rate = row.get("rates", {}).get(stage)
+            if rate is None:  # of rivals only the time is known
+                cells.append([*first, *["-"] * 6])
+                continue
             compute, memory = _ceiling_of(rate, ceilings)
             cells.append([
-                f"({esc(row['setting'])}) {esc(row['engine'])}", esc(stage), num(row["stages_ms"][stage]),
-                num(rate["tflop_s"]), compute, num(rate["gb_s"]), memory, num(rate["floor_ms"]),
+                *first, num(rate["tflop_s"]), compute, num(rate["gb_s"]), memory, num(rate["floor_ms"]),
                 f"{100 * number(rate['of_floor']):.0f} %",
             ])  # fmt: skip
     heads = ["setting, engine", "stage", "ms", "TFLOP/s", "ceiling", "GB/s", "ceiling", "floor, ms", "floor / time"]

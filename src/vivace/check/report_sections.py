@@ -9,7 +9,7 @@ from typing import Any
 from . import report_plots as plots
 from .report_full_size import hopper
 from .report_html import esc, figures, fold, num, pairs, pill, raw, table, tiles, verdict
-from .report_served import closed_loop, drive
+from .report_served import closed_loop, drive, start
 from .report_simulation import section as simulate
 from .report_training import section as training
 from .results import number
@@ -256,6 +256,7 @@ SECTIONS: dict[str, Callable[[Document], str]] = {
     "serve-drive": drive,
     "serve-closed-loop": closed_loop,
     "hopper": hopper,
+    "start": start,
     "simulate": simulate,
     "train": lambda document: training(document) if "log" in document else facts(document),
 }

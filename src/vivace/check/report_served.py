@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .report_html import esc, figures, fold, num, pairs, tiles
+from .report_html import esc, figures, fold, num, pairs, pill, table, tiles, verdict
 from .report_simulation import arm_table, delay_figures
+from .results import number
 
 Document = Mapping[str, Any]
 
@@ -58,6 +59,30 @@ def closed_loop(document: Document) -> str:
             _engine(document),
         ]
     )
+
+
+def start(document: Document) -> str:
+    """Starts of `vivace serve` on a folder, by benchmarks/start_probe.py.
+
+    Raises KeyError for a document that lacks its kind's keys.
+    """
+    cells = [
+        [
+            esc(row["caches"]), num(row["listening_s"]), num(row["first_action_s"]), verdict(bool(row["same_bits"])),
+            "".join(
+                pill(f"{one['what']} {num(one['got'])} / {num(one['must'])}", "good" if one["must_met"] else "bad")
+                for one in row["targets"]
+            ),
+        ]
+        for row in document["rows"]
+    ]  # fmt: skip
+    heads = ["compiled kernels", "listens after, s", "first action after, s", "same actions", "marks"]
+    size = number(document["weights_bytes_in_files"]) / 1e9
+    what = (
+        f"vivace serve {' '.join(document['options'])}; {size:.2f} GB of weights in files, which the host had in memory. "
+        "Seconds since the process began."
+    )
+    return f'<p class="soft">{esc(what)}</p>{table(heads, cells, text_columns=(0, 3, 4))}{_engine(document)}'
 
 
 def _tiles(items: list[tuple[str, str]]) -> str:
