@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from vivace.backends.eager import EagerBackend
 from vivace.check import results
 from vivace.check.observations import synthetic
 from vivace.cli import check as verb
@@ -24,6 +25,9 @@ class Wrong:
     def prefill(self, inputs, *, trace=None, spans=None):
         cache = self.inner.prefill(inputs, trace=trace, spans=spans)
         return dataclasses.replace(cache, **self.change(cache))
+
+    def describe(self):
+        return self.inner.describe()
 
     def denoise(self, cache, noise, *, previous=None, trace=None, spans=None):
         return self.inner.denoise(cache, noise, previous=previous, trace=trace, spans=spans)
@@ -63,6 +67,22 @@ def test_bfloat16_passes_and_everything_is_recorded(vivace, checkpoint, tmp_path
     assert "marks passed" in text
     assert document["plain"] is None
     assert "nothing to compare it with here but the absolute marks" in " ".join(text.split())
+
+
+def test_the_engine_is_described_as_it_is_after_it_ran(vivace, checkpoint, monkeypatch):
+    """Graphs are recorded, and kernels chosen, by the first call."""
+    runs = []
+    run = EagerBackend.denoise
+
+    def denoise(self, *args, **options):
+        runs.append(self)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(EagerBackend, "denoise", denoise)
+    monkeypatch.setattr(EagerBackend, "describe", lambda self: {"ran": len([one for one in runs if one is self])})
+    code, document, _ = vivace("check", checkpoint, "--precision", "bfloat16", *FAST)
+    assert code == 0
+    assert document["engine"]["details"]["ran"] == 3, "two observations, and one for the coverage"
 
 
 def test_in_bfloat16_another_engine_is_held_against_plain_pytorch(vivace, checkpoint, monkeypatch):

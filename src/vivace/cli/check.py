@@ -118,6 +118,7 @@ def _gather(args: Args, given: Sequence[Any]) -> Evidence:
         bar.update(task, description=f"candidate: {engine.backend} {engine.precision}")
         got = _run_all(candidate, requests, bar, task)
         coverage = as_json(record(candidate, lambda: _run_all(candidate, requests[:1], bar, task)))
+        candidate.describe_engine()
         plain = []
         if parity.needs_yardstick(engine):
             bar.update(task, total=3 * len(requests) + 1, description=f"yardstick: eager {engine.precision}")

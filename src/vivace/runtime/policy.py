@@ -130,7 +130,11 @@ class Policy:
             if rows and self.engine.coverage is None:
                 seen = coverage.record(self, lambda: self._rehearse(rows[0], noise, None))
                 self.engine = replace(self.engine, coverage=summary(seen))
-            self.engine = replace(self.engine, details={**self.engine.details, **self.backend.describe()})
+            self.describe_engine()
+
+    def describe_engine(self) -> None:
+        """Put into `engine.details` what the backend holds by now: graphs and kernels are there after a first call only."""
+        self.engine = replace(self.engine, details={**self.engine.details, **self.backend.describe()})
 
     def _rehearse(
         self, row: PreparedObservation, noise: NDArray[np.float32], previous: PreviousChunk | None
