@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -92,22 +92,30 @@ def test_a_connection_that_the_server_closed_is_opened_again(digest_policy: Any,
         assert client._wire is not wire
 
 
-def test_it_waits_for_a_server_that_starts_later(digest_policy: Any) -> None:
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
+@contextmanager
+def asking(port: int) -> Iterator[list[Any]]:
+    """A client that waits for its server beside the block, and asks once; the list holds its actions after the block."""
     found: list[Any] = []
 
     def ask() -> None:
         with PolicyClient(port=port, connect_s=20) as client:
             found.append(client.infer({"n": 3})["actions"])
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    time.sleep(0.6)
-    with serve_in_thread(digest_policy, port=port):
-        asking.join(20)
-    np.testing.assert_array_equal(found, [digest_policy.infer({"n": 3}).actions])
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    yield found
+    thread.join(20)
+
+
+def test_it_waits_for_a_server_that_starts_later(digest_policy: Any) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    with ExitStack() as stack:
+        with asking(port) as found:
+            time.sleep(0.6)
+            stack.enter_context(serve_in_thread(digest_policy, port=port))
+        np.testing.assert_array_equal(found, [digest_policy.infer({"n": 3}).actions])
 
 
 def test_nobody_there_is_an_error_after_the_time_given() -> None:
@@ -396,18 +404,11 @@ def test_a_tunnel_that_takes_connections_before_the_server_listens(digest_policy
 
     refusing = threading.Thread(target=refuse, daemon=True)
     refusing.start()
-    found: list[Any] = []
-
-    def ask() -> None:
-        with PolicyClient(port=port, connect_s=20) as client:
-            found.append(client.infer({"n": 3})["actions"])
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    refusing.join(20)
-    with serve_in_thread(digest_policy, port=port):
-        asking.join(20)
-    np.testing.assert_array_equal(found, [digest_policy.infer({"n": 3}).actions])
+    with ExitStack() as stack:
+        with asking(port) as found:
+            refusing.join(20)
+            stack.enter_context(serve_in_thread(digest_policy, port=port))
+        np.testing.assert_array_equal(found, [digest_policy.infer({"n": 3}).actions])
 
 
 def test_a_refusal_in_http_is_told_without_its_length() -> None:
