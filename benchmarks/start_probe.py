@@ -4,8 +4,8 @@
     python benchmarks/start_probe.py full-size -o start.json -- --backend cuda_graph --precision plan.json
 
 Each start is a `vivace serve` process of its own with what follows `--`. The first finds no compiled kernels (its caches are
-an empty folder, but for CUDA's own), the others do. The port opens when every bucket is warm. What this does not show is a slow disk: files that
-were just written or read are in the host's memory.
+an empty folder, but for CUDA's own), the others do. The port opens when every bucket is warm. What this does not show is a
+slow disk: files that were just written or read are in the host's memory.
 """
 
 from __future__ import annotations

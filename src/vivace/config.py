@@ -151,7 +151,7 @@ class ResolvedEngine:
     precision        float32, bfloat16, or a plan's name, hash and data source
     checkpoint_hash  of the weights, see `checkpoints.fingerprint`
     plan             facts of the precision plan; None = no plan
-    coverage         summary of what the operations really ran; None = not recorded yet
+    coverage         what the operations really ran, in sum and part by part (`precision.coverage`); None = not recorded yet
     """
 
     backend: str

@@ -88,7 +88,7 @@ def hopper_document():
 
 
 def start_document():
-    mark = {"what": EVIL, "got": 15.4, "rule": "at most", "must": 30.0, "must_met": True}
+    mark = {"what": EVIL, "got": 15.4, "rule": "at most", "must": 30.0, "must_met": True, "stretch_met": None}
     row = {"caches": EVIL, "listening_s": 15.3, "first_action_s": 15.4, "same_bits": True, "targets": [mark]}
     body = {
         "options": [EVIL],

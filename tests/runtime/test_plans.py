@@ -168,7 +168,13 @@ def test_a_warm_up_records_what_ran_and_a_server_tells_its_clients(checkpoint, m
     said = policy.engine.coverage
     assert said["fallbacks"] == []
     assert said["flops_by_precision"]["e4m3"] > 0.01
-    assert sum(said["flops_by_kernel"].values()) == pytest.approx(1.0, abs=1e-3)
+    for of in ("flops", "bytes"):
+        for by in ("kernel", "precision"):
+            assert sum(said[f"{of}_by_{by}"].values()) == pytest.approx(1.0, abs=1e-3)
+        assert sum(one[f"{of}_share"] for one in said["parts"]) == pytest.approx(1.0, abs=1e-3)
+    assert said["bytes_by_precision"] != said["flops_by_precision"]
+    down = next(one for one in said["parts"] if (one["part"], one["precision"]) == ("prefix mlp.down", "e4m3"))
+    assert (down["kernel"], down["layers"] > 0, down["fallback"]) == ("eager", True, "")
     frame = unpack(metadata_frame({}, policy.engine))
     assert frame["vivace"]["coverage"] == said
     assert frame["vivace"]["plan"]["hash"] == made[2].digest

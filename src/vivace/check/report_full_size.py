@@ -114,14 +114,15 @@ def _latency(rows: Sequence[Document]) -> str:
         same = row.get("bit_identical")
         cells.append([
             f"({esc(row['setting'])}) {esc(row['engine'])}", esc(row["boundary"]), *times, str(row["calls"]),
-            f"{same['same']} / {same['of']}" if same else "-", _marks(row) + _same_rounds(row),
+            f"{same['same']} / {same['of']}" if same else "-", marks(row) + _same_rounds(row),
         ])  # fmt: skip
     return table(
         ["setting, engine", "", "p50", "p95", "p99", "max", "calls", "same bits", "marks"], cells, text_columns=(8,)
     )
 
 
-def _marks(row: Document) -> str:
+def marks(row: Document) -> str:
+    """The marks of one row, each with what was got."""
     return "".join(
         pill(
             f"{one['what']} {num(one['got'])} / {num(one['must'])}" + (" stretch" if one["stretch_met"] else ""),
@@ -186,7 +187,7 @@ def _accuracy(rows: Sequence[Document]) -> str:
         [
             f"({esc(row['setting'])}) {esc(row['engine'])}", f"{row['observations']} x {row['noise_draws']}",
             f"{number(row['cosine_mean']):.6f}", f"{number(row['cosine_worst']):.6f}", num(row["rel_l2"]),
-            num(row["plain_bfloat16"]["rel_l2"]), _marks(row),
+            num(row["plain_bfloat16"]["rel_l2"]), marks(row),
         ]
         for row in rows
     ]  # fmt: skip
@@ -208,7 +209,7 @@ def _coverage(rows: Sequence[Document]) -> str:
         ]  # fmt: skip
         heads = ["part", "operation", "layers", "kernel", "precision", "FLOPs", "bytes", "fallback"]
         left = f"<p>By plain torch: {esc(', '.join(row['by_torch']) or 'nothing')}.</p>"
-        parts.append(_marks(row) + fold(f"coverage, {named}", left + table(heads, cells, text_columns=(0, 1, 3, 4, 7))))
+        parts.append(marks(row) + fold(f"coverage, {named}", left + table(heads, cells, text_columns=(0, 1, 3, 4, 7))))
     return "<h3>Coverage: what ran where</h3>" + "".join(parts) if parts else ""
 
 
@@ -216,12 +217,12 @@ def _rest(document: Document) -> str:
     parts = [_coverage(document.get("coverage", []))]
     if proofs := document.get("proof"):
         cells = [
-            [f"({esc(row['setting'])}) {esc(row['engine'])}", verdict(bool(row["passed"])), _marks(row)]
+            [f"({esc(row['setting'])}) {esc(row['engine'])}", verdict(bool(row["passed"])), marks(row)]
             for row in proofs
         ]
         heads = ["setting, engine", "", "marks"]
         parts.append("<h3>Fresh, and right over poisoned memory</h3>" + table(heads, cells, text_columns=(2,)))
     for title, key in (("Memory", "memory"), ("Soak", "soak"), ("Start", "start")):
         for row in document.get(key, []):
-            parts.append(f"<h3>{title}</h3>{_marks(row)}" + fold("figures", pairs(row)))
+            parts.append(f"<h3>{title}</h3>{marks(row)}" + fold("figures", pairs(row)))
     return "".join(parts)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .report_html import esc, figures, fold, num, pairs, pill, table, tiles, verdict
+from .report_full_size import marks
+from .report_html import esc, figures, fold, num, pairs, table, tiles, verdict
 from .report_simulation import arm_table, delay_figures
 from .results import number
 
@@ -69,10 +70,7 @@ def start(document: Document) -> str:
     cells = [
         [
             esc(row["caches"]), num(row["listening_s"]), num(row["first_action_s"]), verdict(bool(row["same_bits"])),
-            "".join(
-                pill(f"{one['what']} {num(one['got'])} / {num(one['must'])}", "good" if one["must_met"] else "bad")
-                for one in row["targets"]
-            ),
+            marks(row),
         ]
         for row in document["rows"]
     ]  # fmt: skip

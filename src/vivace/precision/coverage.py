@@ -169,19 +169,21 @@ def layer_flops(seen: Coverage, *, steps: int) -> dict[str, float]:
 
 
 def summary(table: Sequence[Row]) -> dict[str, Any]:
-    """What a client needs to know: shares of the operations per precision and per kernel, and every fallback."""
+    """In a few numbers: shares of FLOPs and bytes per precision and per kernel, and every fallback."""
 
-    def shares(key: str) -> dict[str, float]:
+    def shares(key: str, of: str) -> dict[str, float]:
         total: dict[str, float] = {}
         for row in table:
             name = getattr(row, key)
-            total[name] = total.get(name, 0.0) + row.flops_share
+            total[name] = total.get(name, 0.0) + getattr(row, of)
         return {name: round(share, 4) for name, share in sorted(total.items()) if share > 0.0}
 
     return {
         "operations": len(table),
-        "flops_by_precision": shares("precision"),
-        "flops_by_kernel": shares("kernel"),
+        "flops_by_precision": shares("precision", "flops_share"),
+        "flops_by_kernel": shares("kernel", "flops_share"),
+        "bytes_by_precision": shares("precision", "bytes_share"),
+        "bytes_by_kernel": shares("kernel", "bytes_share"),
         "fallbacks": fallbacks(table),
     }
 

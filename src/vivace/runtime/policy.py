@@ -27,7 +27,7 @@ from ..config import EngineConfig, ResolvedEngine
 from ..errors import ConfigError, NumericsError, ObservationError
 from ..model import weights
 from ..model.pi import Pi
-from ..precision.coverage import summary
+from ..precision.coverage import grouped, summary
 from ..precision.flavours import Dtype, parameter_dtype
 from ..precision.plan import PrecisionPlan
 from ..robots.io import resolve
@@ -129,7 +129,7 @@ class Policy:
                     self._rehearse(row, noise, previous)
             if rows and self.engine.coverage is None:
                 seen = coverage.record(self, lambda: self._rehearse(rows[0], noise, None))
-                self.engine = replace(self.engine, coverage=summary(seen))
+                self.engine = replace(self.engine, coverage={**summary(seen), "parts": grouped(seen)})
             self.describe_engine()
 
     def describe_engine(self) -> None:

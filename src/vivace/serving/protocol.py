@@ -60,6 +60,7 @@ class KeptPacker:
     @contextmanager
     def packed(self, value: Any) -> Iterator[memoryview]:
         """The message, as long as the block runs. Raises as `pack`."""
+        length = 0
         try:
             try:
                 self._packer.pack(value)
@@ -68,10 +69,10 @@ class KeptPacker:
             with self._packer.getbuffer() as message:
                 length = len(message)
                 yield message
-            if length > KEPT_BYTES:
-                self._packer = msgpack.Packer(default=_encode, autoreset=False)
         finally:
             self._packer.reset()
+            if length > KEPT_BYTES:
+                self._packer = msgpack.Packer(default=_encode, autoreset=False)
 
 
 def _cannot_be_sent(error: Exception) -> ProtocolError:
