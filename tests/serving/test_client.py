@@ -18,7 +18,7 @@ from websockets.sync.server import ServerConnection, serve
 
 from vivace.errors import ConfigError, ProtocolError, ServerError
 from vivace.serving import pack, serve_in_thread, unpack
-from vivace.serving.client import PolicyClient, _Wire
+from vivace.serving.client import PolicyClient, ServerGone, _Wire
 
 
 @contextmanager
@@ -229,7 +229,7 @@ def test_a_server_is_named_in_every_usual_way(digest_policy: Any) -> None:
     for host, whole in (
         ("::1", r"ws://\[::1\]:8000"), ("localhost", "ws://localhost:8000"), ("ws://[::1]/x", r"ws://\[::1\]:8000/x"),
     ):  # fmt: skip
-        with pytest.raises(ServerError, match=f"no policy server at {whole} within"):
+        with pytest.raises(ServerError, match=f"no policy server at {whole}; got"):
             PolicyClient(host, connect_s=0.0)
 
 
@@ -258,7 +258,7 @@ def test_the_time_for_an_answer_runs_on_while_the_server_sends_pings(gated_polic
     with (
         serve_in_thread(gated_policy, ping_interval_s=0.2) as handle,
         PolicyClient(port=handle.port, answer_s=1.0) as client,
-        pytest.raises(ServerError, match="did not answer within 1 s"),
+        pytest.raises(ServerGone, match="did not answer within 1 s"),
     ):
         client.infer({})
 
@@ -387,7 +387,7 @@ def test_an_idle_client_does_not_keep_a_server_from_stopping(digest_policy: Any)
             began = time.monotonic()
             handle.stop()
             assert time.monotonic() - began < 5, "not the ten seconds that a client has to take its answer"
-            with pytest.raises(ServerError, match="no policy server"):
+            with pytest.raises(ServerError, match=r"no policy server at ws://127\.0\.0\.1:\d+; got .*refused"):
                 client.infer({})
         assert time.monotonic() - began < 20, "one try: a robot that lost its server is told"
 

@@ -150,12 +150,11 @@ class PolicyClient:
                 return wire
             except socket.gaierror as error:
                 raise ServerError(f"no machine behind {self._address}", got=str(error), do="check the name") from error
-            except (OSError, _Gone) as error:  # gone: a tunnel takes connections before its far end listens
+            except (OSError, ServerGone) as error:  # gone: a tunnel takes connections before its far end listens
                 if time.monotonic() + RETRY_S > end:
+                    within = f" within {patience_s:g} s" if patience_s else ""
                     raise ServerError(
-                        f"no policy server at {self._address} within {patience_s:g} s",
-                        got=str(error),
-                        do="start `vivace serve`",
+                        f"no policy server at {self._address}{within}", got=str(error), do="start `vivace serve`"
                     ) from error
                 if not told:
                     log.info("waiting for %s: %s", self._address, error)
@@ -163,7 +162,7 @@ class PolicyClient:
                 time.sleep(RETRY_S)
 
 
-class _Gone(ServerError):
+class ServerGone(ServerError):
     """The connection ended, or nothing came in time."""
 
 
@@ -241,7 +240,7 @@ class _Wire:
                 pass
         except BlockingIOError:
             pass
-        except _Gone:
+        except ServerGone:
             return False
         unasked = any(one.opcode in DATA for one in self._events)
         self._events.clear()
@@ -254,7 +253,7 @@ class _Wire:
                 self._socket.settimeout(GOODBYE_S)
                 self._protocol.send_close(1000)
                 self._flush()
-        except (OSError, _Gone) as error:
+        except (OSError, ServerGone) as error:
             log.debug("%s was gone already: %s", self._address, error)
         finally:
             self._socket.close()
@@ -274,7 +273,7 @@ class _Wire:
     def _read(self, end: float | None) -> bool:
         """Take in what the server sent, and answer pings. Returns whether more may come.
 
-        Raises _Gone when the connection broke or `end` has come; BlockingIOError if nothing is there and end is None.
+        Raises ServerGone when the connection broke or `end` has come; BlockingIOError if nothing is there and end is None.
         """
         self._socket.settimeout(0.0 if end is None else max(end - time.monotonic(), 1e-3))
         try:
@@ -300,15 +299,15 @@ class _Wire:
         except OSError as error:
             raise self._gone(error) from error
 
-    def _gone(self, error: OSError | None) -> _Gone:
+    def _gone(self, error: OSError | None) -> ServerGone:
         closed, broken = self._protocol.close_rcvd, self._protocol.parser_exc
         if closed is not None:
             why = f"{closed.code} {closed.reason}"
         elif isinstance(error, TimeoutError):
-            return _Gone(f"the policy server did not answer within {self._answer_s:g} s", got=self._address)
+            return ServerGone(f"the policy server did not answer within {self._answer_s:g} s", got=self._address)
         else:
             why = str(error or broken or "end of stream")
-        return _Gone("the policy server closed the connection", got=why, do="see the server's log")
+        return ServerGone("the policy server closed the connection", got=why, do="see the server's log")
 
 
 def _map(message: bytes) -> dict[str, Any]:
