@@ -108,6 +108,14 @@ def test_one_observation_many_times_is_refused(vivace, checkpoint, tmp_path, req
         (("--observations", "3", "--synthetic", "--data", "x"), "needs one source"),
         (("--observations", "3", "--synthetic", "--preset", "fp8"), "unknown precision plan"),
         (("--observations", "3", "--synthetic", "--preset", "bf16"), "nothing to calibrate"),
+        (
+            ("--observations", "3", "--synthetic", "--preset", "fp8-mlp", "--input-scale", "step"),
+            "no rule of 'fp8-mlp'",
+        ),
+        (
+            ("--observations", "3", "--synthetic", "--preset", "int8-mlp", "--input-scale", "row"),
+            "no rule of 'int8-mlp'",
+        ),
         (("--observations", "3", "--synthetic", "--percentile", "max"), "no share of values"),
         (("--observations", "3", "--synthetic", "--percentile", "101"), "no share of values"),
         (("--observations", "1", "--synthetic", "--max-action-error", "1"), "at least 2"),
@@ -118,6 +126,23 @@ def test_bad_use_exits_2(vivace, checkpoint, options, said):
     code, document, text = vivace("calibrate", checkpoint, *options, *STEPS)
     assert (code, document) == (2, None)
     assert said in " ".join(text.split())
+
+
+@pytest.mark.parametrize("scale", ["row", "step"])
+def test_finer_input_scales(vivace, checkpoint, recorded, tmp_path, scale):
+    path, base = tmp_path / "plan.json", ("--data", recorded, "--preset", "fp8-expert", "--input-scale", scale)
+    code, document, _ = vivace("calibrate", checkpoint, *base, "-o", path, *STEPS)
+    assert code == 0
+    plan = json.loads(path.read_text())
+    assert [rule["input_scale"] for rule in plan["rules"]] == [scale]
+    assert {len(steps) for steps in plan.get("step_amax", {}).values()} == ({2} if scale == "step" else set())
+    assert document["steps"]["scale"].startswith("one per step" if scale == "step" else "static")
+    code, document, _ = check(vivace, checkpoint, path)
+    assert code == 0
+    assert {row["precision"] for row in document["coverage"] if row["layer"].startswith("expert.layers.")} >= {"e4m3"}
+    code, _, text = vivace("check", checkpoint, "--precision", path, "--observations", "2", "--steps", "3")
+    assert (code == 2) == (scale == "step")
+    assert ("another number of denoise steps" in " ".join(text.split())) == (scale == "step")
 
 
 def test_sensitivity_ranks_every_layer_alone(vivace, checkpoint, recorded):

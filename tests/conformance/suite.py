@@ -70,21 +70,26 @@ class OwnOperations:
 
 
 def measured_plan(config: ModelConfig, tensors: dict[str, Tensor], name: str) -> PrecisionPlan:
-    """A preset with the ranges of the float32 network over a few observations."""
+    """A preset with the ranges of the float32 network over a few observations; "NAME+scale:row" has such input scales."""
     model = build(config, tensors)
     backend = eager.create(model, EngineConfig(num_denoise_steps=STEPS))
     with calibrate.watch(model) as ranges:
         for seed in range(4):
             case = case_of(config, tokens=6 + seed, seed=seed)
-            backend.denoise(backend.prefill(inputs_of(case)), case.noise)
-    return calibrate.with_ranges(preset(name), ranges, data="synthetic: conformance")
+            ranges.begin_prefill()
+            cache = backend.prefill(inputs_of(case))
+            ranges.begin_denoise()
+            backend.denoise(cache, case.noise)
+    chosen, _, scale = name.partition("+scale:")
+    plan = preset(chosen).with_input_scale(scale) if scale else preset(chosen)
+    return calibrate.with_ranges(plan, ranges, data="synthetic: conformance")
 
 
 @dataclass
 class Subject:
     """A backend under test, the network it runs, and how exact it must be (relative L2 against the truth).
 
-    preset  of the layers that run in 8 bits, in the network of the truth too
+    preset  of the layers that run in 8 bits, in the network of the truth too; see `measured_plan`
     """
 
     create: Callable[[Pi, EngineConfig], Backend]

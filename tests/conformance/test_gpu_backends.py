@@ -28,6 +28,7 @@ SIZES = {
 BFLOAT16_BOUND, FP8_BOUND = 0.05, 0.1
 STAND_IN_BOUND = 0.15
 """Of plain PyTorch on narrower layers, where a code that moved weighs more: 0.104 in pi0's first velocity."""
+SCALES = ("row", "step")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
@@ -92,9 +93,19 @@ def test_fp8_on_a_gpu(subjects, kind, check):
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
-def test_fp8_on_a_gpu_is_the_plans(subjects, kind):
-    nearer_to_its_own_formats(subjects("cuda_graph", kind, "fp8-all"))
+@pytest.mark.parametrize("scale", SCALES)
+def test_finer_input_scales_on_a_gpu(subjects, scale, kind, check):
+    CHECKS[check](subjects("cuda_graph", kind, f"fp8-all+scale:{scale}"))
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+@pytest.mark.parametrize("preset", ["fp8-all", *(f"fp8-all+scale:{scale}" for scale in SCALES)])
+def test_fp8_on_a_gpu_is_the_plans(subjects, kind, preset):
+    nearer_to_its_own_formats(subjects("cuda_graph", kind, preset))
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -102,6 +113,25 @@ def test_fp8_on_a_gpu_is_the_plans(subjects, kind):
 def test_fp8_of_plain_pytorch(stand_ins, kind, check):
     """The comparison itself, where there is no GPU."""
     CHECKS[check](stand_ins[kind])
+
+
+@pytest.fixture(scope="module")
+def finer_stand_ins():
+    made = {}
+
+    def get(kind, scale):
+        if (kind, scale) not in made:
+            made[kind, scale] = stand_in(kind, preset=f"fp8-all+scale:{scale}")
+        return made[kind, scale]
+
+    return get
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_finer_input_scales_of_plain_pytorch(finer_stand_ins, scale, kind, check):
+    CHECKS[check](finer_stand_ins(kind, scale))
 
 
 def test_plain_pytorch_in_float32_is_the_truth():

@@ -26,6 +26,7 @@ from vivace.ops import (
     prefill_pointwise,
     prefill_tail,
     prefill_tuning,
+    row_scales,
 )
 from vivace.ops.layers import Linear, RmsNorm
 from vivace.ops.prefill_attention import AttentionTile
@@ -42,6 +43,7 @@ TRITON = {
     prefill_tail: ["_gated_tail_kernel"],
     prefill_pointwise: ["_norm_kernel", "_geglu_kernel"],
     prefill_attention: ["_attention_kernel", "_vision_kernel"],
+    row_scales: ["_rows_kernel"],
 }
 
 
@@ -75,6 +77,7 @@ def denoise_calls():
         denoise_gemm, "_product_kernel",
         lambda: denoise_gemm.geglu(x8, layer("gate_up", True), small, tiles.gate_up),
     )  # fmt: skip
+    yield row_scales, "_rows_kernel", lambda: row_scales.quantise(zeros(10, 16384), pdl=True)
     q, k = zeros(1, 10, 8, 256), zeros(1, 10, 1, 256)
     past = zeros(1, 96, 1, 256), zeros(1, 96, 1, 256)
     yield (
@@ -101,13 +104,23 @@ def prefill_calls():
         weight = w[:1152] if epilogue == "plain" else w
         options = {"tile": tile, "epilogue": epilogue, "channel_scale": scale, "out_inverse": INVERSE}
         yield prefill_gemm, "_gemm_kernel", lambda weight=weight, o=options: prefill_gemm.gemm(x, weight, out, **o)
-    tail = Tile(128, 64, 128, 8, 3, tail=32, group=4)
+    own = torch.ones(272, 1)
     yield (
-        prefill_tail, "_gated_tail_kernel",
-        lambda: prefill_tail.gated(
-            zeros(272, 1152, dtype=E4M3), w, zeros(272, 1152, dtype=E4M3), tile=tail, out_inverse=INVERSE
+        prefill_gemm, "_gemm_kernel",
+        lambda: prefill_gemm.gemm(
+            x, w, out, tile=Tile(64, 64, 128, 4, 3), epilogue="geglu", channel_scale=scale, row_scale=own[:256],
+            out_inverse=INVERSE,
         ),
     )  # fmt: skip
+    tail = Tile(128, 64, 128, 8, 3, tail=32, group=4)
+    for each in (None, own):
+        yield (
+            prefill_tail, "_gated_tail_kernel",
+            lambda each=each: prefill_tail.gated(
+                zeros(272, 1152, dtype=E4M3), w, zeros(272, 1152, dtype=E4M3), tile=tail, channel_scale=scale,
+                row_scale=each, out_inverse=INVERSE,
+            ),
+        )  # fmt: skip
     cut = AttentionTile(64, 64, warps=4, stages=2)
     q, k = zeros(1, 64, 8, 256), zeros(1, 64, 1, 256)
     yield (

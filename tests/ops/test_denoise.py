@@ -16,7 +16,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 CHILD = Path(__file__).with_name("interpreted_denoise.py")
 
 
-@pytest.mark.parametrize("group", ["products", "norms", "attention", "boundary", "strides", "policy", "poison"])
+@pytest.mark.parametrize(
+    "group", ["products", "norms", "attention", "boundary", "strides", "policy", "scales", "poison"]
+)
 def test_kernels_agree_with_the_reference(group):
     """In a process of its own: the interpreter must be chosen before a kernel is defined, and only for these kernels."""
     run = subprocess.run(

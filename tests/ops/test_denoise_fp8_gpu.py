@@ -21,7 +21,7 @@ from tiny import build, random_tensors, tiny_config
 from vivace.backends import eager
 from vivace.backends.loop import run_flow
 from vivace.config import EngineConfig, GemmaConfig, VisionConfig
-from vivace.ops import denoise, prefill, reference
+from vivace.ops import denoise, prefill, reference, row_scales
 from vivace.ops.layers import Linear, RmsNorm
 from vivace.ops.table import reference_ops
 from vivace.precision import calibrate, plan, quantize
@@ -187,13 +187,19 @@ def request(batch, device):
     return ModelInputs(images, torch.randint(0, 64, (batch, 9), generator=g).to(device))
 
 
-def quantised(model, inputs, noise):
-    """`model` under the plan fp8-expert, its ranges seen on this very request; the model as it was, in float32, too."""
+def quantised(model, inputs, noise, scale):
+    """`model` under the plan fp8-expert, its ranges seen on this very request; the model as it was, in float32, too.
+
+    scale  "tensor", "row" or "step": the plan's input scales
+    """
     wide = copy.deepcopy(model).float()
     backend = eager.create(model, EngineConfig(num_denoise_steps=4))
     with calibrate.watch(model) as ranges:
-        backend.denoise(backend.prefill(inputs), noise)
-    done = quantize.apply(model, calibrate.with_ranges(plan.preset("fp8-expert"), ranges, data="synthetic: test"))
+        cache = backend.prefill(inputs)
+        ranges.begin_denoise()
+        backend.denoise(cache, noise)
+    chosen = plan.preset("fp8-expert").with_input_scale(scale)
+    done = quantize.apply(model, calibrate.with_ranges(chosen, ranges, data="synthetic: test"))
     assert {name for name in done if name.startswith("expert.layers.1.")} == {
         f"expert.layers.1.{part}" for part in ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
     }
@@ -201,11 +207,11 @@ def quantised(model, inputs, noise):
 
 
 @torch.no_grad()
-def chunks(batch, horizon, tables, device="cuda"):
+def chunks(batch, horizon, tables, device="cuda", scale="tensor"):
     """(truth in float32, {name: actions with the operations of that name}); all but truth under one FP8 plan and cache."""
     model, inputs = network(device), request(batch, device)
     noise = torch.randn(batch, horizon, 32, generator=torch.Generator().manual_seed(4)).to(device)
-    truth = eager.create(quantised(model, inputs, noise), EngineConfig(num_denoise_steps=4)).infer(inputs, noise)
+    truth = eager.create(quantised(model, inputs, noise, scale), EngineConfig(num_denoise_steps=4)).infer(inputs, noise)
     cache, table = eager.create(model, EngineConfig(num_denoise_steps=4)).prefill(inputs), model.time_table(4)
     found = {}
     for name, ops in tables.items():
@@ -215,7 +221,8 @@ def chunks(batch, horizon, tables, device="cuda"):
 
 
 @pytest.mark.parametrize(("batch", "horizon"), [(1, 10), (2, 5), (1, 50), (2, 25), (2, 50)])
-def test_a_chunk_under_an_fp8_plan(batch, horizon):
+@pytest.mark.parametrize("scale", ["tensor", "row", "step"])
+def test_a_chunk_under_an_fp8_plan(batch, horizon, scale):
     """With early weights and without: as near to float32 as the reference operations, and nearer to them than that."""
     ran = {"late": set(), "early": set()}
     tables = {"plain": reference_ops()}
@@ -223,7 +230,7 @@ def test_a_chunk_under_an_fp8_plan(batch, horizon):
         tables[name] = denoise.denoise_ops(
             reference_ops(), record=lambda *what, said=said: said.add(what), early_weights=name == "early"
         )
-    truth, found = chunks(batch, horizon, tables)
+    truth, found = chunks(batch, horizon, tables, scale=scale)
     allowed = (found["plain"] - truth).norm()
     assert allowed > 0
     for name in ran:
@@ -231,7 +238,8 @@ def test_a_chunk_under_an_fp8_plan(batch, horizon):
         assert (found[name] - truth).norm() <= 1.25 * allowed, name
         assert (found[name] - found["plain"]).norm() <= allowed, name
     products = {"qkv_rope", "linear_residual_norm", "geglu"}
-    assert {kernel for _, operation, kernel in ran["late"] if operation in products} == {"triton"}
+    late = {"triton", row_scales.KERNEL} if scale == "row" else {"triton"}
+    assert {kernel for _, operation, kernel in ran["late"] if operation in products} == late
     hopper = torch.cuda.get_device_capability()[0] == 9 and batch * horizon <= 64
     kernels_of = {kernel for _, operation, kernel in ran["early"] if operation in products}
-    assert kernels_of == ({"gluon early weights"} if hopper else {"triton"})
+    assert kernels_of == ({"gluon early weights"} if hopper and scale != "row" else late)

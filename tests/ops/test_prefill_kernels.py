@@ -56,7 +56,11 @@ def test_parts_of_a_split_product_are_added_once_inside_the_norm(split, mean):
     M, N, K = 37, 40, 100
     x, w, bias, old = randn(M, K, seed=0), randn(N, K, seed=1), randn(N, seed=2), randn(M, N, seed=3)
     gain, shift, scale = randn(N, seed=4), randn(N, seed=5), randn(N, seed=6)
-    parts = gemm(x, w, poisoned(split, M, N), tile=Tile(16, 16, 16, warps=4, stages=2, split_k=split))
+    cut = Tile(16, 16, 16, warps=4, stages=2, split_k=split)
+    own = randn(M, 1, seed=7).abs()
+    each = gemm(x, w, poisoned(split, M, N), tile=cut, row_scale=own)
+    torch.testing.assert_close(each.sum(0), (x @ w.T) * own, **TIGHT)
+    parts = gemm(x, w, poisoned(split, M, N), tile=cut)
     total = poisoned(M, N)
     out = prefill_pointwise.residual_norm(
         old,
@@ -128,6 +132,10 @@ def test_rows_left_over_ride_along(rows, tile, carriers):
     assert room[rows:].isnan().all(), "wrote below the last row"
     inverse = torch.full((1,), 100.0, device=DEVICE)
     out = prefill_tail.gated(x, w, poisoned(rows, F), tile=tile, channel_scale=scale, out_inverse=inverse)
+    own = randn(rows, 1, seed=3).abs()
+    gate, up = ((x @ w.T) * scale * own).chunk(2, dim=-1)
+    each = prefill_tail.gated(x, w, poisoned(rows, F), tile=tile, channel_scale=scale, row_scale=own)
+    torch.testing.assert_close(each, functional.gelu(gate, approximate="tanh") * up, **TIGHT)
     clamped = (wanted * 100.0).clamp(-448.0, 448.0)
     assert (clamped[-1].abs() == 448.0).any(), "no value of the last row was clamped"
     torch.testing.assert_close(out, clamped, rtol=2e-5, atol=2e-3)
@@ -139,10 +147,15 @@ def test_scales_multiply_the_sum_and_an_output_scale_divides_and_clamps(tile, ep
     M, N, K = 37, 40, 36
     rows = N if epilogue == "plain" else 2 * N
     x, w, scale = randn(M, K, seed=0), randn(rows, K, seed=1), randn(rows, seed=3).abs()
-    wide = (x @ w.T) * scale
+    own = randn(M, 1, seed=4).abs()
+    wide, each = (x @ w.T) * scale, (x @ w.T) * scale * own
     if epilogue == "geglu":
-        gate, up = wide.chunk(2, dim=-1)
-        wide = functional.gelu(gate, approximate="tanh") * up
+        wide, each = (
+            functional.gelu(gate, approximate="tanh") * up
+            for gate, up in (one.chunk(2, dim=-1) for one in (wide, each))
+        )
+    out = gemm(x, w, poisoned(M, N), tile=tile, epilogue=epilogue, channel_scale=scale, row_scale=own, processors=2)
+    torch.testing.assert_close(out, each, **TIGHT)
     inverse = torch.full((1,), 100.0, device=DEVICE)
     out = gemm(
         x, w, poisoned(M, N), tile=tile, epilogue=epilogue, channel_scale=scale, out_inverse=inverse, processors=2
@@ -177,6 +190,11 @@ def test_projection_with_rotation(heads, batch):
         got = [q_out, k_out, v_out] if num_heads else [k_out, v_out]
         for mine, want in zip(got, wanted if num_heads else wanted[1:], strict=True):
             torch.testing.assert_close(mine.reshape(want.shape), want, **TIGHT)
+        own = randn(batch * T, 1, seed=4).abs()
+        gemm(x, w, q_out, tile=tile, epilogue="qkv_rope", rotation=rotation, row_scale=own, processors=2)
+        for mine, want in zip(got, wanted if num_heads else wanted[1:], strict=True):
+            each = want * own.view(batch, T, 1, 1)
+            torch.testing.assert_close(mine.reshape(want.shape), each, **TIGHT)
         assert cache[:, :, kv_heads * head_dim :].isnan().all(), "wrote outside its columns"
     cache.fill_(float("nan"))
     scale = randn(w.shape[0], seed=4).abs() + 0.5

@@ -18,10 +18,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from vivace.config import GemmaConfig, ModelConfig, VisionConfig  # noqa: E402
 from vivace.errors import ShapeError, Unsupported  # noqa: E402
 from vivace.model.pi import Pi  # noqa: E402
-from vivace.ops import prefill, prefill_ahead, prefill_limits, prefill_tail  # noqa: E402
-from vivace.ops.layers import Fp8Linear, Linear, RmsNorm  # noqa: E402
+from vivace.ops import prefill, prefill_ahead, prefill_limits, prefill_tail, reference, row_scales  # noqa: E402
+from vivace.ops.layers import Fp8Linear, Linear, RmsNorm, RowFp8Linear  # noqa: E402
+from vivace.ops.prefill_operand import Operand  # noqa: E402
 from vivace.ops.prefill_tuning import TUNED, Choice, Key, Tile, Tuning  # noqa: E402
 from vivace.ops.table import reference_ops  # noqa: E402
+from vivace.precision import quantize  # noqa: E402
+from vivace.precision.plan import PrecisionPlan, Rule  # noqa: E402
 from vivace.precision.quantize import quantise_layer  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -50,8 +53,19 @@ class EverythingBlas(Tuning):
         return SMALL if epilogue == "gelu" else Choice(None)
 
 
+class RotationToo(EverythingTriton):
+    """Half a head is half a tile."""
+
+    def choose(self, epilogue, *, rows, shape, fp8):
+        return SMALL if epilogue == "qkv_rope" else super().choose(epilogue, rows=rows, shape=shape, fp8=fp8)
+
+
 @pytest.fixture(scope="module")
 def model():
+    return made_at_random()
+
+
+def made_at_random():
     torch.manual_seed(0)
     made = Pi(CONFIG).to(DEVICE).requires_grad_(False)
     for parameter in made.parameters():
@@ -92,6 +106,42 @@ def test_vision_and_prefix_equal_the_reference(model, tuning, masked):
     assert {"prefix.layers.0.attn.o", "prefix.layers.1.mlp.gate_up", "prefix.layers.2.attn.qkv"} <= layers, launched
 
 
+@pytest.mark.skipif(GPU, reason="float32 is the interpreter's; on a GPU see test_prefill_gpu.py, fp8-rows")
+@pytest.mark.parametrize("tuning", [RotationToo(), EverythingBlas()], ids=["triton", "blas"])
+def test_row_scales_of_every_product_equal_the_reference(monkeypatch, tuning):
+    """E4M3 numbers are held in float32: the interpreter rounds some codes wrongly and multiplies raw ones."""
+    model = made_at_random()
+    # a plain linear in float32 is torch's own: of vision's qkv that is all there is here
+    rules = (Rule("vision.layers.*.attn.qkv", "keep"), Rule("[pv]*.layers.*", input_scale="row"))
+    names = quantize.apply(model, PrecisionPlan("rows", rules))
+    wanted_views, wanted = run(model, reference_ops(), None)
+    monkeypatch.setattr(row_scales, "quantise", numbers_of_rows)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_product)
+    for layer in model.modules():
+        if isinstance(layer, RowFp8Linear):
+            layer.weight.data = layer.weight.data.float()
+    launched = set()
+    ops = prefill.table_of(table(model, tuning, record=lambda *row: launched.add(row)))
+    views, cache = run(model, ops, None)
+    torch.testing.assert_close(views, wanted_views, rtol=1e-4, atol=1e-4)
+    for mine, want in zip((*cache.k, *cache.v), (*wanted.k, *wanted.v), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4)
+    in_rows = {layer for layer, _, kernel in launched if kernel == row_scales.KERNEL}
+    assert in_rows == set(names)
+    assert {"vision.layers.1.mlp.fc1", "prefix.layers.1.mlp.down", "prefix.layers.2.attn.qkv"} <= in_rows
+
+
+def numbers_of_rows(x, *, pdl):
+    codes, scales = reference.rows_to_e4m3(x)
+    return codes.float(), scales
+
+
+def scaled_product(x, weight, *, scale_a, scale_b, bias, out_dtype, use_fast_accum):
+    """What torch._scaled_mm computes, in float32; scales of rows and channels, or one of each."""
+    out = x.float() @ weight.float() * scale_a * scale_b
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
 def test_keys_and_values_go_into_the_buffers_of_their_layer(model):
     room = torch.full((2, 16, 24), float("nan"), device=DEVICE)
     k, v = room[0, :13, :16], room[1, :13, :16]
@@ -121,6 +171,28 @@ def test_what_cannot_run_is_named(model):
 class Blas(Tuning):
     def choose(self, epilogue, *, rows, shape, fp8):
         return Choice(None)
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["linear", "left to a kernel"])
+def test_cublas_gets_the_scales_of_rows_and_channels(monkeypatch, finished):
+    """Also where one scale for all rows would be left to the next kernel: that kernel knows no rows."""
+    handed = []
+
+    def product(x, weight, **given):
+        handed.append(given)
+        return torch.zeros(x.shape[0], weight.shape[1], dtype=given["out_dtype"], device=x.device)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    layer = quantise_layer(Linear(32, 48, name="projector", bias=True).to(DEVICE).bfloat16(), amax=None)
+    ops = prefill.Prefill(prefill.fp8_constants(layer), torch.ones(256, 1, device=DEVICE), tuning=Blas())
+    x = torch.logspace(-3, 3, 5, device=DEVICE)[:, None].expand(1, 5, 32).bfloat16()
+    if finished:
+        ops.linear(x, layer)
+    else:
+        assert ops._blas(ops._operand(x, layer, "geglu"), layer)[1] is None
+    assert torch.equal(handed[0]["scale_a"], x[0, :, :1].float() / 448)
+    assert torch.equal(handed[0]["scale_b"], layer.weight_scale[None])
+    assert (handed[0]["bias"] is layer.bias) == finished
 
 
 def test_gelu_without_bias_does_not_go_to_cublas(model):
@@ -174,9 +246,9 @@ def test_a_rule_of_thumb_is_no_measurement(model):
     launched = []
     layer = Linear(32, 64, name="odd").to(DEVICE)
     ops = table(model, Tuning(), record=lambda *row: launched.append(row))
-    x = torch.zeros(1, 5, 32, device=DEVICE)
-    ops._choose("plain", layer, x[0], "linear_residual_norm")
-    ops._choose("geglu", layer, x[0], "geglu")
+    given = Operand(torch.zeros(5, 32, device=DEVICE), None, None)
+    ops._choose("plain", layer, given, "linear_residual_norm")
+    ops._choose("geglu", layer, given, "geglu")
     assert [row[2] for row in launched] == ["cublas, untuned", "triton, untuned"]
     assert TUNED.choose("geglu", rows=304, shape=(32768, 2048), fp8=True).measured
 

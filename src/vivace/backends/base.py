@@ -94,7 +94,9 @@ class BackendEntry:
 
 BACKENDS: dict[str, BackendEntry] = {
     "eager": BackendEntry("vivace.backends.eager", "plain PyTorch, op by op; the reference"),
-    "compiled": BackendEntry("vivace.backends.compiled", "torch.compile, static shapes per prompt bucket"),
+    "compiled": BackendEntry(
+        "vivace.backends.compiled", "torch.compile, static shapes per prompt bucket", judges_model=True
+    ),
     "cuda_graph": BackendEntry(
         "vivace.backends.cuda_graph", "Triton kernels, captured as CUDA graphs per shape bucket", judges_model=True
     ),

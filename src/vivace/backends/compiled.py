@@ -42,6 +42,13 @@ def why_not(*, device: str) -> str | None:
     return None
 
 
+def why_not_model(model: Pi) -> str | None:
+    """None if one program serves every denoise step; with input scales per step it would be one program for each."""
+    if model.expert.scaled_steps():
+        return "layers have input scales per denoise step; eager and cuda_graph take them"
+    return None
+
+
 def bucket(length: int, *, smallest: int) -> int:
     """Number of tokens of the program that holds `length` tokens: 4, 16, 64, ... times `smallest`."""
     size = GROWTH * smallest

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..backends.spans import Spans
 from ..config import ModelConfig
-from ..ops.layers import Fp8Linear, Linear
+from ..ops.layers import AnyLinear, E4m3Linear
 from . import bench, targets
 from .gpus import Gpu
 from .hopper_engines import Engine
@@ -198,7 +198,7 @@ def fp8_shares(engine: Engine) -> list[float]:
     shares = []
     for layers in _stage_layers(engine).values():
         total = sum(layer.weight.numel() for layer in layers)
-        shares.append(sum(layer.weight.numel() for layer in layers if isinstance(layer, Fp8Linear)) / total)
+        shares.append(sum(layer.weight.numel() for layer in layers if isinstance(layer, E4m3Linear)) / total)
     return shares
 
 
@@ -249,7 +249,7 @@ def _idle_spans(on_gpu: bool) -> Spans:
     return Spans(cuda=on_gpu)
 
 
-def _stage_layers(engine: Engine) -> dict[str, list[Linear | Fp8Linear]]:
+def _stage_layers(engine: Engine) -> dict[str, list[AnyLinear]]:
     """The products that each stage reads whole: no tables, no modulation."""
     model = engine.model
     stages = {
@@ -259,8 +259,8 @@ def _stage_layers(engine: Engine) -> dict[str, list[Linear | Fp8Linear]]:
     return {stage: [one for part in parts for one in _products(part)] for stage, parts in stages.items()}
 
 
-def _products(part: nn.Module) -> list[Linear | Fp8Linear]:
-    layers = [layer for layer in part.modules() if isinstance(layer, Linear | Fp8Linear)]
+def _products(part: nn.Module) -> list[AnyLinear]:
+    layers = [layer for layer in part.modules() if isinstance(layer, AnyLinear)]
     return [layer for layer in layers if ".modulation" not in layer.name]
 
 

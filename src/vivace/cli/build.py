@@ -15,7 +15,7 @@ from rich.table import Table
 from ..check import environment
 from ..check.results import result
 from ..config import TensorRTBase, TensorRTConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, Unsupported
 from .output import OK, console, deliver, refuse_output, refuse_output_folder, show_coverage
 from .policy_args import CheckpointArgs
 
@@ -200,6 +200,7 @@ def _with_weights(args: Args, opened: Checkpoint, module: Module, base: TensorRT
     from ..runtime.policy import load_model
 
     precision, seen = precisions.resolve(args.precision, opened), Fingerprint()
+    _refuse_scales(precision.plan)
     with console.status("loading the weights"):
         model = load_model(opened, device=torch.device("cpu"), precision=precision.dtype, seen=seen)
         precisions.quantise(model, precision, checkpoint_hash=seen.digest())
@@ -216,11 +217,21 @@ def _without(args: Args, opened: Checkpoint, module: Module, base: TensorRTBase,
     names = all_layers(skeleton.outline(opened.model, base=base))
     resolved = precisions.resolve(args.precision, opened)
     plan, parts = resolved.plan, "bfloat16" if resolved.dtype == "float32" else resolved.dtype
+    _refuse_scales(plan)
     if plan is not None:
         check_fit(plan, names, checkpoint_hash=digest)
     chosen = plan or preset("bf16")
     outlined = skeleton.outline(opened.model, base=base, formats=chosen.formats(names), precision=parts)
     return run.Recipe(module, outlined, {}, chosen, baked=False, fused=args.tensorrt.fused)
+
+
+def _refuse_scales(plan: PrecisionPlan | None) -> None:
+    kinds = {rule.input_scale for rule in plan.rules} - {"tensor"} if plan is not None else set()
+    if plan is not None and kinds:
+        raise Unsupported(
+            "engines hold one static input scale per tensor", got=f"{plan.name} with {', '.join(sorted(kinds))}",
+            do="calibrate with --input-scale tensor",
+        )  # fmt: skip
 
 
 def _base(args: Args, dtype: str, wanted: Sequence[Target]) -> TensorRTBase:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..precision.calibrate import LayerRange
-    from ..precision.plan import PrecisionPlan
+    from ..precision.plan import InputScale, PrecisionPlan
     from ..precision.sensitivity import Alone, Mixed, Score
     from ..runtime.policy import Policy
 
@@ -52,6 +52,8 @@ class Args:
     """Write the plan here, for --precision of check, bench and serve."""
     preset: str = "fp8-mlp"
     """fp8-mlp, fp8-full, fp8-prefix+vision, fp8-expert, fp8-all, int8-mlp, int8-full, or a plan file to take rules of."""
+    input_scale: Literal["tensor", "row", "step"] = "tensor"
+    """Scales of what layers read: one for all, one per token (found while running), or one per denoise step (expert)."""
     base: Literal["bfloat16", "bfloat16+vision"] = "bfloat16"
     """What the model is loaded in first; a LeRobot checkpoint needs bfloat16+vision to run on the GPU kernels."""
     percentile: str = "amax"
@@ -93,7 +95,7 @@ class Measured:
 def run(args: Args) -> int:
     """Calibrate; measure sensitivities if asked; write the plan unless it misses its bound; print."""
     refuse_output(args.output)
-    percentile, base = _percentile(args.percentile), replace(_base(args.preset), base=args.base)
+    percentile, base = _percentile(args.percentile), replace(_base(args.preset, args.input_scale), base=args.base)
     given = _given(args)
     with Progress(console=console, transient=True) as bar:
         found = _measure(args, base, given, percentile, bar)
@@ -260,14 +262,15 @@ def _percentile(text: str) -> float | None:
     return value
 
 
-def _base(text: str) -> PrecisionPlan:
+def _base(text: str, input_scale: InputScale) -> PrecisionPlan:
     from ..precision import plan
 
     path = Path(text)
     base = plan.read(path) if path.is_file() else plan.preset(text)
     if not base.rules:
         raise ConfigError("this plan has nothing to calibrate", got=repr(text), wanted="a plan with FP8 or INT8 layers")
-    return replace(base, amax={}, checkpoint_hash="", data="", data_hash="", method="")
+    base = base.with_input_scale(input_scale) if input_scale != "tensor" else base
+    return replace(base, amax={}, step_amax={}, checkpoint_hash="", data="", data_hash="", method="")
 
 
 def _given(args: Args) -> Sequence[Any]:
@@ -334,7 +337,7 @@ def _steps(found: Measured) -> dict[str, Any]:
         return {}
     return {
         "layer": widest.layer, "largest_over_smallest": widest.step_spread, "amax": widest.steps,
-        "scale": "static: the largest step decides",
+        "scale": "one per step" if found.plan.step_amax else "static: the largest step decides",
     }  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..config import ModelConfig
-from ..ops.layers import Linear, RmsNorm, Rope
+from ..errors import ConfigError
+from ..ops.layers import AnyLinear, Linear, RmsNorm, Rope
 from ..ops.table import OpTable, reference_ops
 from ..types import ModelInputs, PrefixCache, Trace
 from . import flow, masks, transformer, vision
@@ -37,11 +38,13 @@ class TimeTable:
     modulation  float32 [T, 2 * layers + 1, 3D], rows norm1, norm2 of every layer, then the final norm; None in pi0
     bias        float32 [T, D], the time half of pi0's action-time MLP; None in pi0.5
     times       flow time of every step, N values
+    scaled      whether layers of the expert have input scales of their own in every step
     """
 
     times: tuple[float, ...]
     modulation: Tensor | None
     bias: Tensor | None
+    scaled: bool = False
 
     def at(self, step: int, committed: Tensor | None = None) -> StepCondition:
         """Rows of one step; with `committed` (bool [H]) one row per action: t = 0 where True."""
@@ -50,15 +53,20 @@ class TimeTable:
         else:
             rows = torch.where(committed, len(self.times), step)
         modulation = None if self.modulation is None else self.modulation[rows].transpose(0, 1)
-        return StepCondition(modulation, None if self.bias is None else self.bias[rows])
+        bias = None if self.bias is None else self.bias[rows]
+        return StepCondition(modulation, bias, step if self.scaled else None)
 
 
 @dataclass(frozen=True)
 class StepCondition:
-    """Time conditioning of one denoise step.  modulation [2*layers+1, 1 or H, 3D] or None; bias [1 or H, D] or None."""
+    """Time conditioning of one denoise step.  modulation [2*layers+1, 1 or H, 3D] or None; bias [1 or H, D] or None.
+
+    step  the step whose input scales layers use, or None where they have one for all
+    """
 
     modulation: Tensor | None
     bias: Tensor | None
+    step: int | None = None
 
     def of(self, norm: int) -> Tensor | None:
         """Modulation of norm number `norm` (2*layer, 2*layer + 1, final = 2*layers)."""
@@ -240,8 +248,16 @@ class Pi(nn.Module):
     # --- suffix -------------------------------------------------------------------------------------------------
 
     def time_table(self, num_steps: int) -> TimeTable:
-        """Precompute all conditioning on flow time for a schedule of `num_steps` Euler steps. Pure function of weights."""
-        config, E = self.config, self.config.expert.width
+        """Precompute all conditioning on flow time for a schedule of `num_steps` Euler steps. Pure function of weights.
+
+        Raises ConfigError if layers have input scales for another number of steps.
+        """
+        config, E, scaled = self.config, self.config.expert.width, self.expert.scaled_steps()
+        if scaled not in (0, num_steps):
+            raise ConfigError(
+                "the precision plan has input scales for another number of denoise steps", got=num_steps, wanted=scaled,
+                do="use that number, or calibrate again",
+            )  # fmt: skip
         times = flow.time_grid(num_steps, config.time_grid)
         dtype = torch.float64 if config.time_embedding == "float64" else torch.float32
         embedded = flow.time_embedding(
@@ -254,12 +270,12 @@ class Pi(nn.Module):
         if config.kind == "pi0":
             layer = self.action_time_in
             bias = functional.linear(embedded.to(layer.weight.dtype), layer.weight[:, E:], layer.bias)
-            return TimeTable(tuple(times), None, bias)
+            return TimeTable(tuple(times), None, bias, scaled > 0)
         ops = self.ops
         hidden = functional.silu(ops.linear(embedded.to(self.time_in.weight.dtype), self.time_in))
         condition = functional.silu(ops.linear(hidden, self.time_out))
         packed = ops.linear(condition.to(self.expert.modulation.weight.dtype), self.expert.modulation)
-        return TimeTable(tuple(times), packed.float().unflatten(-1, (-1, 3 * E)), None)
+        return TimeTable(tuple(times), packed.float().unflatten(-1, (-1, 3 * E)), None, scaled > 0)
 
     def suffix_context(self, cache: PrefixCache, suffix: int, *, tables: RopeTables | None = None) -> SuffixContext:
         """Positions and visible keys of `suffix` tokens that follow the cache; tables from `rope_tables`."""
@@ -301,15 +317,17 @@ class Pi(nn.Module):
         The end of a step and the beginning of the next are one operation here, which a kernel can take.
         context.await_keys is for the first step: later ones find all keys.
         """
-        dt, count, first = -1.0 / len(table.times), len(table.times), self.expert.block(0)
+        dt, count = -1.0 / len(table.times), len(table.times)
         tokens, n = self._enter(x, table.at(0))
         states, velocities = [x], []
         for step in range(count):
             n = self._layers(tokens, n, table.at(step), cache, context)
             context = replace(context, await_keys=None)
             if step + 1 < count:
+                following = table.at(step + 1)
+                first = self.expert.block_at(0, following.step)
                 velocity, x, tokens, n = self.ops.step_boundary(
-                    n, self.action_out, x, dt, self.action_in, first.norm1, table.at(step + 1).of(0), first.qkv
+                    n, self.action_out, x, dt, self.action_in, first.norm1, following.of(0), first.qkv
                 )
             else:
                 velocity = self.ops.linear(n, self.action_out).float()
@@ -324,7 +342,7 @@ class Pi(nn.Module):
 
     def _enter(self, x: Tensor, condition: StepCondition) -> tuple[Tensor, Tensor]:
         """Action tokens of noisy actions, and their first norm."""
-        tokens, first = self.embed_suffix(x, condition), self.expert.block(0)
+        tokens, first = self.embed_suffix(x, condition), self.expert.block_at(0, condition.step)
         return tokens, self.ops.rms_norm(tokens, first.norm1, condition.of(0), first.qkv)
 
     def _layers(
@@ -333,7 +351,7 @@ class Pi(nn.Module):
         """All blocks of the expert; returns the final norm, as `action_out` takes it."""
         stack = self.expert
         for index in range(stack.config.layers):
-            block = stack.block(index)
+            block = stack.block_at(index, condition.step)
             if context.await_keys is not None:
                 context.await_keys(index)
             q, k, v = self.ops.qkv_rope(n, block.qkv, context.rope, stack.heads)
@@ -345,12 +363,12 @@ class Pi(nn.Module):
             )  # fmt: skip
         return n
 
-    def _after(self, index: int, condition: StepCondition) -> tuple[RmsNorm, Tensor | None, Linear]:
+    def _after(self, index: int, condition: StepCondition) -> tuple[RmsNorm, Tensor | None, AnyLinear]:
         """The norm behind expert block `index`, its modulation and its reader: the next block's first, or the final one."""
         modulation = condition.of(2 * index + 2)
         if index + 1 == self.expert.config.layers:
             return self.expert.norm, modulation, self.action_out
-        block = self.expert.block(index + 1)
+        block = self.expert.block_at(index + 1, condition.step)
         return block.norm1, modulation, block.qkv
 
 

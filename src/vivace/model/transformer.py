@@ -9,11 +9,14 @@ Plain norms have no gate. A modulation row is scale | shift | gate, one per norm
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ..config import GemmaConfig
-from ..ops.layers import Linear, RmsNorm, Rope
+from ..errors import ConfigError
+from ..ops.layers import AnyLinear, Linear, QuantisedLinear, RmsNorm, Rope
 from ..ops.table import OpTable
 
 ROPE_THETA = 10_000.0
@@ -36,6 +39,18 @@ class GemmaBlock(nn.Module):
             self.down = Linear(F, D, name=f"{name}.mlp.down")
 
 
+@dataclass(frozen=True)
+class StepBlock:
+    """A block as one denoise step uses it: the same weights, that step's input scales."""
+
+    norm1: RmsNorm
+    qkv: AnyLinear
+    o: AnyLinear
+    norm2: RmsNorm
+    gate_up: AnyLinear
+    down: AnyLinear
+
+
 class GemmaStack(nn.Module):
     """All blocks of one stack."""
 
@@ -54,10 +69,29 @@ class GemmaStack(nn.Module):
         assert isinstance(block, GemmaBlock)
         return block
 
+    def block_at(self, index: int, step: int | None) -> GemmaBlock | StepBlock:
+        """The block at `index` as denoise step `step` uses it; None: no layer here has scales per step."""
+        block = self.block(index)
+        if step is None:
+            return block
+        qkv, o, gate_up, down = (_at_step(one, step) for one in (block.qkv, block.o, block.gate_up, block.down))
+        return StepBlock(block.norm1, qkv, o, block.norm2, gate_up, down)
+
+    def scaled_steps(self) -> int:
+        """Of how many denoise steps layers here have own input scales; 0: of none. Raises ConfigError if they disagree."""
+        counts = {layer.steps for layer in self.modules() if isinstance(layer, QuantisedLinear)} - {0}
+        if len(counts) > 1:
+            raise ConfigError("layers have input scales of different numbers of steps", got=sorted(counts))
+        return counts.pop() if counts else 0
+
     @property
     def heads(self) -> tuple[int, int, int]:
         """(query heads, key/value heads, head dim)."""
         return self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+
+
+def _at_step(layer: nn.Module, step: int) -> AnyLinear:
+    return layer.at_step(step) if isinstance(layer, QuantisedLinear) else layer  # type: ignore[return-value]
 
 
 def rope_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Rope:
@@ -84,13 +118,13 @@ def gate_of(modulation: Tensor | None) -> Tensor | None:
 
 
 def finish(
-    block: GemmaBlock,
+    block: GemmaBlock | StepBlock,
     x: Tensor,
     mixed: Tensor,
     ops: OpTable,
     *,
     modulations: tuple[Tensor | None, Tensor | None],
-    following: tuple[RmsNorm, Tensor | None, Linear],
+    following: tuple[RmsNorm, Tensor | None, AnyLinear],
 ) -> tuple[Tensor, Tensor]:
     """Everything after attention, and the norm that comes next.
 

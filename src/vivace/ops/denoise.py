@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import Unsupported
-from . import denoise_ahead, denoise_attention, denoise_boundary, denoise_gemm, denoise_norm, launch
+from . import denoise_ahead, denoise_attention, denoise_boundary, denoise_gemm, denoise_norm, launch, row_scales
 from .denoise_ahead import AheadTile, AheadTiles
 from .denoise_attention import AttentionTile
 from .denoise_gemm import Tile
-from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
-from .table import AnyLinear, AnyNorm, OpTable, Table
+from .layers import AnyLinear, E4m3Linear, LayerNorm, Linear, RmsNorm, RowFp8Linear
+from .table import AnyNorm, OpTable, Table
 
 MAX_ROWS = 128
 MAX_HEAD_DIM = 256  # larger heads do not fit into shared memory with the tiles that there are
@@ -113,7 +113,7 @@ TILES: dict[tuple[int, bool], Tiles] = {
 
 def tiles_for(rows: int, layer: AnyLinear) -> Tiles:
     """The row of `TILES` that fits."""
-    quantised = isinstance(layer, Fp8Linear)
+    quantised = isinstance(layer, E4m3Linear)
     return next(tiles for (most, fp8), tiles in TILES.items() if rows <= most and fp8 == quantised)
 
 
@@ -178,7 +178,7 @@ class Denoise:
     def linear(self, x: Tensor, layer: AnyLinear) -> Tensor:
         """`reference.linear` for the 32-wide action projections; wider ones are `base`'s."""
         out, inside = layer.weight.shape
-        if not _small(x) or isinstance(layer, Fp8Linear) or min(out, inside) > 64:
+        if not _small(x) or isinstance(layer, E4m3Linear) or min(out, inside) > 64:
             return self.base.linear(x, layer)
         self._note(layer.name, "linear")
         return denoise_gemm.narrow(x.reshape(-1, inside), layer).view(*x.shape[:-1], out)
@@ -292,6 +292,8 @@ class Denoise:
     def _note_product(self, layer: AnyLinear, operation: str, ahead: AheadTile | None) -> None:
         known = self.tiles is not None or tuple(layer.weight.shape) in MEASURED
         kernel = "triton" if ahead is None else "gluon early weights"
+        if isinstance(layer, RowFp8Linear):
+            self._note(layer.name, operation, row_scales.KERNEL)
         self._note(layer.name, operation, kernel if known else f"{kernel}, untuned")
 
     def _chosen(self, rows: int, layer: AnyLinear) -> Tiles:

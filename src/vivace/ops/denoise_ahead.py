@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .layers import Fp8Linear, Linear
+from .layers import AnyLinear, Fp8Linear, RowFp8Linear
 
 try:  # Gluon is younger than Triton and still moves: without it everything else works
     from triton.experimental.gluon import language as gl
@@ -102,14 +102,14 @@ AHEAD_TILES: dict[tuple[int, bool], AheadTiles] = {
 }
 
 
-def parts(x: Tensor, layer: Linear | Fp8Linear, tile: AheadTile) -> Tensor:
+def parts(x: Tensor, layer: AnyLinear, tile: AheadTile) -> Tensor:
     """x [M, K] -> float32 [split_k, M, N]; their sum over the first axis is x W^T. Precondition: `why_not` is None."""
     N = layer.weight.shape[0]
     out = torch.empty(tile.split_k, x.shape[0], N, dtype=torch.float32, device=x.device)
     return _product(x, layer, out, tile, mode="part")
 
 
-def geglu(x: Tensor, layer: Linear | Fp8Linear, into: Linear | Fp8Linear, tile: AheadTile) -> Tensor:
+def geglu(x: Tensor, layer: AnyLinear, into: AnyLinear, tile: AheadTile) -> Tensor:
     """x [M, K] -> [M, F] as `into` takes it. Precondition: `why_not` is None."""
     quantised = isinstance(into, Fp8Linear)
     dtype = torch.float8_e4m3fn if quantised else into.dtype
@@ -118,7 +118,7 @@ def geglu(x: Tensor, layer: Linear | Fp8Linear, into: Linear | Fp8Linear, tile: 
 
 
 def qkv(
-    x: Tensor, layer: Linear | Fp8Linear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int], tile: AheadTile
+    x: Tensor, layer: AnyLinear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int], tile: AheadTile
 ) -> Tensor:
     """x [M, K] -> packed [M, (N + 2K) * head_dim] in `layer.dtype`.  rope: cos, sin [R, head_dim/2], R divides M.
 
@@ -133,7 +133,7 @@ def qkv(
     )  # fmt: skip
 
 
-def _product(x: Tensor, layer: Linear | Fp8Linear, out: Tensor, tile: AheadTile, *, mode: str, **more: Any) -> Tensor:
+def _product(x: Tensor, layer: AnyLinear, out: Tensor, tile: AheadTile, *, mode: str, **more: Any) -> Tensor:
     """Launch on x [M, K] (contiguous, as `layer` takes it) and return `out`."""
     (M, K), weight = x.shape, layer.weight.data
     N, few = weight.shape[0], M <= FEW_ROWS
@@ -165,9 +165,9 @@ def _product(x: Tensor, layer: Linear | Fp8Linear, out: Tensor, tile: AheadTile,
     return out
 
 
-def tiles_for(rows: int, layer: Linear | Fp8Linear) -> AheadTiles | None:
-    """The row of `AHEAD_TILES` that fits; None above MAX_ROWS and where these kernels cannot run at all."""
-    if _unavailable(layer.weight.device) is not None:
+def tiles_for(rows: int, layer: AnyLinear) -> AheadTiles | None:
+    """The row of `AHEAD_TILES` that fits; None above MAX_ROWS, for row-wise scales, and where these kernels cannot run."""
+    if _unavailable(layer.weight.device) is not None or isinstance(layer, RowFp8Linear):
         return None
     quantised = isinstance(layer, Fp8Linear)
     return next((cut for (most, fp8), cut in AHEAD_TILES.items() if rows <= most and fp8 == quantised), None)
@@ -181,7 +181,7 @@ def _unavailable(device: torch.device) -> str | None:
     return None
 
 
-def why_not(layer: Linear | Fp8Linear, tile: AheadTile, *, rows: int, pairs: int) -> str | None:
+def why_not(layer: AnyLinear, tile: AheadTile, *, rows: int, pairs: int) -> str | None:
     """None if this product can take this tile.  rows = tokens, pairs = accumulators (2 in geglu and qkv, 1 in parts)."""
     (N, K), size, few = layer.weight.shape, layer.weight.element_size(), rows <= FEW_ROWS
     unavailable = _unavailable(layer.weight.device)

@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..errors import ShapeError
 from . import launch
 from .denoise_gemm import hand_over
-from .layers import Fp8Linear, Linear
+from .layers import AnyLinear, Fp8Linear
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def attention(
     v: Tensor,
     mask: Tensor | None,
     past: tuple[Tensor, Tensor],
-    into: Linear | Fp8Linear,
+    into: AnyLinear,
     tile: AttentionTile,
 ) -> Tensor:
     """Contract of `reference.attention` with a past. Tokens may have any stride (views of packed rows); heads are dense."""

@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import launch
 from .denoise_gemm import hand_over
-from .layers import Fp8Linear, Linear, RmsNorm
+from .layers import AnyLinear, Fp8Linear, Linear, RmsNorm
 from .reference import NORM_EPS
 
 
@@ -70,7 +70,7 @@ def step_boundary(
     action_in: Linear,
     norm: RmsNorm,
     modulation: Tensor | None,
-    into: Linear | Fp8Linear,
+    into: AnyLinear,
     *,
     warps: int = 16,
     early: int = launch.FIRST,

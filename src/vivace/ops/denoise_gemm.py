@@ -23,8 +23,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import launch
-from .layers import Fp8Linear, Linear
+from . import launch, row_scales
+from .layers import AnyLinear, E4m3Linear, Fp8Linear, Linear
 from .saturate import saturated
 
 
@@ -86,9 +86,14 @@ def _accumulate(x, w, acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _scaled(acc, channel_scale, input_scale, at, rows):
+def _scaled(acc, channel_scale, input_scale, row_scale, at, N, rows, M):
+    """E4M3: times the scale of the channel, and of the input: one for all, or of each row."""
     if channel_scale is not None:
-        acc *= (tl.load(channel_scale + at, mask=at < rows, other=0.0) * tl.load(input_scale))[None, :]
+        channel = tl.load(channel_scale + at, mask=at < N, other=0.0)
+        if row_scale is not None:
+            acc *= channel[None, :] * tl.load(row_scale + rows, mask=rows < M, other=0.0)[:, None]
+        else:
+            acc *= (channel * tl.load(input_scale))[None, :]
     return acc
 
 
@@ -102,7 +107,7 @@ def hand_over(y, out, out_scale):
 
 @triton.jit(do_not_specialize=["M", "table_rows"])
 def _product_kernel(
-    x, weight, out, channel_scale, input_scale, out_scale, cos, sin, table_rows, M, N, K,
+    x, weight, out, channel_scale, input_scale, row_scale, out_scale, cos, sin, table_rows, M, N, K,
     MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
     HALF: tl.constexpr, ROTATED: tl.constexpr, BULK: tl.constexpr, AHEAD: tl.constexpr,
     EVEN: tl.constexpr, EVEN_N: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
@@ -146,14 +151,14 @@ def _product_kernel(
             acc2 = _accumulate(x_ahead, _later(w2_ahead, M), acc2, INTERPRET)
     if PDL and not EARLY:
         gdc_launch_dependents()
-    acc = _scaled(acc, channel_scale, input_scale, columns, N)
+    acc = _scaled(acc, channel_scale, input_scale, row_scale, columns, N, rows, M)
     inside = (rows < M)[:, None]
     if MODE == "part":
         if not EVEN_N:
             inside = inside & (columns < N)[None, :]
         tl.store(out + (split * M + rows)[:, None] * N + columns[None, :], acc, mask=inside)
     else:
-        acc2 = _scaled(acc2, channel_scale, input_scale, columns + (second - first), N)
+        acc2 = _scaled(acc2, channel_scale, input_scale, row_scale, columns + (second - first), N, rows, M)
         if MODE == "geglu":
             y = acc * tl.sigmoid(1.5957691216057308 * (acc + 0.044715 * acc * acc * acc)) * acc2
             if not EVEN_N:
@@ -181,20 +186,19 @@ def _source(matrix: Tensor, block: list[int], bulk: bool) -> Any:
     return TensorDescriptor.from_tensor(matrix, block) if bulk else matrix
 
 
-def _product(
-    x: Tensor, layer: Linear | Fp8Linear, out: Tensor, tile: Tile, *, mode: str, tiles_n: int, **more: Any
-) -> Tensor:
+def _product(x: Tensor, layer: AnyLinear, out: Tensor, tile: Tile, *, mode: str, tiles_n: int, **more: Any) -> Tensor:
     """Launch on x [M, K] (contiguous, as `layer` takes it) and return `out`."""
+    x, row_scale = row_scales.operand(x, layer, pdl=launch.programmatic(x))
     (M, K), N = x.shape, layer.weight.shape[0]
     BM = block_rows(M)
     steps = triton.cdiv(K, tile.block_k * tile.split_k)
     bulk = tile.bulk and not launch.INTERPRET
-    quantised = isinstance(layer, Fp8Linear)
+    quantised = isinstance(layer, E4m3Linear)
     defaults = {"out_scale": None, "cos": None, "sin": None, "table_rows": 1, "HALF": 1, "ROTATED": 0}
     launched = _product_kernel[(tiles_n, tile.split_k, triton.cdiv(M, BM))](
         _source(x, [BM, tile.block_k], bulk),
         _source(layer.weight.data, [tile.block_n, tile.block_k], bulk and not tile.ahead), out,
-        layer.weight_scale if quantised else None, layer.input_scale if quantised else None,
+        layer.weight_scale if quantised else None, layer.input_scale if isinstance(layer, Fp8Linear) else None, row_scale,
         M=M, N=N, K=K, MODE=mode, BLOCK_M=BM, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEPS=steps, BULK=bulk,
         AHEAD=int(tile.ahead),
         EVEN=N % tile.block_n == 0 and K % (tile.block_k * tile.split_k) == 0, EVEN_N=N % (2 * tile.block_n) == 0,
@@ -204,14 +208,14 @@ def _product(
     return out
 
 
-def parts(x: Tensor, layer: Linear | Fp8Linear, tile: Tile) -> Tensor:
+def parts(x: Tensor, layer: AnyLinear, tile: Tile) -> Tensor:
     """x [M, K] -> float32 [split_k, M, N]; their sum over the first axis is x W^T."""
     N = layer.weight.shape[0]
     out = torch.empty(tile.split_k, x.shape[0], N, dtype=torch.float32, device=x.device)
     return _product(x, layer, out, tile, mode="part", tiles_n=triton.cdiv(N, tile.block_n))
 
 
-def geglu(x: Tensor, layer: Linear | Fp8Linear, into: Linear | Fp8Linear, tile: Tile) -> Tensor:
+def geglu(x: Tensor, layer: AnyLinear, into: AnyLinear, tile: Tile) -> Tensor:
     """x [M, K] -> [M, F] as `into` takes it."""
     F = layer.weight.shape[0] // 2
     quantised = isinstance(into, Fp8Linear)
@@ -220,9 +224,7 @@ def geglu(x: Tensor, layer: Linear | Fp8Linear, into: Linear | Fp8Linear, tile: 
     return _product(x, layer, out, tile, mode="geglu", tiles_n=triton.cdiv(F, tile.block_n), out_scale=scale)
 
 
-def qkv(
-    x: Tensor, layer: Linear | Fp8Linear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int], tile: Tile
-) -> Tensor:
+def qkv(x: Tensor, layer: AnyLinear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int], tile: Tile) -> Tensor:
     """x [M, K] -> packed [M, (N + 2K) * head_dim] in `layer.dtype`.  rope: cos, sin [R, head_dim/2], R divides M.
 
     A tile that is wider than half a head is cut to it: a program holds columns of one half and their partners.

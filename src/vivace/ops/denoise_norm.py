@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..errors import ShapeError
 from . import launch
 from .denoise_gemm import hand_over
-from .layers import Fp8Linear, Linear, RmsNorm
+from .layers import AnyLinear, Fp8Linear, RmsNorm
 from .reference import NORM_EPS
 
 
@@ -62,7 +62,7 @@ def sum_norm(
     gate: Tensor | None,
     norm: RmsNorm,
     modulation: Tensor | None,
-    into: Linear | Fp8Linear,
+    into: AnyLinear,
     *,
     warps: int = 4,
     early: int = launch.LATE,

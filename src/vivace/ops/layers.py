@@ -6,7 +6,7 @@ A precision plan swaps a `Linear` for another holder with the same `name`; the o
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,13 @@ class Linear(nn.Module):
 class QuantisedLinear(nn.Module):
     """The same product with 8-bit weights and inputs: y = input_scale * weight_scale[n] * (x8 W8^T) + b.
 
-    Either `Fp8Linear` or `Int8Linear`, which differ in nothing but the format. Kernels know `Fp8Linear` alone.
+    `Fp8Linear`, `RowFp8Linear` or `Int8Linear`. Kernels know the first two.
 
     weight        [out, in] in the format of the class
     weight_scale  float32 [out]: one scale per output channel (a per-tensor plan repeats one value)
     input_scale   float32 [1], static: x = x8 * input_scale. Whoever makes x stores x8 right away (see `ops.table`)
+    step_scales   float32 [S, 4] or None: such a scale for each of S denoise steps, in the first column (a kernel wants
+                  addresses of 16 bytes); `input_scale` is then the largest, for what belongs to no step
     bias          as in the layer it replaces, or None
     dtype         dtype of the result: that of the layer it replaces
 
@@ -56,14 +58,33 @@ class QuantisedLinear(nn.Module):
         input_scale: Tensor,
         bias: Tensor | None,
         dtype: torch.dtype = torch.bfloat16,
+        step_scales: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.dtype = dtype
+        self.of_step: int | None = None  # what `at_step` returned knows its step
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.input_scale = nn.Parameter(input_scale, requires_grad=False)
+        self.step_scales = None if step_scales is None else nn.Parameter(step_scales, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def steps(self) -> int:
+        """Of how many denoise steps it has own input scales; 0: one scale for all."""
+        return 0 if self.step_scales is None else self.step_scales.shape[0]
+
+    def at_step(self, step: int) -> Self:
+        """The same layer as denoise step `step` uses it: the same memory, that step's input scale."""
+        if self.step_scales is None:
+            return self
+        used = type(self)(
+            self.name, self.weight, weight_scale=self.weight_scale, input_scale=self.step_scales[step, :1],
+            bias=self.bias, dtype=self.dtype,
+        )  # fmt: skip
+        used.of_step = step
+        return used
 
 
 @final
@@ -75,11 +96,28 @@ class Fp8Linear(QuantisedLinear):
 
 
 @final
+class RowFp8Linear(QuantisedLinear):
+    """E4M3 with a scale per token, found while running: x[m] = x8[m] * row_scale[m], the largest |x[m]| lands on 448.
+
+    It is handed x in `dtype`, like a plain linear, and rounds it itself. Its `input_scale` is 1 and no step has another.
+    """
+
+    stored = torch.float8_e4m3fn
+    largest = 448.0
+
+
+@final
 class Int8Linear(QuantisedLinear):
     """INT8, symmetric: whole numbers of scales, -128 to 127."""
 
     stored = torch.int8
     largest = 127.0
+
+
+AnyLinear = Linear | Fp8Linear | RowFp8Linear
+"""What every implementation of an operation takes. The reference takes `Int8Linear` too; backends without INT8 kernels
+refuse a model with one (`why_not_model`), so none of theirs ever sees it."""
+E4m3Linear = Fp8Linear | RowFp8Linear
 
 
 class LayerNorm(nn.Module):

@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ShapeError, Unsupported
-from . import prefill_attention, prefill_patches, prefill_pointwise, prefill_tail, reference
-from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
+from . import prefill_attention, prefill_patches, prefill_pointwise, prefill_tail, reference, row_scales
+from .layers import AnyLinear, E4m3Linear, Fp8Linear, LayerNorm, Linear, RmsNorm
 from .prefill_ahead import Ahead, worth
 from .prefill_constants import Fp8Constants, fp8_constants
 from .prefill_gemm import Rotation, gemm
-from .prefill_limits import refuse_modulation, why_not, why_not_head, why_not_vision_head
+from .prefill_limits import refuse_modulation, refuse_step, why_not, why_not_head, why_not_vision_head
+from .prefill_operand import Operand, blas
 from .prefill_tuning import TUNED, Choice, Tuning, untuned
 from .table import OpTable
 
-AnyLinear = Linear | Fp8Linear
 Recorder = Callable[[str, str, str], None]
 E4M3 = torch.float8_e4m3fn
 
@@ -99,19 +99,22 @@ class Prefill:
         """`reference.linear_residual_norm` without gate and modulation; parts of a split product meet inside the norm."""
         refuse_modulation(gate, layer.name, x)
         refuse_modulation(modulation, norm.name, x)
-        rows, old = self._rows(x, layer), residual.flatten(0, -2).contiguous()
-        choice = self._choose("parts", layer, rows, "linear_residual_norm")
+        given, old = self._operand(x, layer, "linear_residual_norm"), residual.flatten(0, -2).contiguous()
+        choice, left = self._choose("parts", layer, given, "linear_residual_norm"), given.channel
         if choice.tile is None:
-            parts = self._blas(rows, layer)[None]
+            product, left = self._blas(given, layer)
+            parts = product[None]
         else:
             split = choice.tile.split_k
             dtype = layer.dtype if split == 1 else torch.float32
-            parts = torch.empty(split, rows.shape[0], layer.weight.shape[0], dtype=dtype, device=x.device)
-            out = parts[0] if split == 1 else parts
-            gemm(rows, layer.weight, out, tile=choice.tile, processors=self.processors, pdl=self._early(layer.name))
+            parts = torch.empty(split, old.shape[0], layer.weight.shape[0], dtype=dtype, device=x.device)
+            gemm(
+                given.rows, layer.weight, parts[0] if split == 1 else parts, tile=choice.tile, row_scale=given.own,
+                processors=self.processors, pdl=self._early(layer.name),
+            )  # fmt: skip
         total, out = torch.empty_like(old), self._for(into, old, old.shape[1])
         prefill_pointwise.residual_norm(
-            old, _gain(norm), out, shift=_shift(norm), parts=parts, channel_scale=self._channel(layer), bias=layer.bias,
+            old, _gain(norm), out, shift=_shift(norm), parts=parts, channel_scale=left, bias=layer.bias,
             total=total, out_inverse=self._inverse(into), pdl=self._early(layer.name), ahead=self._ahead(into),
         )  # fmt: skip
         return total.view(residual.shape), out.view(residual.shape)
@@ -133,49 +136,48 @@ class Prefill:
         if layer.dtype == torch.float32:
             self._note(layer.name, "linear", "torch")
             return functional.linear(x, layer.weight, layer.bias)
-        rows = self._rows(x, layer)
-        choice = self._choose("plain", layer, rows, "linear")
+        given = self._operand(x, layer, "linear")
+        choice = self._choose("plain", layer, given, "linear")
         if choice.tile is None:
-            return self._blas(rows, layer, finished=True).view(*x.shape[:-1], -1)
-        out = prefill_pointwise.new_rows(rows, layer.weight.shape[0], layer.dtype)
+            return self._blas(given, layer, finished=True)[0].view(*x.shape[:-1], -1)
+        out = prefill_pointwise.new_rows(given.rows, layer.weight.shape[0], layer.dtype)
         gemm(
-            rows, layer.weight, out, tile=choice.tile, channel_scale=self._channel(layer), bias=layer.bias,
-            processors=self.processors, pdl=self._early(layer.name),
+            given.rows, layer.weight, out, tile=choice.tile, channel_scale=given.channel, row_scale=given.own,
+            bias=layer.bias, processors=self.processors, pdl=self._early(layer.name),
         )  # fmt: skip
         return out.view(*x.shape[:-1], -1)
 
     def linear_gelu(self, x: Tensor, layer: AnyLinear, into: AnyLinear) -> Tensor:
         """`reference.linear_gelu`."""
-        rows = self._rows(x, layer)
+        given = self._operand(x, layer, "linear_gelu")
         # cuBLAS' GELU epilogue takes and gives bfloat16, and wants a bias
-        bias, formats = layer.bias, (layer, into)
-        plain = bias is not None and not any(isinstance(one, Fp8Linear) for one in formats)
-        choice = self._choose("gelu", layer, rows, "linear_gelu", blas_can=plain)
+        bias = layer.bias
+        plain = bias is not None and not isinstance(layer, E4m3Linear) and not isinstance(into, Fp8Linear)
+        choice = self._choose("gelu", layer, given, "linear_gelu", blas_can=plain)
         if choice.tile is None:
             assert bias is not None, layer.name
-            done: Tensor = torch._addmm_activation(bias, rows, layer.weight.t(), use_gelu=True)
+            done: Tensor = torch._addmm_activation(bias, given.rows, layer.weight.t(), use_gelu=True)
             return done.view(*x.shape[:-1], -1)
-        out = self._for(into, rows, layer.weight.shape[0])
+        out = self._for(into, given.rows, layer.weight.shape[0])
         gemm(
-            rows, layer.weight, out, tile=choice.tile, channel_scale=self._channel(layer), bias=layer.bias, gelu=True,
-            out_inverse=self._inverse(into), processors=self.processors, pdl=self._early(layer.name),
+            given.rows, layer.weight, out, tile=choice.tile, channel_scale=given.channel, row_scale=given.own, bias=bias,
+            gelu=True, out_inverse=self._inverse(into), processors=self.processors, pdl=self._early(layer.name),
             ahead=self._ahead(into),
         )  # fmt: skip
         return out.view(*x.shape[:-1], -1)
 
     def geglu(self, x: Tensor, layer: AnyLinear, into: AnyLinear) -> Tensor:
         """`reference.geglu`."""
-        rows = self._rows(x, layer)
-        choice = self._choose("geglu", layer, rows, "geglu")
-        out = self._for(into, rows, layer.weight.shape[0] // 2)
-        scale, inverse = self._channel(layer), self._inverse(into)
+        given = self._operand(x, layer, "geglu")
+        choice = self._choose("geglu", layer, given, "geglu")
+        out, inverse = self._for(into, given.rows, layer.weight.shape[0] // 2), self._inverse(into)
         if choice.tile is None:
-            packed = self._blas(rows, layer)
-            prefill_pointwise.geglu(packed, out, channel_scale=scale, out_inverse=inverse, pdl=self._early(layer.name))
+            packed, left = self._blas(given, layer)
+            prefill_pointwise.geglu(packed, out, channel_scale=left, out_inverse=inverse, pdl=self._early(layer.name))
         else:
             prefill_tail.gated(
-                rows, layer.weight, out, tile=choice.tile, channel_scale=scale, out_inverse=inverse,
-                processors=self.processors, pdl=self._early(layer.name),
+                given.rows, layer.weight, out, tile=choice.tile, channel_scale=given.channel, row_scale=given.own,
+                out_inverse=inverse, processors=self.processors, pdl=self._early(layer.name),
             )  # fmt: skip
         return out.view(*x.shape[:-1], -1)
 
@@ -183,10 +185,10 @@ class Prefill:
         self, x: Tensor, layer: AnyLinear, rope: tuple[Tensor, Tensor], heads: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`reference.qkv_rope`; keys and values go to this layer's `kv_buffers` if there are some."""
-        rows = self._rows(x, layer)
+        given = self._operand(x, layer, "qkv_rope")
         num_heads, _, head_dim = heads
-        q = prefill_pointwise.new_rows(rows, num_heads * head_dim, layer.dtype)
-        k, v = self._rotated(rows, layer, rope, heads, q)
+        q = prefill_pointwise.new_rows(given.rows, num_heads * head_dim, layer.dtype)
+        k, v = self._rotated(given, layer, rope, heads, q)
         B, T = x.shape[:2]
         return q.view(B, T, num_heads, head_dim), _headed(k, B, heads), _headed(v, B, heads)
 
@@ -194,12 +196,12 @@ class Prefill:
         self, x: Tensor, layer: AnyLinear, rope: tuple[Tensor, Tensor], heads: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """`reference.kv_rope`; keys and values as in `qkv_rope`."""
-        k, v = self._rotated(self._rows(x, layer), layer, rope, (0, *heads), None)
+        k, v = self._rotated(self._operand(x, layer, "kv_rope"), layer, rope, (0, *heads), None)
         return _headed(k, x.shape[0], (0, *heads)), _headed(v, x.shape[0], (0, *heads))
 
     def _rotated(
         self,
-        rows: Tensor,
+        given: Operand,
         layer: AnyLinear,
         rope: tuple[Tensor, Tensor],
         heads: tuple[int, int, int],
@@ -209,18 +211,19 @@ class Prefill:
         if layer.name in self.kv_buffers:
             k, v = self.kv_buffers[layer.name]
         else:
-            k, v = (prefill_pointwise.new_rows(rows, columns, layer.dtype) for _ in range(2))
+            k, v = (prefill_pointwise.new_rows(given.rows, columns, layer.dtype) for _ in range(2))
         cos, sin = (table.reshape(-1, table.shape[-1]).contiguous() for table in rope)
-        choice = self._choose("qkv_rope", layer, rows, "kv_rope" if q is None else "qkv_rope")
+        choice = self._choose("qkv_rope", layer, given, "kv_rope" if q is None else "qkv_rope")
         if choice.tile is None:
+            packed, left = self._blas(given, layer)
             prefill_pointwise.rope_split(
-                self._blas(rows, layer), q, k, v, tables=(cos, sin), heads=heads, channel_scale=self._channel(layer),
-                pdl=self._early(layer.name),
-            )  # fmt: skip
+                packed, q, k, v, tables=(cos, sin), heads=heads, channel_scale=left, pdl=self._early(layer.name)
+            )
         else:
             gemm(
-                rows, layer.weight, k if q is None else q, tile=choice.tile, epilogue="qkv_rope",
-                channel_scale=self._channel(layer), rotation=Rotation(k=k, v=v, cos=cos, sin=sin, heads=heads),
+                given.rows, layer.weight, k if q is None else q, tile=choice.tile, epilogue="qkv_rope",
+                channel_scale=given.channel, row_scale=given.own,
+                rotation=Rotation(k=k, v=v, cos=cos, sin=sin, heads=heads),
                 processors=self.processors, pdl=self._early(layer.name),
             )  # fmt: skip
         return k, v
@@ -264,11 +267,11 @@ class Prefill:
     # --- parts ----------------------------------------------------------------------------------------------------
 
     def _choose(
-        self, epilogue: str, layer: AnyLinear, rows: Tensor, operation: str, *, blas_can: bool = True
+        self, epilogue: str, layer: AnyLinear, given: Operand, operation: str, *, blas_can: bool = True
     ) -> Choice:
         """The tuned way to run this product, noted for coverage."""
-        fp8, shape = isinstance(layer, Fp8Linear), tuple(layer.weight.shape)
-        choice = self.tuning.choose(epilogue, rows=rows.shape[0], shape=shape, fp8=fp8)
+        fp8, shape = isinstance(layer, E4m3Linear), tuple(layer.weight.shape)
+        choice = self.tuning.choose(epilogue, rows=given.rows.shape[0], shape=shape, fp8=fp8)
         if choice.tile is None and not blas_can:
             choice = untuned(epilogue, fp8=fp8)
         kernel = "cublas" if choice.tile is None else "triton"
@@ -285,30 +288,19 @@ class Prefill:
         if self.record is not None:
             self.record(layer, operation, kernel)
 
-    def _rows(self, x: Tensor, layer: AnyLinear) -> Tensor:
-        """x [..., K] as [M, K], in the dtype that `layer` takes."""
+    def _operand(self, x: Tensor, layer: AnyLinear, operation: str) -> Operand:
+        """x [..., K] as what the product of `layer` reads."""
         wanted = E4M3 if isinstance(layer, Fp8Linear) else layer.dtype
         if x.dtype != wanted:
             raise ShapeError(f"{layer.name} was handed another format", got=x.dtype, wanted=wanted)
-        return x.flatten(0, -2).contiguous()
+        refuse_step(layer, x)
+        rows, own = row_scales.operand(x.flatten(0, -2).contiguous(), layer, pdl=self._early(layer.name))
+        if own is not None:
+            self._note(layer.name, operation, row_scales.KERNEL)
+        return Operand(rows, self.constants[layer.name].channel if isinstance(layer, E4m3Linear) else None, own)
 
-    def _blas(self, rows: Tensor, layer: AnyLinear, *, finished: bool = False) -> Tensor:
-        """cuBLASLt: bfloat16 [M, N]. `finished`: with bias and channel scales; else both are left to the next kernel."""
-        if not isinstance(layer, Fp8Linear):
-            return functional.linear(rows, layer.weight, layer.bias if finished else None)
-        one, M = self.ones[0], rows.shape[0]
-        channel = self.constants[layer.name].channel[None]
-        out: Tensor = torch._scaled_mm(
-            rows, layer.weight.t(), out_dtype=layer.dtype, use_fast_accum=True, bias=layer.bias if finished else None,
-            scale_a=self._row_scales(M) if finished else one, scale_b=channel if finished else one,
-        )  # fmt: skip
-        return out
-
-    def _row_scales(self, rows: int) -> Tensor:
-        """Ones for cuBLAS. Beyond the table they are filled anew, a few us beside a product of that size."""
-        if rows <= self.ones.shape[0]:
-            return self.ones[:rows]
-        return torch.ones(rows, 1, dtype=torch.float32, device=self.ones.device)
+    def _blas(self, given: Operand, layer: AnyLinear, *, finished: bool = False) -> tuple[Tensor, Tensor | None]:
+        return blas(given, layer, ones=self.ones, finished=finished)
 
     def step_boundary(
         self, n: Tensor, action_out: Linear, x: Tensor, dt: float, action_in: Linear, norm: RmsNorm,
@@ -317,9 +309,6 @@ class Prefill:
         """`reference.step_boundary` itself."""
         self._note(action_out.name, "step_boundary", "torch")
         return reference.step_boundary(n, action_out, x, dt, action_in, norm, modulation, into)
-
-    def _channel(self, layer: AnyLinear) -> Tensor | None:
-        return self.constants[layer.name].channel if isinstance(layer, Fp8Linear) else None
 
     def _inverse(self, into: AnyLinear) -> Tensor | None:
         return self.constants[into.name].inverse if isinstance(into, Fp8Linear) else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .layers import Fp8Linear
+from .layers import E4m3Linear
 
 
 @dataclass(frozen=True)
@@ -22,5 +22,5 @@ def fp8_constants(model: nn.Module) -> dict[str, Fp8Constants]:
     return {
         layer.name: Fp8Constants((layer.input_scale * layer.weight_scale).contiguous(), 1.0 / layer.input_scale)
         for layer in model.modules()
-        if isinstance(layer, Fp8Linear)
+        if isinstance(layer, E4m3Linear)
     }

@@ -10,7 +10,8 @@
 Why not cuBLAS alone: at these sizes the traffic between kernels costs more than a percent of matrix speed. GeGLU moves
 95 MB through memory for one layer of the prefix, and SigLIP's M = 768 fills 54 of 132 processors with cuBLAS' tiles.
 
-FP8: x and weight are e4m3; `channel_scale` [N] = input scale * weight scale multiplies the float32 sum. A quantised output
+FP8: x and weight are e4m3; `channel_scale` [N] = input scale * weight scale multiplies the float32 sum, and where rows of x
+have scales of their own, `row_scale` too. A quantised output
 is y / scale, clamped to +-448 because the cast alone gives NaN beyond it.
 
 Split-K is deterministic: each program writes its float32 part [split_k, M, N], and the norm kernel adds them in order.
@@ -124,7 +125,7 @@ def _store_rotated(
 
 @triton.jit(do_not_specialize=["M", "rope_rows", "bias_rows", "ahead_turns"])
 def _gemm_kernel(
-    x, weight, out, out_stride, k_out, k_stride, v_out, v_stride, channel_scale, bias, bias_rows, out_inverse,
+    x, weight, out, out_stride, k_out, k_stride, v_out, v_stride, channel_scale, row_scale, bias, bias_rows, out_inverse,
     cos_table, sin_table, rope_rows, M, N,
     K_TILES: tl.constexpr, TILES_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EPILOGUE: tl.constexpr, GELU: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
@@ -163,6 +164,11 @@ def _gemm_kernel(
             if PAIRED:
                 valid = second_row + columns < 2 * N
                 second *= tl.load(channel_scale + second_row + columns, mask=valid, other=0.0)[None, :]
+        if row_scale is not None:
+            own = tl.load(row_scale + rows, mask=in_rows, other=0.0)[:, None]
+            acc *= own
+            if PAIRED:
+                second *= own
         if EPILOGUE == "qkv_rope":
             per_half: tl.constexpr = HALF // BLOCK_N
             _store_rotated(
@@ -197,6 +203,7 @@ def gemm(
     tile: Tile,
     epilogue: str = "plain",
     channel_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
     bias: Tensor | None = None,
     gelu: bool = False,
     out_inverse: Tensor | None = None,
@@ -210,6 +217,7 @@ def gemm(
     x              [M, K]; weight [N, K], geglu [2N, K]; one dtype
     out            [M, N], any row stride; split_k > 1: float32 [split_k, M, N]; qkv_rope: q, or k if there are no queries
     channel_scale  float32, one per weight row
+    row_scale      float32 [M, 1], one per row of x
     bias           [N], or [R, N] contiguous: row m of the result gets row m % R (position embeddings)
     out_inverse    float32 [1] = 1 / scale of an e4m3 output
     rotation       qkv_rope; a tile wider than half a head is cut to it, as a program holds columns of one half
@@ -231,7 +239,7 @@ def gemm(
         TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n]) if bulk else out, out.stride(-2),
         rotation.k if rotation else None, rotation.k.stride(0) if rotation else 0,
         rotation.v if rotation else None, rotation.v.stride(0) if rotation else 0,
-        channel_scale, bias, bias.shape[0] if bias is not None else 1, out_inverse,
+        channel_scale, row_scale, bias, bias.shape[0] if bias is not None else 1, out_inverse,
         rotation.cos if rotation else None, rotation.sin if rotation else None,
         rotation.cos.shape[0] if rotation else 1, M, columns,
         K_TILES=triton.cdiv(triton.cdiv(K, tile.block_k), tile.split_k), TILES_EACH=triton.cdiv(tiles, programs),

@@ -11,7 +11,7 @@ from ..config import ModelConfig
 from ..errors import Unsupported
 from . import launch
 from .denoise import MAX_HEAD_DIM, MAX_ROWS
-from .layers import Fp8Linear, Linear
+from .layers import AnyLinear, E4m3Linear, QuantisedLinear
 
 SHARED_BYTES = 229_432  # of the largest tile, as compiled for 9.0 (12.0: 172,064); loops of 8.x are pipelined with less
 # layers whose products have kernels here; the others (patches, time, action and state projections) are float32 by
@@ -31,7 +31,7 @@ def why_not(*, device: str, model: nn.Module | None = None) -> str | None:
     room = launch.shared_bytes(torch.device(device))
     if capability >= (9, 0) and room is not None and room < SHARED_BYTES:
         return f"the attention of the prefix is cut for {SHARED_BYTES} bytes of shared memory, this GPU has {room}"
-    for layer in [] if model is None else [m for m in model.modules() if isinstance(m, Linear | Fp8Linear)]:
+    for layer in [] if model is None else [m for m in model.modules() if isinstance(m, AnyLinear)]:
         if reason := why_not_layer(layer, capability=capability):
             return f"{layer.name}: {reason}"
     config = getattr(model, "config", None)
@@ -66,9 +66,9 @@ def why_not_vision_head(width: int, num_heads: int) -> str | None:
     return None
 
 
-def why_not_layer(layer: Linear | Fp8Linear, *, capability: tuple[int, int]) -> str | None:
+def why_not_layer(layer: AnyLinear, *, capability: tuple[int, int]) -> str | None:
     """Return why one linear cannot run here, or None."""
-    if isinstance(layer, Fp8Linear):
+    if isinstance(layer, E4m3Linear):
         if capability < (8, 9):
             return f"E4M3 needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
         if layer.dtype != torch.bfloat16:
@@ -94,4 +94,14 @@ def refuse_modulation(value: Tensor | None, name: str, x: Tensor) -> None:
             got=f"modulation at {name} of {x[..., 0].numel()} rows",
             wanted=f"at most {MAX_ROWS} action rows (batch x horizon)",
             do="infer smaller batches, or choose --backend eager or compiled",
+        )  # fmt: skip
+
+
+def refuse_step(layer: AnyLinear, x: Tensor) -> None:
+    """Raise Unsupported for a layer with the input scale of one denoise step: constants here have one scale per layer."""
+    if isinstance(layer, QuantisedLinear) and layer.of_step is not None:
+        raise Unsupported(
+            "scales per denoise step are only for what the denoise kernels take",
+            got=f"{x[..., 0].numel()} rows at {layer.name}", wanted=f"at most {MAX_ROWS} action rows (batch x horizon)",
+            do="infer smaller batches, or choose --backend eager",
         )  # fmt: skip

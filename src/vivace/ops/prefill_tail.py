@@ -31,7 +31,7 @@ from .prefill_gemm import Tile, check_operands, gelu_tanh, gemm, scaled_out
 
 @triton.jit
 def _store_gated(
-    gate, up, out, out_stride, channel_scale, out_inverse, row, column, M, N,
+    gate, up, out, out_stride, channel_scale, row_scale, out_inverse, row, column, M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """gate, up [BLOCK_M, BLOCK_N] -> out[row.., column..]."""
@@ -39,6 +39,10 @@ def _store_gated(
     if channel_scale is not None:
         gate *= tl.load(channel_scale + columns, mask=columns < N, other=0.0)[None, :]
         up *= tl.load(channel_scale + N + columns, mask=columns < N, other=0.0)[None, :]
+    if row_scale is not None:
+        own = tl.load(row_scale + rows, mask=rows < M, other=0.0)[:, None]
+        gate *= own
+        up *= own
     y = scaled_out(gelu_tanh(gate) * up, out_inverse).to(out.dtype.element_ty)
     to = out + rows[:, None] * out_stride + columns[None, :]
     tl.store(to, y, mask=(rows < M)[:, None] & (columns < N)[None, :])
@@ -46,7 +50,7 @@ def _store_gated(
 
 @triton.jit
 def _store_gated_tail(
-    gate, up, out, out_stride, channel_scale, out_inverse, row, column, M, N,
+    gate, up, out, out_stride, channel_scale, row_scale, out_inverse, row, column, M, N,
     TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """gate, up [BLOCK_N, TAIL], columns of the result along the first axis."""
@@ -54,6 +58,10 @@ def _store_gated_tail(
     if channel_scale is not None:
         gate *= tl.load(channel_scale + columns, mask=columns < N, other=0.0)[:, None]
         up *= tl.load(channel_scale + N + columns, mask=columns < N, other=0.0)[:, None]
+    if row_scale is not None:
+        own = tl.load(row_scale + rows, mask=rows < M, other=0.0)[None, :]
+        gate *= own
+        up *= own
     y = scaled_out(gelu_tanh(gate) * up, out_inverse).to(out.dtype.element_ty)
     to = out + rows[None, :] * out_stride + columns[:, None]
     tl.store(to, y, mask=(rows < M)[None, :] & (columns < N)[:, None])
@@ -70,7 +78,7 @@ def _tail_dot(weights, rest, acc, TAIL: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "full_tiles", "carriers", "tiles_n"])
 def _gated_tail_kernel(
-    x, x_tail, weight, out, out_stride, channel_scale, out_inverse, M, N, full_tiles, carriers, tiles_n,
+    x, x_tail, weight, out, out_stride, channel_scale, row_scale, out_inverse, M, N, full_tiles, carriers, tiles_n,
     K_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -103,15 +111,19 @@ def _gated_tail_kernel(
             tail_up = _tail_dot(weights, rest, tail_up, TAIL, PRECISION)
         if PDL:
             gdc_launch_dependents()
-        _store_gated(gate, up, out, out_stride, channel_scale, out_inverse, row, column, M, N, BLOCK_M, BLOCK_N)
+        _store_gated(
+            gate, up, out, out_stride, channel_scale, row_scale, out_inverse, row, column, M, N, BLOCK_M, BLOCK_N
+        )
         if TAIL < 64:
             _store_gated_tail(
-                tail_gate, tail_up, out, out_stride, channel_scale, out_inverse, tail_row, column, M, N, TAIL, BLOCK_N
-            )
+                tail_gate, tail_up, out, out_stride, channel_scale, row_scale, out_inverse, tail_row, column, M, N,
+                TAIL, BLOCK_N,
+            )  # fmt: skip
         else:
             _store_gated(
-                tail_gate, tail_up, out, out_stride, channel_scale, out_inverse, tail_row, column, M, N, TAIL, BLOCK_N
-            )
+                tail_gate, tail_up, out, out_stride, channel_scale, row_scale, out_inverse, tail_row, column, M, N,
+                TAIL, BLOCK_N,
+            )  # fmt: skip
     else:
         for step in tl.range(0, K_TILES):
             block = x.load([row, step * BLOCK_K])
@@ -119,7 +131,9 @@ def _gated_tail_kernel(
             up = tl.dot(block, weight.load([N + column, step * BLOCK_K]).T, up, input_precision=PRECISION)
         if PDL:
             gdc_launch_dependents()
-        _store_gated(gate, up, out, out_stride, channel_scale, out_inverse, row, column, M, N, BLOCK_M, BLOCK_N)
+        _store_gated(
+            gate, up, out, out_stride, channel_scale, row_scale, out_inverse, row, column, M, N, BLOCK_M, BLOCK_N
+        )
 
 
 def carriers(rows: int, tile: Tile) -> int:
@@ -136,6 +150,7 @@ def gated(
     *,
     tile: Tile,
     channel_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
     out_inverse: Tensor | None = None,
     processors: int = 132,
     pdl: bool = False,
@@ -147,8 +162,8 @@ def gated(
     (M, K), count = x.shape, carriers(x.shape[0], tile)
     if not count:
         return gemm(
-            x, weight, out, tile=tile, epilogue="geglu", channel_scale=channel_scale, out_inverse=out_inverse,
-            processors=processors, pdl=pdl,
+            x, weight, out, tile=tile, epilogue="geglu", channel_scale=channel_scale, row_scale=row_scale,
+            out_inverse=out_inverse, processors=processors, pdl=pdl,
         )  # fmt: skip
     check_operands(x, weight, out, tile=tile, plain=False)
     columns = weight.shape[0] // 2
@@ -158,7 +173,7 @@ def gated(
         TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(x, [tile.tail, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-        out, out.stride(0), channel_scale, out_inverse, M, columns, full, count, tiles_n,
+        out, out.stride(0), channel_scale, row_scale, out_inverse, M, columns, full, count, tiles_n,
         K_TILES=triton.cdiv(K, tile.block_k), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         TAIL=tile.tail, GROUP=tile.group, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, **options,

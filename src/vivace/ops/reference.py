@@ -2,7 +2,7 @@
 
 `into` is the linear that will read the result. An operation returns its result in the format which that layer takes:
 the layer's dtype, or E4M3 or INT8 under its static scale. So quantising costs no pass of its own, and the model names no
-format.
+format. (A layer with row-wise scales takes its dtype, and pays for a pass.)
 
 In float32 these are the formulas. In bfloat16 they round where openpi's PyTorch model rounds (scores to bfloat16 before a
 float32 softmax, gelu output, gated branch, residual), so that a bfloat16 policy is the policy that was trained and
@@ -18,9 +18,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from .layers import LayerNorm, Linear, QuantisedLinear, RmsNorm
+from .layers import LayerNorm, Linear, QuantisedLinear, RmsNorm, RowFp8Linear
 
 E4M3_MAX = 448.0
+SMALLEST_SCALE = 1e-12  # of a row of zeros
 NORM_EPS = 1e-6
 # openpi's "minus infinity": finite, so that a row without any valid key stays a number (its result is never read)
 MASKED_LOGIT = -2.3819763e38
@@ -51,7 +52,7 @@ def _slow(x: Tensor) -> bool:
 
 def hand_over(x: Tensor, into: Linear | QuantisedLinear) -> Tensor:
     """x in the format that `into` takes; out-of-range values saturate. An x that is in that format already stays."""
-    if not isinstance(into, QuantisedLinear):
+    if not isinstance(into, QuantisedLinear) or isinstance(into, RowFp8Linear):
         return x.to(into.dtype)
     return x if x.dtype == into.stored else round_to(x.float() / into.input_scale, into.stored)
 
@@ -61,6 +62,13 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.int8:
         return x.round().clamp(-128.0, 127.0).to(torch.int8)
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def rows_to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] -> (E4M3 [..., K], float32 scales [..., 1]): the largest |x| of a row lands on 448. A NaN stays one."""
+    wide = x.float()
+    scales = (wide.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+    return round_to(wide / scales, torch.float8_e4m3fn), scales
 
 
 def patches(images: Tensor, patch_size: int) -> Tensor:
@@ -118,9 +126,8 @@ def linear(x: Tensor, layer: Linear | QuantisedLinear) -> Tensor:
     """
     if not isinstance(layer, QuantisedLinear):
         return _linear(x, layer.weight, layer.bias)
-    wide = functional.linear(hand_over(x, layer).float(), layer.weight.float()) * (
-        layer.input_scale * layer.weight_scale
-    )
+    rows, scale = rows_to_e4m3(x) if isinstance(layer, RowFp8Linear) else (hand_over(x, layer), layer.input_scale)
+    wide = functional.linear(rows.float(), layer.weight.float()) * (scale * layer.weight_scale)
     return (wide if layer.bias is None else wide + layer.bias.float()).to(layer.dtype)
 
 

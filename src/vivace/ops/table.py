@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .layers import Fp8Linear, LayerNorm, Linear, RmsNorm
+from .layers import AnyLinear, LayerNorm, Linear, RmsNorm
 
-AnyLinear = Linear | Fp8Linear
-"""What every implementation takes. The reference takes `Int8Linear` too; backends without INT8 kernels refuse a model with
-one (`why_not_model`), so none of theirs ever sees it."""
 AnyNorm = RmsNorm | LayerNorm
 Table = tuple[Tensor, Tensor]
 

@@ -168,8 +168,8 @@ def with_ranges(
     """`plan` with the ranges of the layers that it quantises.
 
     data        where the observations come from, stored in the plan; data_hash: of what they contain
-    percentile  of |x| that does not saturate; None = the largest value seen. Static scales serve all denoise steps: the
-                largest step decides
+    percentile  of |x| that does not saturate; None = the largest value seen. One scale serves all denoise steps, so the
+                largest step decides, unless the plan wants a scale per step
     """
     return from_measured(
         plan, ranges.measured(percentile, format_of=plan.format_of), data=data,
@@ -187,10 +187,16 @@ def from_measured(
     data_hash: str,
     method: str,
 ) -> PrecisionPlan:
-    """`plan` with the chosen ranges of `table`, for the layers that it quantises."""
-    amax = {name: row.chosen for name, row in table.items() if plan.quantises(name) and row.chosen > 0.0}
+    """`plan` with the chosen ranges of `table`, for the layers that it quantises; per step where it says so."""
+    rows = {name: row for name, row in table.items() if plan.quantises(name) and row.chosen > 0.0}
+    steps = {
+        name: tuple(min(one, row.chosen) for one in row.steps)
+        for name, row in rows.items()
+        if plan.input_scale_of(name) == "step" and row.steps and min(row.steps) > 0.0
+    }
     return replace(
-        plan, amax=amax, data=data, checkpoint_hash=checkpoint_hash, data_hash=data_hash, method=method
+        plan, amax={name: row.chosen for name, row in rows.items()}, step_amax=steps, data=data,
+        checkpoint_hash=checkpoint_hash, data_hash=data_hash, method=method,
     )  # fmt: skip
 
 

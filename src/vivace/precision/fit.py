@@ -18,6 +18,7 @@ from .plan import PRESETS, PrecisionPlan
 
 # Everything else (patches, time, actions, state, modulation) is small and feeds sums that rounding would spoil.
 QUANTISABLE = re.compile(r"(prefix|expert|vision)\.layers\.\d+\.(attn|mlp)\.|projector$")
+PER_STEP = re.compile(r"expert\.layers\.")
 CALIBRATE = "run `vivace calibrate CHECKPOINT --data RECORDED --preset {} -o plan.json`, then `--precision plan.json`"
 
 
@@ -47,12 +48,18 @@ def check_fit(plan: PrecisionPlan, names: Iterable[str], *, checkpoint_hash: str
             f"the precision plan {plan.name!r} quantises layers that run in floating point only",
             got=", ".join(wrong[:4]), wanted="prefix, expert and vision layers, projector", do="narrow its patterns",
         )  # fmt: skip
-    if missing := [name for name in chosen if name not in plan.amax]:
+    if homeless := [name for name in chosen if plan.input_scale_of(name) == "step" and not PER_STEP.match(name)]:
+        raise ConfigError(
+            f"the precision plan {plan.name!r} wants scales per denoise step where there are no steps",
+            got=", ".join(homeless[:4]), wanted="expert.layers", do="narrow its patterns",
+        )  # fmt: skip
+    if missing := plan.without_range(chosen):
         raise ConfigError(
             f"the precision plan {plan.name!r} has no activation range for {len(missing)} layers",
-            got=f"{', '.join(missing[:4])} without a range", wanted="one per quantised layer", do=again,
+            got=f"{', '.join(missing[:4])} without a range", do=again,
+            wanted="one per quantised layer, and one per denoise step where a rule says so",
         )  # fmt: skip
-    if unknown := sorted(set(plan.amax) - set(names)):
+    if unknown := sorted((set(plan.amax) | set(plan.step_amax)) - set(names)):
         raise ConfigError(
             f"the precision plan {plan.name!r} has ranges of layers that this network lacks",
             got=", ".join(unknown[:4]), wanted="a plan of this network", do=again,

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,6 +23,7 @@ from ..errors import ConfigError
 Format = Literal["keep", "e4m3", "int8"]
 Base = Literal["bfloat16", "bfloat16+vision"]
 WeightScale = Literal["tensor", "channel"]
+InputScale = Literal["tensor", "row", "step"]
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,22 @@ class Rule:
     pattern       shell pattern on the layer name; * also crosses dots
     format        "e4m3" or "int8": weights and inputs in E4M3 or INT8; "keep": as loaded
     weight_scale  one scale per output channel, or one per tensor
+    input_scale   "tensor": one static scale. "row": one per token, found while running (E4M3 alone; no range is needed).
+                  "step": one static scale per denoise step (layers of the expert alone)
     """
 
     pattern: str
     format: Format = "e4m3"
     weight_scale: WeightScale = "channel"
+    input_scale: InputScale = "tensor"
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
     """Rules, measured activation ranges, and what they were measured on.
 
-    amax             {layer name: largest |input| of that layer}; every e4m3 or int8 layer needs one
+    amax             {layer name: largest |input| of that layer}; every layer with static scales needs one
+    step_amax        {layer name: the same of each denoise step}; every layer with scales per step needs them
     base             what the model is loaded in before layers are quantised, see `flavours`
     checkpoint_hash  of the weights that the ranges belong to; "" in a preset
     data             where the observations came from; "" in a preset, "synthetic: ..." when no robot ever saw them
@@ -59,6 +64,7 @@ class PrecisionPlan:
     data_hash: str = ""
     method: str = ""
     base: Base = "bfloat16"
+    step_amax: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def rule(self, layer: str) -> Rule | None:
         """The rule that decides about `layer`, or None."""
@@ -69,17 +75,52 @@ class PrecisionPlan:
         rule = self.rule(layer)
         return "keep" if rule is None else rule.format
 
+    def input_scale_of(self, layer: str) -> InputScale:
+        """How many input scales `layer` has; "tensor" where no rule names it."""
+        rule = self.rule(layer)
+        return "tensor" if rule is None else rule.input_scale
+
     def quantises(self, layer: str) -> bool:
         """Whether `layer` runs in another format than the one that it was loaded in."""
         return self.format_of(layer) != "keep"
+
+    def without_range(self, layers: Iterable[str]) -> list[str]:
+        """Those of `layers` that it quantises, and lacks a range for that their kind of input scale needs."""
+        ranges = {"row": None, "step": self.step_amax, "tensor": self.amax}
+        needed = [(name, ranges[self.input_scale_of(name)]) for name in layers if self.quantises(name)]
+        return [name for name, known in needed if known is not None and not (name in known and name in self.amax)]
 
     def formats(self, layers: Iterable[str]) -> dict[str, Format]:
         """{layer: format} of those `layers` that it quantises."""
         return {name: self.format_of(name) for name in layers if self.quantises(name)}
 
     def to_json(self) -> str:
-        """The plan as a JSON document."""
-        return json.dumps({"version": 1, **asdict(self)}, indent=1, sort_keys=True)
+        """The plan as a JSON document. What a plan need not have is left out where it is not used, so digests stay."""
+        document = asdict(self)
+        if not self.step_amax:
+            del document["step_amax"]
+        for rule in document["rules"]:
+            if rule["input_scale"] == "tensor":
+                del rule["input_scale"]
+        return json.dumps({"version": 1, **document}, indent=1, sort_keys=True)
+
+    def with_input_scale(self, kind: InputScale) -> PrecisionPlan:
+        """The same rules with these input scales; "step" for rules of the expert alone, as nothing else has steps.
+
+        Raises ConfigError if no rule can have them.
+        """
+
+        def changed(rule: Rule) -> bool:
+            of_expert = rule.pattern.startswith("expert.") or kind != "step"
+            return rule.format != "keep" and of_expert
+
+        rules = tuple(replace(rule, input_scale=kind) if changed(rule) else rule for rule in self.rules)
+        if not any(changed(rule) for rule in self.rules) or rules_problem(rules, {}):
+            raise ConfigError(
+                f"no rule of {self.name!r} can have {kind!r} input scales", got=[rule.pattern for rule in self.rules],
+                wanted="row: E4M3 layers; step: rules for expert.layers", do="choose another --preset, or tensor",
+            )  # fmt: skip
+        return replace(self, name=f"{self.name}+{kind}" if kind != "tensor" else self.name, rules=rules)
 
     @property
     def digest(self) -> str:
@@ -115,15 +156,25 @@ def preset(name: str) -> PrecisionPlan:
     return PrecisionPlan(name=name, rules=PRESETS[name])
 
 
-def rules_problem(rules: tuple[Rule, ...], amax: Mapping[str, float]) -> str | None:
-    """What no plan may contain, or None: an unknown format, or a range that is not a positive number."""
+def rules_problem(
+    rules: tuple[Rule, ...], amax: Mapping[str, float], step_amax: Mapping[str, tuple[float, ...]] | None = None
+) -> str | None:
+    """What no plan may contain, or None: an unknown format or kind of scale, or a range that is not a positive number."""
     for rule in rules:
         if not _text(rule.pattern):
             return f"the pattern {rule.pattern!r}, wanted text"
-        for value, known in ((rule.format, get_args(Format)), (rule.weight_scale, get_args(WeightScale))):
+        for value, known in (
+            (rule.format, get_args(Format)),
+            (rule.weight_scale, get_args(WeightScale)),
+            (rule.input_scale, get_args(InputScale)),
+        ):
             if value not in known:
                 return f"{value!r} in the rule for {rule.pattern!r}, wanted one of {list(known)}"
+        if rule.input_scale == "row" and rule.format == "int8":
+            return f"row-wise scales in INT8 in the rule for {rule.pattern!r}, wanted E4M3"
     wrong = [f"{name}: {value!r}" for name, value in amax.items() if not _positive(value)]
+    steps = (step_amax or {}).items()
+    wrong += [f"{name}: {value!r}" for name, value in steps if not (value and all(_positive(one) for one in value))]
     return f"ranges that are not positive numbers: {', '.join(wrong[:4])}" if wrong else None
 
 
@@ -142,10 +193,11 @@ def read(path: Path) -> PrecisionPlan:
         if document.pop("version") != 1:
             raise ConfigError("unknown version of a precision plan", got=path, do="calibrate again with this vivace")
         rules = tuple(Rule(**rule) for rule in document.pop("rules"))
-        plan = PrecisionPlan(rules=rules, **document)
+        step_amax = {name: tuple(values) for name, values in document.pop("step_amax", {}).items()}
+        plan = PrecisionPlan(rules=rules, step_amax=step_amax, **document)
         if plan.base not in get_args(Base):
             raise ConfigError(f"the precision plan {path} is damaged", got=f"base {plan.base!r}", do="calibrate again")
-        if problem := rules_problem(plan.rules, plan.amax):
+        if problem := rules_problem(plan.rules, plan.amax, plan.step_amax):
             raise ConfigError(f"the precision plan {path} is damaged", got=problem, do="calibrate again")
         return plan
     except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from .plan import PrecisionPlan, Rule
-from .quantize import linears, quantise_layer
+from .quantize import linears, planned_layer
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,8 @@ def quantised(model: nn.Module, plan: PrecisionPlan, names: Iterable[str]) -> It
     wanted, swapped = set(names), []
     for owner, attribute, layer in linears(model):
         if layer.name in wanted:
-            rule = plan.rule(layer.name)
-            assert rule is not None, f"{layer.name} is not in the plan {plan.name}"
             swapped.append((owner, attribute, layer))
-            small = quantise_layer(layer, amax=plan.amax[layer.name], format=rule.format, granularity=rule.weight_scale)
-            setattr(owner, attribute, small)
+            setattr(owner, attribute, planned_layer(layer, plan))
     assert len(swapped) == len(wanted), f"{len(wanted) - len(swapped)} of {sorted(wanted)[:4]} ... are not in the model"
     try:
         yield
@@ -132,12 +129,14 @@ def most_fp8(
 
 def _mixed(plan: PrecisionPlan, order: Sequence[Alone], count: int, *, score: Score, bound: float) -> Mixed:
     taken, left = order[:count], tuple(order[count:])
-    rules = []
+    rules: list[Rule] = []
     for row in taken:
         rule = plan.rule(row.layer)
         assert rule is not None, row.layer
-        rules.append(Rule(row.layer, rule.format, rule.weight_scale))
+        rules.append(replace(rule, pattern=row.layer))
     total = sum(row.flops for row in order) or 1.0
-    amax = {row.layer: plan.amax[row.layer] for row in taken}
-    mixed = replace(plan, name=f"{plan.name} within {bound:g}", rules=tuple(rules), amax=amax)
+    names = {row.layer for row in taken}
+    amax = {name: value for name, value in plan.amax.items() if name in names}
+    step_amax = {name: value for name, value in plan.step_amax.items() if name in names}
+    mixed = replace(plan, name=f"{plan.name} within {bound:g}", rules=tuple(rules), amax=amax, step_amax=step_amax)
     return Mixed(mixed, score, sum(row.flops for row in taken) / total, left)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ..model import flow
 from ..model.pi import Pi, StepCondition
-from ..ops.layers import Fp8Linear, Linear
+from ..ops.layers import AnyLinear
 from ..ops.reference import hand_over
 from ..ops.table import OpTable, reference_ops
 from ..types import ModelInputs, PrefixCache
@@ -68,7 +68,7 @@ def fused_attention(
     v: Tensor,
     mask: Tensor | None,
     past: tuple[Tensor, Tensor] | None,
-    into: Linear | Fp8Linear,
+    into: AnyLinear,
 ) -> Tensor:
     """Contract of `ops.reference.attention`; softmax and sums as torch's scaled_dot_product_attention does them."""
     B, T, N, head_dim = q.shape

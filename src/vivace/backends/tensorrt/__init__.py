@@ -56,7 +56,9 @@ def refused_gpu(module: modules.Module, target: Target) -> str | None:
 
 
 def why_not_model(model: Pi) -> str | None:
-    """None if this machine's GPU computes in the types of the network."""
+    """None if this machine's GPU computes in the types of the network, and its input scales are constants."""
+    if reason := skeleton.why_not_scales(model):
+        return reason
     (first, name), target = FIRST[torch.float8_e4m3fn], here(model.device)
     if "e4m3" in skeleton.formats(model).values() and target.number < first:
         instead = "an INT8 plan (vivace calibrate --preset int8-mlp), or --precision bfloat16"

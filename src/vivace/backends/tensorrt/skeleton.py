@@ -17,7 +17,7 @@ from ...config import ModelConfig, TensorRTBase
 from ...errors import ConfigError
 from ...model import weights
 from ...model.pi import Pi
-from ...ops.layers import QuantisedLinear
+from ...ops.layers import QuantisedLinear, RowFp8Linear
 from ...precision import quantize
 from ...precision.flavours import Dtype, parameter_dtype
 from ...precision.plan import Format
@@ -68,6 +68,15 @@ def precision_of(model: Pi) -> Dtype:
 def formats(model: nn.Module) -> dict[str, Format]:
     """{layer: format} of the quantised layers of a model."""
     return {layer.name: quantize.format_of(layer) for layer in model.modules() if isinstance(layer, QuantisedLinear)}
+
+
+def why_not_scales(model: nn.Module) -> str | None:
+    """None if every quantised layer has one static input scale, which is what an engine holds."""
+    for layer in model.modules():
+        if isinstance(layer, QuantisedLinear) and (layer.steps or isinstance(layer, RowFp8Linear)):
+            kind = "per denoise step" if layer.steps else "row-wise"
+            return f"{layer.name} has {kind} input scales, engines take one static scale per tensor"
+    return None
 
 
 def values(model: Pi, outlined: Pi) -> dict[str, Tensor]:
