@@ -36,7 +36,10 @@ def merged(files: Sequence[str]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any], *, fp8: str = "fp8-all") -> str:
-    """One line per setting: the rival, bfloat16 with its error beside plain PyTorch's, FP8 with its cosines, whole calls."""
+    """One line per setting: the rival, bfloat16 with its error beside plain PyTorch's, FP8 with its cosines, whole calls.
+
+    Whole calls of a rival stand before ours if the result has any.
+    """
     rows = {(r["setting"], r["engine"], r["boundary"]): r["latency"] for r in result["rows"]}
     errors = {(r["setting"], r["engine"]): r for r in result["accuracy"]}
 
@@ -54,14 +57,17 @@ def table(result: dict[str, Any], *, fp8: str = "fp8-all") -> str:
         found = errors.get((setting, f"cuda_graph {fp8}"))
         return "-" if found is None else f"{found['cosine_mean']:.5f} / {found['cosine_worst']:.5f}"
 
+    low, eight = "cuda_graph bf16", f"cuda_graph {fp8}"
+    whole = {"eager": "plain PyTorch", "compiled graph": "torch.compile"}
+    whole = {engine: name for engine, name in whole.items() if any(row[1:] == (engine, "B2") for row in rows)}
+    whole |= {low: "bfloat16", eight: fp8}
     lines = [
-        f"| (views, prompt tokens, chunk) | torch.compile + graph, bfloat16 | bfloat16, p50 / p99 | error / plain bfloat16's | {fp8}, p50 / p99 | cosine, mean / worst | `policy.infer` p50 / p99, bfloat16, {fp8} |",
+        f"| (views, prompt tokens, chunk) | torch.compile + graph, bfloat16 | bfloat16, p50 / p99 | error / plain bfloat16's | {fp8}, p50 / p99 | cosine, mean / worst | `policy.infer` p50 / p99, {', '.join(whole.values())} |",
         "|---|---|---|---|---|---|---|",
     ]
-    low, eight = "cuda_graph bf16", f"cuda_graph {fp8}"
     for setting in dict.fromkeys(row["setting"] for row in result["rows"]):
         name = f"({setting.replace(',', ', ')})"
-        calls = f"{ms(setting, low, 'B2', tail=True)}, {ms(setting, eight, 'B2', tail=True)}"
+        calls = ", ".join(ms(setting, engine, "B2", tail=True) for engine in whole)
         lines.append(
             f"| {name} | {ms(setting, 'compiled graph')} | {ms(setting, low, tail=True)} | {error(setting)} "
             f"| {ms(setting, eight, tail=True)} | {cosines(setting)} | {calls} |"

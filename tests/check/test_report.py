@@ -295,15 +295,46 @@ def test_numbers_for_people(value, text):
     assert num(value) == text
 
 
+def beside(page):
+    """Cells of the lines below "Beside engines of others"."""
+    body = page.split("<h3>Beside engines of others</h3>")[1].split("</table>")[0].split("<tbody>")[1]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in body.split("</tr>")[:-1]]
+
+
 def test_full_size_rivals_are_shown_beside_ours_of_the_same_rounds():
-    """Their stages have times and no rates; nothing of them is judged."""
+    """Their stages have times and no rates; nothing of them is judged. Older results have them at B0 alone."""
     document = json.loads((RESULTS / "hopper-rivals-five-h200-2026-11-30.json").read_text())
-    page = render(document)
+    page, lines = render(document), []
     for row in document["rows"]:
-        for name, one in row.get("ours_in_the_same_rounds", {}).items():
-            assert f"{name}: {num(one['p50_ms'])} ms in the same rounds, {num(one['ratio'])} times faster" in page
         assert f"<td>{num(row['stages_ms']['denoise'])}</td><td>-</td>" in page
+        times = [num(row["latency"][key], 4) for key in ("p50_ms", "p95_ms", "p99_ms")]
+        first = [f"({row['setting']}) {row['engine']}", "B0", *times, str(row["calls"])]
+        for name, one in row["ours_in_the_same_rounds"].items():
+            lines.append([*first, name, num(one["p50_ms"], 4), f"{num(one['ratio'])}x"])
+    assert len(lines) == 20
+    assert beside(page) == lines
     assert "nothing here is judged" in page
+
+
+def test_full_size_rivals_are_shown_boundary_by_boundary_and_setting_by_setting():
+    """As a result has them: B0 of every setting first. One whose B0 failed is shown too."""
+    document = json.loads((RESULTS / "hopper-rivals-five-h200-2026-11-30.json").read_text())
+    first, second = (
+        next(row for row in document["rows"] if (row["setting"], row["engine"]) == (setting, "compiled graph"))
+        for setting in ("3,200,50", "2,0,63")
+    )
+    host = [{key: value for key, value in first.items() if key != "stages_ms"} | {"boundary": b} for b in ("B1", "B2")]
+    alone = host[0] | {"setting": "9,9,9"}
+    page = render(document | {"rows": [first, second, *host, alone]})
+    assert [line[:2] for line in beside(page)][::2] == [
+        *(["(3,200,50) compiled graph", boundary] for boundary in ("B0", "B1", "B2")),
+        ["(2,0,63) compiled graph", "B0"], ["(9,9,9) compiled graph", "B1"],
+    ]  # fmt: skip
+
+
+def test_a_full_size_result_without_rivals_says_nothing_of_them():
+    document = json.loads((RESULTS / "hopper-client-h200-2026-11-30.json").read_text())
+    assert "Beside engines of others" not in render(document)
 
 
 def test_the_boundaries_of_a_full_size_result_are_explained():

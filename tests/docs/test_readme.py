@@ -64,6 +64,23 @@ def test_a_result_of_the_preset_makes_the_table_by_changing_one_constant():
     ]  # fmt: skip
 
 
+def test_whole_calls_of_rivals_stand_in_the_table_once_a_result_has_them():
+    """In the order of the heading; results from before have them at B0 alone, and keep their heading."""
+    made, rows = readme_table(), []
+    p50 = {"cuda_graph bf16": 13.0, "cuda_graph fp8-all": 9.0, "compiled graph": 20.0, "eager": 185.0}
+    for engine, ms in p50.items():
+        for boundary, more in (("B0", 0.0), ("B2", 1.0)):
+            latency = {"p50_ms": ms + more, "p99_ms": ms + more + 0.5}
+            rows.append({"setting": "3,200,50", "engine": engine, "boundary": boundary, "latency": latency})
+    head, _, line = made.table({"rows": rows, "accuracy": []}).splitlines()
+    assert head.endswith("`policy.infer` p50 / p99, plain PyTorch, torch.compile, bfloat16, fp8-all |")
+    assert line.endswith("| 186.00 / 186.50, 21.00 / 21.50, 14.00 / 14.50, 10.00 / 10.50 |")
+    older = [row for row in rows if row["boundary"] == "B0" or "cuda_graph" in row["engine"]]
+    head, _, line = made.table({"rows": older, "accuracy": []}).splitlines()
+    assert head.endswith("`policy.infer` p50 / p99, bfloat16, fp8-all |")
+    assert line.endswith("| 14.00 / 14.50, 10.00 / 10.50 |")
+
+
 def test_the_first_of_two_results_counts(tmp_path, monkeypatch):
     made = readme_table()
     for name, ms in (("main.json", 13.5), ("rivals.json", 99.0)):

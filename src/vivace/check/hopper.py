@@ -9,9 +9,10 @@ The file (kind "hopper") is written after every row, so what was measured surviv
     rows[]      setting, engine, precision, boundary B0|B0 reuse|B1|B2|B3|B3 openpi, batch, steps, calls (behind the
                 percentiles), latency {p50_ms, p95_ms, p99_ms, max_ms, min_ms, mean_ms, samples}, clock, stable,
                 bit_identical {same, of, output_poisoned}; at B0 also launches {exposed, of}, stages_ms and rates per
-                stage {tflop, gb, fp8_share, tflop_s, gb_s, floor_ms, of_floor}; rivals: compile_mode,
-                ours_in_the_same_rounds {engine: {p50_ms, ratio}}; at B2 parts_ms, what the policy says of its own
-                parts; at B3 and B3 openpi server_p50_ms, its `policy.infer`, and added_ms, B3 - B2
+                stage {tflop, gb, fp8_share, tflop_s, gb_s, floor_ms, of_floor}; at B2 parts_ms, what the policy says
+                of its own parts; at B3 and B3 openpi server_p50_ms, its `policy.infer`, and added_ms, B3 - B2
+                rivals ("compiled graph", and "eager": plain PyTorch) at B0, B1 and B2, without rates and marks:
+                ours_in_the_same_rounds {engine: {p50_ms, ratio}}, ratio = the rival's p50 over ours; compile_mode
     accuracy[]  setting, engine, precision, observations, noise_draws, cosine_mean, cosine_worst, rel_l2, rel_l2_worst,
                 plain_bfloat16 {the same four of plain PyTorch in bfloat16}, infer_is_two_calls {same, of}: infer, infer
                 after look, and denoise(prefill) give the same bits
@@ -57,10 +58,18 @@ from .results import result
 from .targets import SIZES, Size, parse_size
 
 PLANS = ("bf16", "fp8-mlp", "fp8-full", "fp8-prefix+vision", "fp8-all")
-NUMBERS = (
-    "calls", "host_calls", "few_calls", "few_settings", "few_observations", "reuse_calls", "rival_calls",
-    "rival_settings", "soak_calls", "observations", "draws", "calibration", "seed", "outliers",
-)  # fmt: skip
+NUMBERS = {
+    "calls": "of our engines at B0", "host_calls": "of our engines at B1, B2 and B3 each",
+    "few_calls": "of the other plans, at B0", "few_settings": "in which the other plans are measured",
+    "few_observations": "for the accuracy of the other plans", "reuse_calls": "of the denoise stage alone",
+    "rival_calls": "of torch.compile and, in turn with it, of ours, at B0, B1 and B2 each",
+    "rival_settings": "in which torch.compile is timed: the first ones",
+    "plain_calls": "of plain PyTorch, 0.2 s each, and, in turn with it, of one of ours, at B0, B1 and B2 each",
+    "plain_settings": "in which plain PyTorch is timed: the first ones", "soak_calls": "in a row",
+    "observations": "for accuracy", "draws": "of noise for each of them", "calibration": "observations for FP8 ranges",
+    "seed": "of weights, scenes and noise", "outliers": "loud channels per stack",
+}  # fmt: skip
+"""Options that are numbers, and what they say of themselves."""
 AT_MOST_RIVALS = 5
 NEEDS_GPU = ("rivals", "soak", "memory", "start")
 
@@ -154,7 +163,8 @@ def _envelope(options: Options, size: str, device: torch.device) -> dict[str, An
             "ranges": f"amax over {options.calibration} observations that no accuracy row uses",
             "calls": {
                 "B0": options.calls, "B1, B2 and B3": options.host_calls, "B0 of other plans": options.few_calls,
-                "B0 reuse": options.reuse_calls, "rivals": options.rival_calls, "soak": options.soak_calls,
+                "B0 reuse": options.reuse_calls, "rivals": options.rival_calls, "plain PyTorch": options.plain_calls,
+                "soak": options.soak_calls,
             },
             "graphs": "as a warmed-up server has them: masks are read, prompts padded to their bucket",
             "commit": options.commit or None,
@@ -235,8 +245,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--commit", default=Options.commit, help="of the code, where this copy of it has no git")
     made.add_argument("--network", default="full", help="a size of make-checkpoint")
     made.add_argument("--device", default="cuda")
-    for name in NUMBERS:
-        made.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Options, name))
+    for name, what in NUMBERS.items():
+        default = getattr(Options, name)
+        made.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{what} ({default})")
     return made
 
 

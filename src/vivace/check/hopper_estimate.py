@@ -6,8 +6,9 @@ processes come from runs with few calls. A result's `phase_seconds` says what a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from .hopper_rows import in_process
 from .hopper_run import Options
 
 CALL_S = 0.0106
@@ -17,23 +18,26 @@ HOST_S = 0.0020
 """What tokenising, pixels and the way back add at B2, taken widely."""
 SERVED_S = 0.0025
 """What a websocket adds at B3."""
-RIVAL_S = 0.042
-"""One call of the compiled rival, and a tenth of one of plain PyTorch."""
+RIVAL_S = 0.0215
+"""One call of torch.compile's graph, in the largest setting."""
+PLAIN_S = 0.2
+"""One call of plain PyTorch: its mean, which is above its median of 185 ms."""
 WAYS = 3
 """Of coming to the actions; their bits are compared in every observation of the accuracy rows."""
 CAPTURE_S = 2.5
 """An engine in one setting: capture, first check, warm-up at three boundaries."""
 FIXED_S = {
-    "setup": 20.0, "setup of a setting": 10.0, "client": 2.0, "rival": 40.0, "proof": 3.0, "memory": 27.0, "start": 65.0,
+    "setup": 20.0, "setup of a setting": 10.0, "client": 2.0, "rival": 40.0, "plain": 10.0,
+    "proof": 3.0, "memory": 27.0, "start": 65.0,
 }  # fmt: skip
+"""rival: compiled, captured, its accuracy; plain: warm-up and stages or parts, at each boundary."""
 
 
 def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
     """Seconds per phase of this command, "setup" first."""
     o, settings = options, len(options.sizes)
-    named = [*o.plans, *(path.stem for path in o.plan_files)]
-    head = sum(o.is_headline(name) for name in named)
-    few, few_settings = len(named) - head, min(o.few_settings, settings)
+    head = headlines(o)
+    few, few_settings = len(o.plans) + len(o.plan_files) - head, min(o.few_settings, settings)
     talking = sum(size.prompt_tokens > 0 for size in o.sizes)
     reusing = sum(size.horizon == 50 for size in o.sizes)
     timed = settings * head * (o.calls * (CALL_S + SPIN_S) + o.host_calls * CALL_S)
@@ -46,7 +50,8 @@ def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
         "accuracy": per_observation * (
             settings * head * o.observations + few_settings * few * min(o.few_observations, o.observations)
         ),
-        "rivals": (FIXED_S["rival"] + o.rival_calls * (RIVAL_S + head * CALL_S)) * min(o.rival_settings, settings),
+        "rivals": sum(rival_s(o, boundary) for size in o.sizes[: o.rival_settings] for boundary in in_process(size))
+        + sum(plain_s(o, boundary) for size in o.sizes[: o.plain_settings] for boundary in in_process(size)),
         "soak": o.soak_calls * (CALL_S + SPIN_S),
         "proof": FIXED_S["proof"] * settings * head,
         "memory": FIXED_S["memory"] * 2,
@@ -54,3 +59,30 @@ def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
     }  # fmt: skip
     setup = FIXED_S["setup"] + FIXED_S["setup of a setting"] * settings
     return {"setup": setup} | {name: value for name, value in found.items() if name in phases}
+
+
+def headlines(options: Options) -> int:
+    """How many of the plans get all calls in every setting."""
+    return sum(options.is_headline(name) for name in (*options.plans, *(path.stem for path in options.plan_files)))
+
+
+def rival_s(options: Options, boundary: str) -> float:
+    """torch.compile and our headline engines in the same rounds, in one setting; at B0 with compiling and accuracy."""
+    fixed = FIXED_S["rival"] if boundary == "B0" else 0.0
+    return fixed + options.rival_calls * _round_s(RIVAL_S, headlines(options), boundary)
+
+
+def plain_s(options: Options, boundary: str) -> float:
+    """Plain PyTorch and one engine of ours in the same rounds, in one setting."""
+    return FIXED_S["plain"] + options.plain_calls * _round_s(PLAIN_S, 1, boundary)
+
+
+def later_s(estimated: Mapping[str, float], phase: str) -> float:
+    """What the phases behind this one take, out of `seconds`."""
+    names = list(estimated)
+    return sum(estimated[name] for name in names[names.index(phase) + 1 :])
+
+
+def _round_s(rival_s: float, ours: int, boundary: str) -> float:
+    """One call of a rival and of each of our engines beside it."""
+    return rival_s + ours * CALL_S + (1 + ours) * (HOST_S if boundary == "B2" else 0.0)

@@ -7,8 +7,9 @@ from typing import Any
 
 from . import hopper_estimate, hopper_machine, hopper_proof, hopper_soak, targets
 from .hopper_engines import Engine, policy_of
+from .hopper_rivals import rivals
 from .hopper_run import Run, guarded, name_of
-from .hopper_timing import rivals, rows
+from .hopper_timing import rows
 from .targets import Size
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..backends.spans import Spans
 from ..config import ModelConfig
 from ..ops.layers import AnyLinear, E4m3Linear
+from ..types import ModelInputs
 from . import bench, targets
 from .gpus import Gpu
 from .hopper_engines import Engine
@@ -39,6 +40,30 @@ BOUNDARIES = {"vivace": "B3", "openpi": "B3 openpi"}
 """Through which client (`hopper_client.CLIENTS`)."""
 WARM_UP = bench.SHORT_WARM_UP
 WARM_REPLAYS = 5
+
+
+def in_process(size: Size) -> tuple[str, ...]:
+    """The boundaries of this setting that need no server. No B2 without prompt tokens: policies refuse such a prompt."""
+    return ("B0", "B1", "B2") if size.prompt_tokens else ("B0", "B1")
+
+
+def on_host(inputs: ModelInputs, noise: Tensor) -> tuple[ModelInputs, Tensor]:
+    """Copies of one request on the host, pinned if it lay on a GPU: what B1 begins with."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.cpu().pin_memory() if tensor.is_cuda else tensor.clone()
+
+    return replace(inputs, images=copied(inputs.images), tokens=copied(inputs.tokens)), copied(noise)
+
+
+def with_copies(engine: Engine, inputs: ModelInputs, noise: Tensor) -> Callable[[], Tensor]:
+    """What B1 times; `inputs` and `noise` are those of `on_host`."""
+    return lambda: engine.backend.infer(inputs, noise).cpu()
+
+
+def answering(policy: Any, request: dict[str, Any]) -> Callable[[], NDArray[np.float32]]:
+    """What B2 times."""
+    return lambda: policy.infer(request).actions
 
 
 @dataclass

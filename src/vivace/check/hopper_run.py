@@ -39,7 +39,8 @@ class Options:
     few_calls, few_settings  the other plans: B0 only, in the first settings only
     few_observations         on which their accuracy is measured
     reuse_calls              replays of the denoise stage alone
-    rival_calls, rival_settings, compile_mode  engines without kernels of their own
+    rival_calls, rival_settings, compile_mode  torch.compile, at B0, B1 and B2 each, in the first settings
+    plain_calls, plain_settings                plain PyTorch, the same
     seconds                  what would not fit into this is not begun, and the result says so
     commit                   of the code, for results of a copy that has no git
     """
@@ -57,6 +58,8 @@ class Options:
     reuse_calls: int = 1000
     rival_calls: int = 1000
     rival_settings: int = 1
+    plain_calls: int = 1000
+    plain_settings: int = 1
     compile_mode: str = "default"
     soak_calls: int = 10000
     observations: int = 64
@@ -64,7 +67,7 @@ class Options:
     calibration: int = 8
     seed: int = 0
     outliers: int = 16
-    seconds: float = 1500.0
+    seconds: float = 2100.0
     commit: str = ""
 
     def is_headline(self, name: str) -> bool:
@@ -127,12 +130,15 @@ class Run:
             self.network = load(self.checkpoint, device=self.device, precision="bfloat16")
         return self.network
 
-    def late(self, phase: str, what: str, *, needs_s: float = 0.0) -> bool:
-        """Whether too little time is left for work of `needs_s`; then it is not begun, and the result says so."""
-        if self.left_s > needs_s:
+    def late(self, phase: str, what: str, *, needs_s: float = 0.0, kept_s: float = 0.0) -> bool:
+        """Whether too little time is left for work of `needs_s`; then it is not begun, and the result says so.
+
+        kept_s  of what is left, kept for phases that come later
+        """
+        if self.left_s - kept_s > needs_s:
             return False
         why = f"{max(0.0, self.left_s):.0f} s left of {self.options.seconds:g} s, needs about {needs_s:.0f} s"
-        self.skip(phase, what, why)
+        self.skip(phase, what, why + (f" beside {kept_s:.0f} s of later phases" if kept_s else ""))
         return True
 
     def engine(self, plan: PrecisionPlan | None, size: Size) -> Engine:

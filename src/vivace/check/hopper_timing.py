@@ -1,22 +1,17 @@
-"""The phases that time: our engines at every boundary, and engines without kernels of their own in the same rounds."""
+"""The phase that times our engines at every boundary. Engines of others, in the same rounds as ours: `hopper_rivals`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from ..precision.coverage import NEVER_RAN, fallbacks, grouped, summary
 from ..runtime.coverage import record
-from ..types import ModelInputs
 from . import bench, hopper_client, hopper_estimate, hopper_proof, hopper_rows, hopper_served, targets
-from .hopper_engines import COMPILED, EAGER, Engine, make, policy_of
+from .hopper_engines import Engine, policy_of
 from .hopper_rows import Timed
 from .hopper_run import Run, guarded, name_of
-from .targets import RIVAL_RATIO, Size
+from .targets import Size
 
 BY_TORCH = "torch"
 """What coverage calls an operation that no kernel of ours reported: plain PyTorch, its libraries' products among them."""
@@ -48,30 +43,6 @@ def rows(run: Run) -> None:
             continue
         with guarded(run, "rows", f"{size.name} B1, B2 and B3"):
             _host_rows(run, size, engines, samples)
-
-
-def rivals(run: Run) -> None:
-    """torch.compile and plain PyTorch in the same rounds as ours, one setting after the other while time is left."""
-    why = "needs realtime-vla, which is not run here"
-    for size in run.options.sizes:
-        if size.name in RIVAL_RATIO:
-            must, stretch = RIVAL_RATIO[size.name]
-            what = f"{size.name} ratio of {run.options.headline}, at least {must}, stretch {stretch}"
-            run.skip("rivals", what, why, informational=True)
-    for size in run.options.sizes[run.options.rival_settings :]:
-        run.skip("rivals", size.name, f"not asked for: --rival-settings {run.options.rival_settings}")
-    for size in run.options.sizes[: run.options.rival_settings]:
-        if run.late("rivals", size.name, needs_s=hopper_estimate.FIXED_S["rival"]):
-            continue
-        begin = time.perf_counter()
-        with guarded(run, "rivals", size.name):
-            samples = run.held_out(size)
-            rival = make(COMPILED, run.base(), compile_mode=run.options.compile_mode)
-            _rival_rows(run, size, [make(EAGER, run.base()), rival, *run.headline(size)], samples)
-            plain = hopper_proof.scores(run.plain[size.name], run.truth[size.name])
-            actions = hopper_proof.actions_of(rival, samples)
-            run.add("accuracy", hopper_proof.accuracy_row(size, rival, actions, run.truth[size.name], plain))
-        run.tell(f"rivals {size.name}: {time.perf_counter() - begin:.0f} s")
 
 
 def _needs_s(run: Run, size: Size, calls: int) -> float:
@@ -124,27 +95,28 @@ def _replays(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.
     for row, engine in zip(hopper_rows.time_rows(size, "B0", timed), engines, strict=True):
         stages = hopper_rows.stage_ms(engine, inputs, drawn, calls=min(STAGE_CALLS, o.calls))
         row |= {"stages_ms": stages, "rates": hopper_rows.rates(engine, size, stages, run.document["ceilings"])}
-        _said(run, row)
+        said(run, row)
 
 
 def _reuse(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.Samples) -> None:
     for engine in engines:
         inputs, drawn = samples.inputs[0], samples.noise[0, :1]
-        _said(run, hopper_rows.reuse_row(size, engine, inputs, drawn, calls=run.options.reuse_calls))
+        said(run, hopper_rows.reuse_row(size, engine, inputs, drawn, calls=run.options.reuse_calls))
 
 
 def _host_rows(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.Samples) -> None:
     """B1, B2 and B3 of the headline engines."""
     calls = run.options.host_calls
-    pinned = _pinned(samples.inputs[0]), _host(samples.noise[0, :1])
-    for row in hopper_rows.time_rows(size, "B1", [Timed(e, _with_copies(e, *pinned), calls) for e in engines]):
-        _said(run, row)
+    pinned = hopper_rows.on_host(samples.inputs[0], samples.noise[0, :1])
+    copied = [Timed(e, hopper_rows.with_copies(e, *pinned), calls) for e in engines]
+    for row in hopper_rows.time_rows(size, "B1", copied):
+        said(run, row)
     if not size.prompt_tokens:
         run.remark(f"no B2 and B3 for {size.name}: policies refuse a prompt without tokens")
         return
     one = run.request(size)
     policies = [policy_of(engine, size, run.pipe(size), run.checkpoint) for engine in engines]
-    timed = [Timed(e, _answering(policy, one), calls) for e, policy in zip(engines, policies, strict=True)]
+    timed = [Timed(e, hopper_rows.answering(policy, one), calls) for e, policy in zip(engines, policies, strict=True)]
     found = hopper_rows.time_rows(size, "B2", timed)
     replay = {
         row["engine"]: row["latency"]["p50_ms"]
@@ -155,7 +127,7 @@ def _host_rows(run: Run, size: Size, engines: list[Engine], samples: hopper_proo
         row["parts_ms"] = hopper_rows.parts_ms(policy, one)
         added = row["latency"].p50_ms - replay[row["engine"]]
         row["targets"] = [targets.at_most("B2 - B0, ms", added, targets.HOST_MS), *row["targets"]]
-        _said(run, row)
+        said(run, row)
     by_name = {engine.name: policy for engine, policy in zip(engines, policies, strict=True)}
     alone = {name: policy.infer(one).actions for name, policy in by_name.items()}
     inner = {row["engine"]: row["latency"].p50_ms for row in found}
@@ -173,52 +145,13 @@ def _host_rows(run: Run, size: Size, engines: list[Engine], samples: hopper_proo
             if judged:
                 mark = targets.at_most("B3 - B2, ms", row["added_ms"], targets.SERVED_MS)
                 row["targets"] = [mark, *row["targets"]]
-            _said(run, row)
+            said(run, row)
 
 
-def _rival_rows(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.Samples) -> None:
-    """Rows of the rivals, and ratios to ours from the same rounds."""
-    calls = run.options.rival_calls
-    inputs, drawn = samples.inputs[0], samples.noise[0, :1]
-    timed = [
-        Timed(e, e.backend.graph_of(inputs, drawn), max(5, calls // 10) if e.name == EAGER else calls) for e in engines
-    ]
-    found = hopper_rows.time_rows(size, "B0", timed)
-    by_name = {row["engine"]: row["latency"].p50_ms for row in found}
-    for row, engine in zip(found, engines, strict=True):
-        if engine.ours:
-            continue
-        row["stages_ms"] = hopper_rows.stage_ms(engine, inputs, drawn, calls=10)
-        row["ours_in_the_same_rounds"] = {
-            e.name: {"p50_ms": by_name[e.name], "ratio": row["latency"].p50_ms / by_name[e.name]}
-            for e in engines if e.ours
-        }  # fmt: skip
-        if engine.name == EAGER:
-            row["clock"] += "; no graph: device buffers in, device buffers out"
-        else:
-            row["compile_mode"] = engine.backend.describe().get("mode")
-        _said(run, row)
-
-
-def _said(run: Run, row: dict[str, Any]) -> None:
+def said(run: Run, row: dict[str, Any]) -> None:
+    """Store a row of latencies, and say it in one line."""
     run.add("rows", row)
     t: bench.Summary = row["latency"]
     marks = ", ".join(f"{one.what} {'met' if one.must_met else 'MISSED'}" for one in row.get("targets", []))
     what = f"{row['setting']} {row['engine']} {row['boundary']}"
     run.tell(f"{what}: p50 {t.p50_ms:.2f} p95 {t.p95_ms:.2f} p99 {t.p99_ms:.2f} n {t.samples}; {marks}")
-
-
-def _with_copies(engine: Engine, inputs: ModelInputs, drawn: Tensor) -> Callable[[], Any]:
-    return lambda: engine.backend.infer(inputs, drawn).cpu()
-
-
-def _answering(policy: Any, one: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: policy.infer(one).actions
-
-
-def _pinned(inputs: ModelInputs) -> ModelInputs:
-    return replace(inputs, images=_host(inputs.images), tokens=_host(inputs.tokens))
-
-
-def _host(tensor: Tensor) -> Tensor:
-    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor.clone()

@@ -50,6 +50,7 @@ def hopper(document: Document, beside: Sequence[tuple[str, Document]] = (), abov
             _whence([name for name, _ in beside], above),
             *(_waterfall(name, found) for name, found in steps.items() if len(found) > 1),
             "<h3>Latency, milliseconds</h3>" + _boundaries(document["rows"]) + _latency(document["rows"]),
+            _rivals(document["rows"]),
             fold("stages, rates and floors", _ceilings(document) + _rates(document["rows"], document.get("ceilings"))),
             "<h3>Actions against float32</h3>" + _accuracy(document["accuracy"]),
             _rest(document),
@@ -114,7 +115,7 @@ def _latency(rows: Sequence[Document]) -> str:
         same = row.get("bit_identical")
         cells.append([
             f"({esc(row['setting'])}) {esc(row['engine'])}", esc(row["boundary"]), *times, str(row["calls"]),
-            f"{same['same']} / {same['of']}" if same else "-", marks(row) + _same_rounds(row),
+            f"{same['same']} / {same['of']}" if same else "-", marks(row),
         ])  # fmt: skip
     return table(
         ["setting, engine", "", "p50", "p95", "p99", "max", "calls", "same bits", "marks"], cells, text_columns=(8,)
@@ -132,13 +133,21 @@ def marks(row: Document) -> str:
     )
 
 
-def _same_rounds(row: Document) -> str:
-    """How much faster vivace's engines were, called in turn with this rival."""
-    ours = row.get("ours_in_the_same_rounds", {})
-    return "".join(
-        pill(f"{name}: {num(one['p50_ms'])} ms in the same rounds, {num(one['ratio'])} times faster", "plain")
-        for name, one in ours.items()
-    )
+def _rivals(rows: Sequence[Document]) -> str:
+    """How much faster vivace's engines were, called in turn with engines of others: by setting, then by boundary."""
+    timed = [row for row in rows if row.get("ours_in_the_same_rounds")]
+    named = list(dict.fromkeys(row["setting"] for row in rows))
+    cells = [
+        [
+            f"({esc(row['setting'])}) {esc(row['engine'])}", esc(row["boundary"]),
+            *(num(row["latency"][key], 4) for key in ("p50_ms", "p95_ms", "p99_ms")), str(row["calls"]),
+            esc(name), num(one["p50_ms"], 4), f"{num(one['ratio'])}x",
+        ]
+        for row in sorted(timed, key=lambda row: (named.index(row["setting"]), row["boundary"]))
+        for name, one in row["ours_in_the_same_rounds"].items()
+    ]  # fmt: skip
+    heads = ["setting, engine", "", "p50", "p95", "p99", "calls", "vivace, in the same rounds", "p50", "faster"]
+    return "<h3>Beside engines of others</h3>" + table(heads, cells, text_columns=(6,)) if cells else ""
 
 
 def _ceilings(document: Document) -> str:
