@@ -241,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--headline", default="fp8-all", help="the FP8 plan that gets all calls in every setting")
     made.add_argument("--phases", default=",".join(PHASES))
     made.add_argument("--seconds", type=float, default=Options.seconds, help="what would begin later is not run")
-    made.add_argument("--compile-mode", default=Options.compile_mode, choices=COMPILE_MODES, help="of the rival")
+    made.add_argument("--compile-mode", default=Options.compile_mode, choices=COMPILE_MODES, help="of torch.compile")
     made.add_argument("--commit", default=Options.commit, help="of the code, where this copy of it has no git")
     made.add_argument("--network", default="full", help="a size of make-checkpoint")
     made.add_argument("--device", default="cuda")

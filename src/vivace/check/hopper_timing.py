@@ -9,7 +9,7 @@ from ..precision.coverage import NEVER_RAN, fallbacks, grouped, summary
 from ..runtime.coverage import record
 from . import bench, hopper_client, hopper_estimate, hopper_proof, hopper_rows, hopper_served, targets
 from .hopper_engines import Engine, policy_of
-from .hopper_rows import Timed
+from .hopper_rows import Timed, answering, on_host, with_copies
 from .hopper_run import Run, guarded, name_of
 from .targets import Size
 
@@ -107,16 +107,15 @@ def _reuse(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.Sa
 def _host_rows(run: Run, size: Size, engines: list[Engine], samples: hopper_proof.Samples) -> None:
     """B1, B2 and B3 of the headline engines."""
     calls = run.options.host_calls
-    pinned = hopper_rows.on_host(samples.inputs[0], samples.noise[0, :1])
-    copied = [Timed(e, hopper_rows.with_copies(e, *pinned), calls) for e in engines]
-    for row in hopper_rows.time_rows(size, "B1", copied):
+    pinned = on_host(samples.inputs[0], samples.noise[0, :1])
+    for row in hopper_rows.time_rows(size, "B1", [Timed(e, with_copies(e, *pinned), calls) for e in engines]):
         said(run, row)
     if not size.prompt_tokens:
         run.remark(f"no B2 and B3 for {size.name}: policies refuse a prompt without tokens")
         return
     one = run.request(size)
     policies = [policy_of(engine, size, run.pipe(size), run.checkpoint) for engine in engines]
-    timed = [Timed(e, hopper_rows.answering(policy, one), calls) for e, policy in zip(engines, policies, strict=True)]
+    timed = [Timed(e, answering(policy, one), calls) for e, policy in zip(engines, policies, strict=True)]
     found = hopper_rows.time_rows(size, "B2", timed)
     replay = {
         row["engine"]: row["latency"]["p50_ms"]
