@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import msgpack
 import numpy as np
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from vivace.errors import ProtocolError
-from vivace.serving.protocol import pack, unpack
+from vivace.serving import protocol
+from vivace.serving.protocol import PiecePacker, pack, unpack
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +60,59 @@ def test_same_bytes_and_same_values_as_openpi(theirs: Any, value: Any) -> None:
     assert data == theirs.packb(value)
     ours = unpack(data)
     assert theirs.packb(ours) == pack(ours) == theirs.packb(theirs.unpackb(data))
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=values, long_bytes=st.sampled_from([1, 9, 33]))
+def test_pieces_are_the_same_bytes(value: Any, long_bytes: int) -> None:
+    with mock.patch.object(protocol, "LONG_BYTES", long_bytes):
+        assert b"".join(PiecePacker().pieces(value)) == pack(value)
+
+
+@pytest.mark.parametrize("size", [4095, 4096, 65_535, 65_536, 150_528])
+def test_pieces_of_long_arrays_are_not_copies(size: int) -> None:
+    long, turned = np.arange(size, dtype=np.uint8), np.zeros((90, 80), np.uint8).T
+    request = {"images": {"left": long, "turned": turned}, "list": [[long]], "same": long}
+    packer = PiecePacker()
+    for _ in range(2):
+        cut = packer.pieces(request)
+        assert b"".join(cut) == pack(request)
+        views = [piece for piece in cut if isinstance(piece, memoryview)]
+        assert len(views) == (3 if size >= protocol.LONG_BYTES else 0)
+        assert all(np.shares_memory(np.frombuffer(view, np.uint8), long) for view in views)
+
+
+def test_a_caller_whose_bytes_look_like_the_mark_is_understood() -> None:
+    packer = PiecePacker()
+    request = {"image": np.arange(5000), "odd": packer._token, "more": np.zeros(5000)}
+    assert b"".join(packer.pieces(request)) == pack(request)
+
+
+def test_memory_of_a_huge_message_is_given_back() -> None:
+    packer = PiecePacker()
+    before = packer._packer
+    for request, kept in (({"a": "x" * 10_000}, True), ({"a": np.zeros((3000, 3001), np.uint8).T}, False)):
+        assert b"".join(packer.pieces(request)) == pack(request)
+        assert (packer._packer is before) == kept
+    assert packer._long == []
+
+
+def test_arrays_of_ever_new_shapes_are_not_remembered_for_ever() -> None:
+    packer = PiecePacker()
+    for size in range(5000, 5000 + 3 * protocol.KEPT_LAYOUTS):
+        request = {"cloud": np.zeros(size, np.uint8)}
+        assert b"".join(packer.pieces(request)) == pack(request)
+        assert len(packer._layouts) <= protocol.KEPT_LAYOUTS
+
+
+def test_what_cannot_be_sent_is_refused_in_pieces_too() -> None:
+    endless: dict[str, Any] = {"a": np.zeros(5000)}
+    endless["b"] = endless
+    packer = PiecePacker()
+    for wrong in (endless, {"a": np.zeros(5000), "b": object()}, {"a": np.zeros(5000, np.complex64)}, {"\ud800": 1}):
+        with pytest.raises(ProtocolError, match="sent"):
+            packer.pieces(wrong)
+        assert b"".join(packer.pieces({"a": np.arange(3, dtype=np.float32)})) == GOLDEN_ARRAY
 
 
 def test_other_memory_orders_travel_in_c_order(theirs: Any) -> None:

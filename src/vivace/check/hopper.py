@@ -29,7 +29,7 @@ The file (kind "hopper") is written after every row, so what was measured surviv
 
 Rows carry targets[]: {what, got, rule, must, stretch, must_met, stretch_met}. `check.targets` says where they come from.
 `passed`: finished, no must is missed and nothing is in not_run but what is informational: what this program can never run,
-and openpi's client where it is not installed.
+openpi's client where it is not installed, and rivals that were not asked for, on which no mark hangs.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def rivals(run: Run) -> None:
         (COMPILED, "--rival-settings", o.rival_settings), (EAGER, "--plain-settings", o.plain_settings),
     ):  # fmt: skip
         for size in o.sizes[asked:]:
-            run.skip("rivals", f"{size.name} {name}", f"not asked for: {option} {asked}")
+            run.skip("rivals", f"{size.name} {name}", f"not asked for: {option} {asked}", informational=True)
     for size in o.sizes[: max(o.rival_settings, o.plain_settings)]:
         if "B2" not in in_process(size):
             run.remark(f"no B2 of rivals for {size.name}: policies refuse a prompt without tokens")

@@ -4,7 +4,7 @@
 ...     actions = client.infer({"observation/image": ..., "observation/state": ..., "prompt": "fold the towel"})["actions"]
 
 Any openpi client works with vivace's server. This one is faster by what a general websocket client does with half a
-megabyte of pictures: it packs and masks them into memory that it keeps, and no second thread has to wake for the answer.
+megabyte of pictures: it copies them once, into memory that it keeps, and no second thread has to wake for the answer.
 So nothing answers the server's pings between two requests: after some 40 s without one the server closes the connection,
 and the next request opens a new one. Connects directly, never through a proxy of the environment. Needs numpy, msgpack and
 websockets, no torch.
@@ -19,7 +19,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -31,10 +31,9 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
 from websockets.protocol import State
 from websockets.uri import parse_uri
-from websockets.utils import apply_mask
 
 from ..errors import ConfigError, ProtocolError, ServerError
-from .protocol import KEPT_BYTES, KeptPacker, unpack
+from .protocol import KEPT_BYTES, Piece, PiecePacker, unpack
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class PolicyClient:
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigError("api key cannot be used", wanted="printable ASCII", do="check where it was read from")
         self._address, self._api_key, self._answer_s = _address(host, port), api_key, answer_s
-        self._packer = KeptPacker()
+        self._packer = PiecePacker()
         self._metadata: dict[str, Any] = {}
         self._wire: _Wire | None = self._open(patience_s=connect_s)
 
@@ -93,15 +92,15 @@ class PolicyClient:
         Raises ProtocolError for what cannot be sent, ServerError with the server's words where it refused, and when it is
         gone or too late; the next call then opens a new connection.
         """
-        with self._packer.packed(dict(obs)) as message:
-            wire = self._connected()
-            try:
-                wire.send(message)
-                answer = wire.receive()
-            except BaseException:  # an answer that comes later would be taken for the next one's
-                self._wire = None
-                wire.cut()
-                raise
+        message = self._packer.pieces(dict(obs))
+        wire = self._connected()
+        try:
+            wire.send(message)
+            answer = wire.receive()
+        except BaseException:  # an answer that comes later would be taken for the next one's
+            self._wire = None
+            wire.cut()
+            raise
         if isinstance(answer, str):
             self.close()
             raise ServerError("the policy server refused the request", got=answer)
@@ -172,7 +171,7 @@ class _Wire:
     def __init__(self, address: str, *, api_key: str | None, answer_s: float) -> None:
         uri = parse_uri(address)
         self._address, self._answer_s = address, answer_s
-        self._memory = np.empty(0, np.uint8)  # of the last frame that was sent
+        self._memory = bytearray()  # of the last frame that was sent
         self._events: deque[Any] = deque()
         self._protocol = ClientProtocol(uri, max_size=None)
         self._socket = socket.create_connection((uri.host, uri.port), timeout=answer_s)
@@ -202,22 +201,23 @@ class _Wire:
             raise self._gone(None)
         raise ServerError("no policy server there", got=str(self._protocol.handshake_exc), wanted=self._address)
 
-    def send(self, message: memoryview) -> None:
-        """One binary frame, masked into memory that is kept, and sent at once: every piece would wake the server."""
-        key = secrets.token_bytes(4)
-        head = _head(len(message)) + key
-        begin, end, words = _PAYLOAD - len(head), _PAYLOAD + len(message), len(message) // 4
-        frame = self._memory if len(self._memory) >= end else np.empty(end, np.uint8)
-        self._memory = frame if end <= KEPT_BYTES else self._memory
-        frame[begin:_PAYLOAD] = np.frombuffer(head, np.uint8)
-        np.bitwise_xor(
-            np.frombuffer(message, "=u4", words), np.frombuffer(key, "=u4"),
-            out=frame[_PAYLOAD : _PAYLOAD + 4 * words].view("=u4"),
-        )  # fmt: skip
-        frame[_PAYLOAD + 4 * words : end] = np.frombuffer(apply_mask(message[4 * words :], key), np.uint8)
+    def send(self, message: Sequence[Piece]) -> None:
+        """One binary frame, masked in memory that is kept, and sent at once: every piece would wake the server."""
+        key, length = secrets.token_bytes(4), sum(len(piece) for piece in message)
+        needed = _PAYLOAD + length + 3  # whole words of four bytes
+        memory = self._memory if len(self._memory) >= needed else bytearray(needed)
+        self._memory = memory if needed <= KEPT_BYTES else self._memory
+        head = _head(length) + key
+        frame, begin, end = memoryview(memory), _PAYLOAD - len(head), _PAYLOAD
+        frame[begin:end] = head
+        for piece in message:
+            frame[end : end + len(piece)] = piece
+            end += len(piece)
+        words = np.frombuffer(memory, "=u4", (length + 3) // 4, _PAYLOAD)
+        np.bitwise_xor(words, np.frombuffer(key, "=u4"), out=words)
         self._socket.settimeout(self._answer_s)
         try:
-            self._socket.sendall(frame[begin:end].data)
+            self._socket.sendall(frame[begin:end])
         except OSError as error:
             self.alive()  # takes in the reason, if the server gave one
             raise self._gone(error) from error
