@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -592,7 +593,7 @@ def test_the_default_command_fits_its_time_and_few_calls_are_shorter():
     assert hopper_estimate.seconds(options, ["rows"])["rows"] < hopper_estimate.seconds(more, ["rows"])["rows"]
 
 
-def test_a_bug_of_the_benchmark_is_no_line_of_a_result(tmp_path):
+def test_a_bug_of_the_benchmark_is_no_line_of_a_result(tmp_path, monkeypatch):
     """Refusals, CUDA errors and processes that fail are written down; a mistyped name is not."""
     run = hopper_run.Run(
         options=tiny(tmp_path, "1,48,5"), config=CONFIG, device=CPU, checkpoint=None, network=None, tokenizer=None,
@@ -607,6 +608,12 @@ def test_a_bug_of_the_benchmark_is_no_line_of_a_result(tmp_path):
         with hopper_run.guarded(run, "rows", "x"):
             raise error
     assert len(run.document["not_run"]) == 4
+    clock = iter((0.0, 10.0, 14.0, 25.0))
+    monkeypatch.setattr(hopper_run, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with hopper_run.guarded(run, "rivals", "x"), hopper_run.guarded(run, "rivals", "x of x"):
+        pass
+    assert run.document["phase_seconds"]["rivals"] == 14.0, "the inner one is part of the outer one"
+    monkeypatch.undo()
     for bug in (NameError("x"), TypeError("x"), AttributeError("x"), KeyError("x")):
         with pytest.raises(type(bug)), hopper_run.guarded(run, "rows", "x"):
             raise bug

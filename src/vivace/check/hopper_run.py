@@ -98,6 +98,7 @@ class Run:
     rehearsed: set[tuple[str, Size]] = field(default_factory=set)
     truth: dict[str, Tensor] = field(default_factory=dict)
     plain: dict[str, Tensor] = field(default_factory=dict)
+    guards: int = 0
 
     @property
     def left_s(self) -> float:
@@ -218,12 +219,15 @@ compile, processes and files. Anything else is a bug of the benchmark itself and
 
 @contextmanager
 def guarded(run: Run, phase: str, what: str) -> Iterator[None]:
-    """A measurement that fails becomes a line of `not_run` and does not take the next with it."""
-    begin = time.perf_counter()
+    """A measurement that fails becomes a line of `not_run`, and the next one runs. One inside another is timed once."""
+    begin, outer = time.perf_counter(), not run.guards
+    run.guards += 1
     try:
         yield
     except FAILURES as error:
         run.skip(phase, what, f"{type(error).__name__}: {str(error)[:400]}")
     finally:
-        spent = run.document.setdefault("phase_seconds", {})
-        spent[phase] = round(spent.get(phase, 0.0) + time.perf_counter() - begin, 1)
+        run.guards -= 1
+        if outer:
+            spent = run.document.setdefault("phase_seconds", {})
+            spent[phase] = round(spent.get(phase, 0.0) + time.perf_counter() - begin, 1)
