@@ -136,7 +136,13 @@ def test_finer_input_scales(vivace, checkpoint, recorded, tmp_path, scale):
     plan = json.loads(path.read_text())
     assert [rule["input_scale"] for rule in plan["rules"]] == [scale]
     assert {len(steps) for steps in plan.get("step_amax", {}).values()} == ({2} if scale == "step" else set())
-    assert document["steps"]["scale"].startswith("one per step" if scale == "step" else "static")
+    assert document["steps"]["scale"] == {"row": "one per token", "step": "one per step"}[scale]
+    assert {row["input_scale"] for row in document["layers"]} == {scale}
+    assert f"this plan has one per {scale}" in " ".join(document["remarks"])
+    again = tmp_path / "again.json"
+    options = ("--data", recorded, "--preset", path, "--input-scale", "tensor", "-o", again, *STEPS)
+    assert vivace("calibrate", checkpoint, *options)[0] == 0
+    assert "input_scale" not in again.read_text()
     code, document, _ = check(vivace, checkpoint, path)
     assert code == 0
     assert {row["precision"] for row in document["coverage"] if row["layer"].startswith("expert.layers.")} >= {"e4m3"}

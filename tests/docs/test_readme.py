@@ -223,7 +223,8 @@ def test_figures_in_the_text_are_the_results_own():
         f"{warm['every_bucket_s']:.0f} s, {cold['first_action_s']:.0f} and {cold['every_bucket_s']:.0f} s without",
         f"takes {served(newer, 'B3')} ms more than `policy.infer` through vivace's own client (mark 1.5)",
         f"it took {served(before, 'B3')}, and through openpi's {served(before, 'B3 openpi')} (",
-        f"plain PyTorch {whole['eager']['latency']['p50_ms']:.1f} ms, torch.compile in a graph "
+        f"plain PyTorch about {whole['eager']['latency']['p50_ms']:.0f} ms "
+        f"(p99 {whole['eager']['latency']['p99_ms']:.0f}), torch.compile in a graph "
         f"{whole['compiled graph']['latency']['p50_ms']:.1f}, bfloat16 {beside['cuda_graph bf16']['p50_ms']:.1f}, "
         f"fp8-all {beside['cuda_graph fp8-all']['p50_ms']:.1f} (",
         f"actions {shown['B2']:.0f} ms after it asks in the same process, {shown['B3']:.1f} ms over a websocket",

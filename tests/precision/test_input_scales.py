@@ -16,16 +16,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from tiny import build, random_tensors, tiny_config
 
 from vivace.backends import base, eager
+from vivace.backends.loop import run_flow
 from vivace.backends.tensorrt import skeleton
 from vivace.check import hopper_rows
 from vivace.config import EngineConfig
 from vivace.errors import ConfigError, Unsupported
+from vivace.model import flow
 from vivace.ops import prefill_limits, reference
 from vivace.ops.layers import Fp8Linear, Linear, RowFp8Linear
 from vivace.precision import calibrate, fit, plan, quantize, sensitivity
 from vivace.precision.coverage import Coverage, fallbacks, rows
 from vivace.precision.plan import PrecisionPlan, Rule
-from vivace.types import ModelInputs
+from vivace.types import ModelInputs, PreviousChunk
 
 STEPS = 3
 DOWN = "expert.layers.0.mlp.down"
@@ -163,18 +165,13 @@ def test_a_percentile_bounds_every_step():
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_each_step_runs_under_its_own_scales(kind):
     """One step of the plan is that step of a plan whose only scale is this step's, bit by bit."""
-    chosen = measured(plan.preset("fp8-expert").with_input_scale("step"), kind)
-    # ranges of random networks hardly differ between steps: make them differ
-    factors = (1.0, 0.3, 0.6)
-    steps = {n: tuple(v * f for v, f in zip(row, factors, strict=True)) for n, row in chosen.step_amax.items()}
-    model, (inputs, noise) = quantised(replace(chosen, step_amax=steps), kind), observation(tiny_config(kind))
+    chosen = uneven_steps(kind)
+    model, (inputs, noise) = quantised(chosen, kind), observation(tiny_config(kind))
     embeds, mask = model.embed_prefix(inputs, model.embed_views(inputs.images))
     cache = model.prefill(embeds, mask, state=inputs.state)
     table, context = model.time_table(STEPS), model.suffix_context(cache, noise.shape[1])
     seen = []
-    for step in range(STEPS):
-        single = replace(plan.preset("fp8-expert"), amax={name: row[step] for name, row in steps.items()})
-        other = quantised(single, kind)
+    for step, other in enumerate(ones_for_each_step(chosen, kind)):
         wanted = other.denoise_step(noise, other.time_table(STEPS).at(step), cache, context)
         seen.append(model.denoise_step(noise, table.at(step), cache, context))
         assert torch.equal(seen[-1], wanted)
@@ -186,15 +183,67 @@ def test_each_step_runs_under_its_own_scales(kind):
 
 
 def test_the_end_of_a_step_hands_over_under_the_scale_of_the_next():
-    chosen = measured(plan.preset("fp8-expert").with_input_scale("step"))
-    factors = (1.0, 0.3, 0.6)
-    steps = {n: tuple(v * f for v, f in zip(row, factors, strict=True)) for n, row in chosen.step_amax.items()}
-    model, (inputs, noise) = quantised(replace(chosen, step_amax=steps)), observation(tiny_config("pi05"))
+    model, (inputs, noise) = quantised(uneven_steps()), observation(tiny_config("pi05"))
     cache, table = model.prefill(*model.embed_prefix(inputs, model.embed_views(inputs.images))), model.time_table(STEPS)
     context, x = model.suffix_context(cache, noise.shape[1]), noise
     for step in range(STEPS):
         x = torch.add(x, model.denoise_step(x, table.at(step), cache, context), alpha=-1.0 / STEPS)
     assert torch.equal(model.denoise_chunk(noise, table, cache, context), x)
+
+
+FACTORS = (1.0, 0.3, 0.6)
+
+
+def uneven_steps(kind="pi05"):
+    """A plan whose steps differ, which ranges of random networks hardly do."""
+    chosen = measured(plan.preset("fp8-expert").with_input_scale("step"), kind)
+    steps = {n: tuple(v * f for v, f in zip(row, FACTORS, strict=True)) for n, row in chosen.step_amax.items()}
+    return replace(chosen, step_amax=steps)
+
+
+def ones_for_each_step(chosen, kind="pi05"):
+    """Networks under one static scale each, that of a step."""
+    single = plan.preset("fp8-expert")
+    return [
+        quantised(replace(single, amax={name: row[step] for name, row in chosen.step_amax.items()}), kind)
+        for step in range(STEPS)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+@pytest.mark.parametrize("method", ["trained", "guided"])
+def test_each_step_runs_under_its_own_scales_beside_an_older_chunk(kind, method):
+    """Real-time chunking: the loop with the network of each step in its turn is what the plan is held against."""
+    chosen = uneven_steps(kind)
+    model, others = quantised(chosen, kind), ones_for_each_step(chosen, kind)
+    inputs, noise = observation(tiny_config(kind))
+    horizon = noise.shape[1]
+    weights = flow.prefix_weights("linear", delay=2, end=horizon - 1, horizon=horizon) if method == "guided" else None
+    previous = PreviousChunk(torch.full_like(noise, 0.3), 2, method, weights)
+    backend = eager.create(model, EngineConfig(num_denoise_steps=STEPS))
+    cache = backend.prefill(inputs)
+    turns = iter(range(STEPS))
+
+    def in_turn(x, condition, cache, context):
+        return others[next(turns)].denoise_step(x, replace(condition, step=None), cache, context)
+
+    wanted = run_flow(model, in_turn, model.time_table(STEPS), cache, noise, previous=previous, trace=None)
+    assert torch.equal(backend.denoise(cache, noise, previous=previous), wanted)
+    assert next(turns, None) is None, "every step ran"
+
+
+def test_a_backend_that_is_there_already_sees_what_was_exchanged():
+    """`precision.sensitivity` measures so: the score must be that of the plan that is written."""
+    chosen = uneven_steps()
+    wanted = answer(quantised(chosen))
+    config = tiny_config("pi05")
+    model = build(config, random_tensors(config))
+    backend = eager.create(model, EngineConfig(num_denoise_steps=STEPS))
+    inputs, noise = observation(config)
+    plain = backend.denoise(backend.prefill(inputs), noise)
+    with sensitivity.quantised(model, chosen, list(chosen.step_amax)):
+        assert torch.equal(backend.denoise(backend.prefill(inputs), noise), wanted)
+    assert torch.equal(backend.denoise(backend.prefill(inputs), noise), plain)
 
 
 @pytest.mark.parametrize("kind", ["row", "step"])
@@ -225,7 +274,8 @@ def test_a_plan_survives_its_file_and_an_old_one_keeps_its_digest(tmp_path):
     [
         ({"rules": [{"pattern": "prefix.*", "input_scale": "column"}]}, "'column' in the rule"),
         ({"rules": [{"pattern": "prefix.*", "format": "int8", "input_scale": "row"}]}, "row-wise scales in INT8"),
-        ({"step_amax": {DOWN: [1.0, 0.0]}}, "not positive"),
+        ({"step_amax": {DOWN: [1.0, 0.0]}, "amax": {DOWN: 1.0}}, "not positive"),
+        ({"step_amax": {DOWN: [1.0, 2.0]}, "amax": {DOWN: 1.5}}, "beyond the layer's"),
         ({"step_amax": {DOWN: []}}, "not positive"),
         ({"step_amax": {DOWN: 3.0}}, "not a precision plan"),
     ],
@@ -235,6 +285,25 @@ def test_damaged_plans_are_refused(tmp_path, change, match):
     (tmp_path / "plan.json").write_text(json.dumps(document))
     with pytest.raises(ConfigError, match=match):
         plan.read(tmp_path / "plan.json")
+
+
+def test_a_wish_replaces_the_one_before_where_rules_can_have_it():
+    both = PrecisionPlan("m", (Rule("vision.*", "int8"), Rule("prefix.*"), Rule("expert.layers.*")))
+    by_row = both.with_input_scale("row")
+    assert [rule.input_scale for rule in by_row.rules] == ["tensor", "row", "row"]
+    assert [rule.input_scale for rule in both.with_input_scale("step").rules] == ["tensor", "tensor", "step"]
+    assert by_row.with_input_scale("row").name == "m+row"
+    assert by_row.with_input_scale("tensor") == both
+
+
+@pytest.mark.parametrize("rule", [Rule(DOWN, "int8", input_scale="row"), Rule("prefix.*", input_scale="step")])
+def test_scales_that_a_layer_cannot_have_are_refused_when_they_are_applied(rule):
+    config = tiny_config("pi05")
+    model = build(config, random_tensors(config))
+    names = fit.all_layers(model)
+    steps = dict.fromkeys(names, (1.0, 1.0, 1.0))
+    with pytest.raises(ConfigError, match="cannot be applied"):
+        quantize.apply(model, PrecisionPlan("odd", (rule,), dict.fromkeys(names, 1.0), step_amax=steps))
 
 
 @pytest.mark.parametrize(("preset", "kind"), [("fp8-mlp", "step"), ("int8-mlp", "row"), ("bf16", "row")])
@@ -247,7 +316,7 @@ def test_steps_exist_in_the_expert_alone():
     config = tiny_config("pi05")
     names = fit.all_layers(build(config, random_tensors(config)))
     odd = PrecisionPlan("odd", (Rule("prefix.layers.*", input_scale="step"),))
-    with pytest.raises(ConfigError, match="no steps"):
+    with pytest.raises(ConfigError, match="cannot have"):
         fit.check_fit(odd, names, checkpoint_hash="")
     fit.check_fit(plan.preset("fp8-full").with_input_scale("row"), names, checkpoint_hash="")
     unknown = replace(
@@ -304,6 +373,15 @@ def test_backends_that_cannot_run_them_say_so():
 
     assert "per denoise step" in compiled.why_not_model(by_step)
     assert compiled.why_not_model(by_row) is None
+    inputs, noise = observation(by_row.config)
+    cache = eager.create(by_row, EngineConfig(num_denoise_steps=STEPS)).prefill(inputs)
+    context = by_row.suffix_context(cache, noise.shape[1])
+    step = torch.compile(by_row.denoise_step, fullgraph=True, dynamic=False, backend="eager")
+    with torch.no_grad():
+        condition = by_row.time_table(STEPS).at(1)
+        assert torch.equal(
+            step(noise, condition, cache, context), by_row.denoise_step(noise, condition, cache, context)
+        )
     assert compiled.why_not_model(static) is None
     assert base.BACKENDS["compiled"].judges_model
     assert base.why_not("eager", device="cpu", model=by_step) is None

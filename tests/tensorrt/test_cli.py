@@ -178,6 +178,18 @@ def test_fp8_for_a_target_without_fp8(rtx, vivace, checkpoint, plan, tmp_path):
     assert not list(tmp_path.glob("*.engine")), "vision was built before the plan was looked at"
 
 
+@pytest.mark.parametrize("weights", ["inputs", "baked"])
+def test_input_scales_that_no_engine_holds(rtx, vivace, checkpoint, recorded, tmp_path, weights):
+    plan = tmp_path / "rows.json"
+    options = ("--data", recorded, "--preset", "fp8-mlp", "--input-scale", "row", "--steps", 2, "-o", plan)
+    assert vivace("calibrate", checkpoint, *options)[0] == 0
+    options = ("--target", "sm120", "--weights", weights, "--base", "fp16", "--engines", tmp_path)
+    code, _, text = vivace("build", checkpoint, "--precision", plan, *options)
+    assert code == 2
+    assert "one static input scale per tensor; got fp8-mlp+row with row" in " ".join(text.split())
+    assert not list(tmp_path.glob("*.engine"))
+
+
 def test_a_narrow_base_of_a_float32_model_is_refused(rtx, vivace, checkpoint, tmp_path):
     options = ("--target", "sm89", "--parts", "step", "--base", "fp16", "--engines", tmp_path)
     code, _, text = vivace("build", checkpoint, "--precision", "float32", *options)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 from ..check import environment, observations
 from ..check.metrics import cosine, rel_l2
 from ..check.results import result, write_text
 from ..errors import ConfigError
+from .calibrate_tables import show
 from .output import FAILED, OK, console, emit, refuse_output
 from .policy_args import PolicyArgs, load, require
 
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     from ..runtime.policy import Policy
 
 FEW = 16
-SHOWN = 24
 HELD_OUT = 4  # every fourth observation
+SCALES = {"tensor": "static: the largest step decides", "row": "one per token", "step": "one per step"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Args:
     """Write the plan here, for --precision of check, bench and serve."""
     preset: str = "fp8-mlp"
     """fp8-mlp, fp8-full, fp8-prefix+vision, fp8-expert, fp8-all, int8-mlp, int8-full, or a plan file to take rules of."""
-    input_scale: Literal["tensor", "row", "step"] = "tensor"
+    input_scale: Literal["tensor", "row", "step"] | None = None
     """Scales of what layers read: one for all, one per token (found while running), or one per denoise step (expert)."""
     base: Literal["bfloat16", "bfloat16+vision"] = "bfloat16"
     """What the model is loaded in first; a LeRobot checkpoint needs bfloat16+vision to run on the GPU kernels."""
@@ -114,7 +113,10 @@ def run(args: Args) -> int:
         "engine": found.engine,
         "observations": {"source": found.data.source, "count": len(found.data.used), "hash": found.data.digest},
         "plan": {**asdict(plan), "hash": plan.digest},
-        "layers": [{**asdict(row), "step_spread": row.step_spread} for row in _quantised(found)],
+        "layers": [
+            {**asdict(row), "step_spread": row.step_spread, "input_scale": found.plan.input_scale_of(row.layer)}
+            for row in _quantised(found)
+        ],
         "steps": _steps(found),
         "remarks": _remarks(found, passed=passed),
     }
@@ -126,7 +128,7 @@ def run(args: Args) -> int:
             "held_out": judged, "held_out_observations": len(found.data.held_out),
             "left_out": mixed.left_out,
         }  # fmt: skip
-    _show(found, rows, body)
+    show(found.plan.name, _quantised(found), rows, body)
     emit(result("calibrate", body, environment=environment.collect()))
     if args.output is not None and passed:
         write_text(args.output, plan.to_json() + "\n")
@@ -262,14 +264,14 @@ def _percentile(text: str) -> float | None:
     return value
 
 
-def _base(text: str, input_scale: InputScale) -> PrecisionPlan:
+def _base(text: str, input_scale: InputScale | None) -> PrecisionPlan:
     from ..precision import plan
 
     path = Path(text)
     base = plan.read(path) if path.is_file() else plan.preset(text)
     if not base.rules:
         raise ConfigError("this plan has nothing to calibrate", got=repr(text), wanted="a plan with FP8 or INT8 layers")
-    base = base.with_input_scale(input_scale) if input_scale != "tensor" else base
+    base = base.with_input_scale(input_scale) if input_scale is not None else base
     return replace(base, amax={}, step_amax={}, checkpoint_hash="", data="", data_hash="", method="")
 
 
@@ -337,7 +339,7 @@ def _steps(found: Measured) -> dict[str, Any]:
         return {}
     return {
         "layer": widest.layer, "largest_over_smallest": widest.step_spread, "amax": widest.steps,
-        "scale": "one per step" if found.plan.step_amax else "static: the largest step decides",
+        "scale": SCALES[found.plan.input_scale_of(widest.layer)],
     }  # fmt: skip
 
 
@@ -354,44 +356,12 @@ def _remarks(found: Measured, *, passed: bool) -> list[str]:
         remarks.append(f"ranges of the expert differ by up to {spread} between denoise steps ({steps['layer']})")
     if found.plan.method == "amax" and "int8" in found.plan.formats(found.plan.amax).values():
         remarks.append("INT8 has equal steps: one large value costs all others; compare with --percentile 99.99")
+    kinds = {found.plan.input_scale_of(row.layer) for row in _quantised(found)} - {"tensor"}
+    if kinds:
+        what = " and ".join(sorted(kinds))
+        remarks.append(
+            f"counts of values saturated and flushed are those of one static scale; this plan has one per {what}"
+        )
     if not passed:
         remarks.append("the plan misses its bound on the observations held out: not written")
     return remarks
-
-
-def _show(found: Measured, rows: Sequence[Alone], body: Mapping[str, Any]) -> None:
-    quantised = sorted(_quantised(found), key=lambda row: (-row.saturated / row.values, -row.flushed / row.values))
-    shown = f"{min(SHOWN, len(quantised))} of {len(quantised)} layers, most saturated first"
-    table = Table(title=escape(f"{found.plan.name}, {found.data.source}"), caption=shown)
-    for head in ("layer", "largest |x|", "range", "saturated", "flushed to 0", "steps max/min"):
-        table.add_column(head, justify="left" if head == "layer" else "right", no_wrap=True)
-    for row in quantised[:SHOWN]:
-        spread = f"{row.step_spread:.2f}" if row.steps else ""
-        parts = f"{row.saturated / row.values:.2e}", f"{row.flushed / row.values:.2e}"
-        table.add_row(row.layer, f"{row.amax:.4g}", f"{row.chosen:.4g}", *parts, spread)
-    console.print(table)
-    if rows:
-        _show_alone(rows)
-    if "mixed" in body:
-        mixed, held = body["mixed"], body["mixed"]["held_out"]
-        left_out = ", ".join(row.layer for row in mixed["left_out"]) or "nothing"
-        console.print(
-            f"{mixed['flops_share']:.1%} of the FLOPs of {escape(found.plan.name)} run in 8 bits; "
-            f"action error {held.rel_l2:.2e}, cosine {held.cosine:.6f} "
-            f"on {mixed['held_out_observations']} held-out observations (bound {mixed['max_action_error']:g}); "
-            f"left out: {left_out}",
-            highlight=False,
-        )
-    for remark in body["remarks"]:
-        console.print(escape(remark), style="yellow", highlight=False)
-
-
-def _show_alone(rows: Sequence[Alone]) -> None:
-    table = Table(title="each layer alone in 8 bits: error of the actions", caption=f"worst first, {len(rows)} layers")
-    for head in ("layer", "relative L2", "cosine", "share of 8-bit FLOPs"):
-        table.add_column(head, justify="left" if head == "layer" else "right", no_wrap=True)
-    total = sum(row.flops for row in rows) or 1.0
-    for row in rows[:SHOWN]:
-        cells = f"{row.score.rel_l2:.2e}", f"{row.score.cosine:.7f}", f"{row.flops / total:.2%}"
-        table.add_row(row.layer, *cells)
-    console.print(table)

@@ -15,7 +15,7 @@ q, k, v and gate, up are single matrices.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -252,12 +252,7 @@ class Pi(nn.Module):
 
         Raises ConfigError if layers have input scales for another number of steps.
         """
-        config, E, scaled = self.config, self.config.expert.width, self.expert.scaled_steps()
-        if scaled not in (0, num_steps):
-            raise ConfigError(
-                "the precision plan has input scales for another number of denoise steps", got=num_steps, wanted=scaled,
-                do="use that number, or calibrate again",
-            )  # fmt: skip
+        config, E, scaled = self.config, self.config.expert.width, self.has_step_scales(num_steps)
         times = flow.time_grid(num_steps, config.time_grid)
         dtype = torch.float64 if config.time_embedding == "float64" else torch.float32
         embedded = flow.time_embedding(
@@ -270,12 +265,25 @@ class Pi(nn.Module):
         if config.kind == "pi0":
             layer = self.action_time_in
             bias = functional.linear(embedded.to(layer.weight.dtype), layer.weight[:, E:], layer.bias)
-            return TimeTable(tuple(times), None, bias, scaled > 0)
+            return TimeTable(tuple(times), None, bias, scaled)
         ops = self.ops
         hidden = functional.silu(ops.linear(embedded.to(self.time_in.weight.dtype), self.time_in))
         condition = functional.silu(ops.linear(hidden, self.time_out))
         packed = ops.linear(condition.to(self.expert.modulation.weight.dtype), self.expert.modulation)
-        return TimeTable(tuple(times), packed.float().unflatten(-1, (-1, 3 * E)), None, scaled > 0)
+        return TimeTable(tuple(times), packed.float().unflatten(-1, (-1, 3 * E)), None, scaled)
+
+    def has_step_scales(self, num_steps: int) -> bool:
+        """Whether layers of the expert have input scales of their own in each of `num_steps` steps.
+
+        Raises ConfigError if they have them for another number of steps.
+        """
+        scaled = self.expert.scaled_steps()
+        if scaled not in (0, num_steps):
+            raise ConfigError(
+                "the precision plan has input scales for another number of denoise steps", got=num_steps, wanted=scaled,
+                do="use that number, or calibrate again",
+            )  # fmt: skip
+        return scaled > 0
 
     def suffix_context(self, cache: PrefixCache, suffix: int, *, tables: RopeTables | None = None) -> SuffixContext:
         """Positions and visible keys of `suffix` tokens that follow the cache; tables from `rope_tables`."""
@@ -350,8 +358,8 @@ class Pi(nn.Module):
     ) -> Tensor:
         """All blocks of the expert; returns the final norm, as `action_out` takes it."""
         stack = self.expert
-        for index in range(stack.config.layers):
-            block = stack.block_at(index, condition.step)
+        blocks = [stack.block_at(index, condition.step) for index in range(stack.config.layers)]
+        for index, block in enumerate(blocks):
             if context.await_keys is not None:
                 context.await_keys(index)
             q, k, v = self.ops.qkv_rope(n, block.qkv, context.rope, stack.heads)
@@ -359,16 +367,18 @@ class Pi(nn.Module):
             tokens, n = transformer.finish(
                 block, tokens, mixed, self.ops,
                 modulations=(condition.of(2 * index), condition.of(2 * index + 1)),
-                following=self._after(index, condition),
+                following=self._after(index, blocks, condition),
             )  # fmt: skip
         return n
 
-    def _after(self, index: int, condition: StepCondition) -> tuple[RmsNorm, Tensor | None, AnyLinear]:
+    def _after(
+        self, index: int, blocks: Sequence[transformer.GemmaBlock | transformer.StepBlock], condition: StepCondition
+    ) -> tuple[RmsNorm, Tensor | None, AnyLinear]:
         """The norm behind expert block `index`, its modulation and its reader: the next block's first, or the final one."""
         modulation = condition.of(2 * index + 2)
         if index + 1 == self.expert.config.layers:
             return self.expert.norm, modulation, self.action_out
-        block = self.expert.block_at(index + 1, condition.step)
+        block = blocks[index + 1]
         return block.norm1, modulation, block.qkv
 
 

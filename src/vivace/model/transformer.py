@@ -81,7 +81,10 @@ class GemmaStack(nn.Module):
         """Of how many denoise steps layers here have own input scales; 0: of none. Raises ConfigError if they disagree."""
         counts = {layer.steps for layer in self.modules() if isinstance(layer, QuantisedLinear)} - {0}
         if len(counts) > 1:
-            raise ConfigError("layers have input scales of different numbers of steps", got=sorted(counts))
+            raise ConfigError(
+                "layers have input scales of different numbers of steps", got=sorted(counts), wanted="one number",
+                do="calibrate again",
+            )  # fmt: skip
         return counts.pop() if counts else 0
 
     @property

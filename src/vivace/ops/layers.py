@@ -6,6 +6,7 @@ A precision plan swaps a `Linear` for another holder with the same `name`; the o
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar, Self, final
 
 import torch
@@ -79,10 +80,9 @@ class QuantisedLinear(nn.Module):
         """The same layer as denoise step `step` uses it: the same memory, that step's input scale."""
         if self.step_scales is None:
             return self
-        used = type(self)(
-            self.name, self.weight, weight_scale=self.weight_scale, input_scale=self.step_scales[step, :1],
-            bias=self.bias, dtype=self.dtype,
-        )  # fmt: skip
+        used = copy.copy(self)  # the same parameters, one of them exchanged: a tenth of the time of a new module
+        own = nn.Parameter(self.step_scales[step, :1], requires_grad=False)
+        used._parameters = {**self._parameters, "input_scale": own, "step_scales": None}
         used.of_step = step
         return used
 

@@ -18,7 +18,6 @@ from .plan import PRESETS, PrecisionPlan
 
 # Everything else (patches, time, actions, state, modulation) is small and feeds sums that rounding would spoil.
 QUANTISABLE = re.compile(r"(prefix|expert|vision)\.layers\.\d+\.(attn|mlp)\.|projector$")
-PER_STEP = re.compile(r"expert\.layers\.")
 CALIBRATE = "run `vivace calibrate CHECKPOINT --data RECORDED --preset {} -o plan.json`, then `--precision plan.json`"
 
 
@@ -48,10 +47,10 @@ def check_fit(plan: PrecisionPlan, names: Iterable[str], *, checkpoint_hash: str
             f"the precision plan {plan.name!r} quantises layers that run in floating point only",
             got=", ".join(wrong[:4]), wanted="prefix, expert and vision layers, projector", do="narrow its patterns",
         )  # fmt: skip
-    if homeless := [name for name in chosen if plan.input_scale_of(name) == "step" and not PER_STEP.match(name)]:
+    if wrong := [problem for name in chosen if (problem := plan.scale_problem(name))]:
         raise ConfigError(
-            f"the precision plan {plan.name!r} wants scales per denoise step where there are no steps",
-            got=", ".join(homeless[:4]), wanted="expert.layers", do="narrow its patterns",
+            f"the precision plan {plan.name!r} asks for input scales that layers cannot have", got=", ".join(wrong[:4]),
+            wanted="row-wise in E4M3, per step in expert.layers", do="correct its rules",
         )  # fmt: skip
     if missing := plan.without_range(chosen):
         raise ConfigError(

@@ -24,6 +24,8 @@ Format = Literal["keep", "e4m3", "int8"]
 Base = Literal["bfloat16", "bfloat16+vision"]
 WeightScale = Literal["tensor", "channel"]
 InputScale = Literal["tensor", "row", "step"]
+PER_STEP = "expert.layers."
+"""How names of layers begin that run once per denoise step."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,15 @@ class PrecisionPlan:
         rule = self.rule(layer)
         return "tensor" if rule is None else rule.input_scale
 
+    def scale_problem(self, layer: str) -> str | None:
+        """Why `layer` cannot have the input scales that its rule asks for, or None."""
+        rule = self.rule(layer)
+        if rule is None or rule.format == "keep" or rule.input_scale == "tensor":
+            return None
+        if rule.input_scale == "row":
+            return f"{layer} in INT8 with row-wise scales" if rule.format != "e4m3" else None
+        return None if layer.startswith(PER_STEP) else f"{layer} with scales per denoise step"
+
     def quantises(self, layer: str) -> bool:
         """Whether `layer` runs in another format than the one that it was loaded in."""
         return self.format_of(layer) != "keep"
@@ -105,22 +116,24 @@ class PrecisionPlan:
         return json.dumps({"version": 1, **document}, indent=1, sort_keys=True)
 
     def with_input_scale(self, kind: InputScale) -> PrecisionPlan:
-        """The same rules with these input scales; "step" for rules of the expert alone, as nothing else has steps.
+        """The same rules with these input scales where they can have them: "row" E4M3 alone, "step" the expert's alone.
 
         Raises ConfigError if no rule can have them.
         """
 
-        def changed(rule: Rule) -> bool:
-            of_expert = rule.pattern.startswith("expert.") or kind != "step"
-            return rule.format != "keep" and of_expert
+        def can(rule: Rule) -> bool:
+            if kind == "row":
+                return rule.format == "e4m3"
+            return rule.format != "keep" and (kind == "tensor" or rule.pattern.startswith(PER_STEP))
 
-        rules = tuple(replace(rule, input_scale=kind) if changed(rule) else rule for rule in self.rules)
-        if not any(changed(rule) for rule in self.rules) or rules_problem(rules, {}):
+        if not any(can(rule) for rule in self.rules):
             raise ConfigError(
                 f"no rule of {self.name!r} can have {kind!r} input scales", got=[rule.pattern for rule in self.rules],
-                wanted="row: E4M3 layers; step: rules for expert.layers", do="choose another --preset, or tensor",
+                wanted="row: E4M3 layers; step: patterns that begin with expert.layers.", do="choose another --preset",
             )  # fmt: skip
-        return replace(self, name=f"{self.name}+{kind}" if kind != "tensor" else self.name, rules=rules)
+        rules = tuple(replace(rule, input_scale=kind) if can(rule) else rule for rule in self.rules)
+        name = self.name.removesuffix("+row").removesuffix("+step")
+        return replace(self, name=name if kind == "tensor" else f"{name}+{kind}", rules=rules)
 
     @property
     def digest(self) -> str:
@@ -175,7 +188,10 @@ def rules_problem(
     wrong = [f"{name}: {value!r}" for name, value in amax.items() if not _positive(value)]
     steps = (step_amax or {}).items()
     wrong += [f"{name}: {value!r}" for name, value in steps if not (value and all(_positive(one) for one in value))]
-    return f"ranges that are not positive numbers: {', '.join(wrong[:4])}" if wrong else None
+    wrong += [
+        f"{name}: {max(value)!r} in one step" for name, value in steps if value and max(value) > amax.get(name, 0.0)
+    ]
+    return f"ranges that are not positive numbers, or beyond the layer's: {', '.join(wrong[:4])}" if wrong else None
 
 
 def _text(value: object) -> bool:

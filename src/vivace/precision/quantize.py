@@ -72,9 +72,11 @@ def quantise_layer(
 def planned_layer(
     layer: Linear, plan: PrecisionPlan, *, keep: Callable[[Tensor], Tensor] = lambda weight: weight
 ) -> QuantisedLinear:
-    """The holder of a layer that `plan` quantises, as its rule says."""
+    """The holder of a layer that `plan` quantises, as its rule says. Raises ConfigError for scales that it cannot have."""
     rule = plan.rule(layer.name)
     assert rule is not None, f"{layer.name} is not in the plan {plan.name}"
+    if problem := plan.scale_problem(layer.name):
+        raise ConfigError(f"the precision plan {plan.name!r} cannot be applied", got=problem, do="correct its rules")
     return quantise_layer(
         layer, amax=None if rule.input_scale == "row" else plan.amax[layer.name], format=rule.format,
         granularity=rule.weight_scale, keep=keep,

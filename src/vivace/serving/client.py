@@ -92,8 +92,8 @@ class PolicyClient:
         Raises ProtocolError for what cannot be sent, ServerError with the server's words where it refused, and when it is
         gone or too late; the next call then opens a new connection.
         """
+        wire = self._connected()  # first: what is sent is read from the arrays at one time, not before and after a wait
         message = self._packer.pieces(dict(obs))
-        wire = self._connected()
         try:
             wire.send(message)
             answer = wire.receive()
