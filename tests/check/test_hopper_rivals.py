@@ -33,6 +33,24 @@ def rivals(folder, *given, phases=("rivals",)):
     return hopper.run(options(folder, *given), phases=phases, size="tiny", device="cpu", tell=lambda _: None)
 
 
+@pytest.fixture
+def untimed(monkeypatch):
+    """Every call is said to take 1 ms, for tests of what is begun at all."""
+
+    def time_rows(size, boundary, timed, **_):
+        return [
+            {
+                "setting": size.name, "engine": one.engine.name, "precision": one.engine.precision, "boundary": boundary,
+                "latency": bench.summary([1.0] * one.calls), "clock": "none", "targets": [],
+            }
+            for one in timed
+        ]  # fmt: skip
+
+    monkeypatch.setattr(hopper_rows, "time_rows", time_rows)
+    monkeypatch.setattr(hopper_rows, "stage_ms", lambda *_, **__: {})
+    monkeypatch.setattr(hopper_rows, "parts_ms", lambda *_, **__: {})
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """(the document, [(boundary, rows of everything that was called in turn)])"""
@@ -95,14 +113,14 @@ def test_a_setting_without_prompt_tokens_has_no_b2_and_says_so(measured):
     assert document["passed"]
 
 
-def test_where_the_headline_plan_is_not_measured_another_engine_of_ours_stands_beside_plain_pytorch(tmp_path):
+def test_where_the_headline_plan_is_not_measured_another_engine_of_ours_stands_beside_plain_pytorch(untimed, tmp_path):
     document = rivals(tmp_path, "1,48,5", "bf16", "--rival-settings", "0")
     assert [(row["boundary"], [*row["ours_in_the_same_rounds"]]) for row in document["rows"]] == [
         ("B0", [BF16]), ("B1", [BF16]), ("B2", [BF16]),
     ]  # fmt: skip
 
 
-def test_settings_without_a_rival_and_the_ratio_that_cannot_run_are_named(tmp_path, monkeypatch):
+def test_settings_without_a_rival_and_the_ratio_that_cannot_run_are_named(untimed, tmp_path, monkeypatch):
     made, real = [], hopper_rivals.make
     monkeypatch.setattr(
         hopper_rivals, "make", lambda name, *a, **how: made.append((name, how)) or real(name, *a, **how)
@@ -112,7 +130,7 @@ def test_settings_without_a_rival_and_the_ratio_that_cannot_run_are_named(tmp_pa
     assert made == [(COMPILED, {"compile_mode": "max-autotune-no-cudagraphs"})]
     ratio, *absent = document["not_run"]
     assert ratio["informational"]
-    assert "realtime-vla" in ratio["why"]
+    assert "--realtime-vla" in ratio["why"]
     assert "at least 2.2" in ratio["what"]
     assert [(row["what"], row["why"], row["informational"]) for row in absent] == [
         ("2,0,6 compiled graph", "not asked for: --rival-settings 1", True),
@@ -124,7 +142,7 @@ def test_settings_without_a_rival_and_the_ratio_that_cannot_run_are_named(tmp_pa
 
 
 @pytest.mark.parametrize("boundaries", [3, 2, 1, 0])
-def test_a_time_limit_cuts_b2_of_plain_pytorch_first_then_its_b1(tmp_path, monkeypatch, boundaries):
+def test_a_time_limit_cuts_b2_of_plain_pytorch_first_then_its_b1(untimed, tmp_path, monkeypatch, boundaries):
     """Time for torch.compile and so many boundaries; each of plain PyTorch takes what is estimated."""
     one_s = hopper_estimate.plain_s(options(tmp_path), "B2")
 
@@ -143,7 +161,7 @@ def test_a_time_limit_cuts_b2_of_plain_pytorch_first_then_its_b1(tmp_path, monke
     assert document["passed"] == (boundaries == 3)
 
 
-def test_each_boundary_of_torch_compile_waits_for_its_time(tmp_path, monkeypatch):
+def test_each_boundary_of_torch_compile_waits_for_its_time(untimed, tmp_path, monkeypatch):
     """And a boundary that is not begun is a line of its own."""
     needs = {boundary: hopper_estimate.rival_s(options(tmp_path), boundary) for boundary in ("B0", "B1", "B2")}
     monkeypatch.setattr(hopper_run.Run, "left_s", property(lambda run: needs["B0"] - 1.0))
@@ -157,7 +175,7 @@ def test_each_boundary_of_torch_compile_waits_for_its_time(tmp_path, monkeypatch
     assert "1,48,50 compiled graph B2" in [row["what"] for row in document["not_run"]]
 
 
-def test_plain_pytorch_leaves_later_phases_their_time(tmp_path, monkeypatch):
+def test_plain_pytorch_leaves_later_phases_their_time(untimed, tmp_path, monkeypatch):
     """What it takes is there, but not beside the proof that comes behind it."""
     later_s = hopper_estimate.seconds(options(tmp_path), ["proof"])["proof"]
     needs_s = hopper_estimate.plain_s(options(tmp_path), "B0")
@@ -170,7 +188,7 @@ def test_plain_pytorch_leaves_later_phases_their_time(tmp_path, monkeypatch):
     assert [row["boundary"] for row in rivals(tmp_path, *more)["rows"]] == ["B0", "B1", "B2"], "nothing comes behind it"
 
 
-def test_a_boundary_that_fails_is_a_line_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_boundary_that_fails_is_a_line_and_the_others_go_on(untimed, tmp_path, monkeypatch):
     real = hopper_rows.with_copies
 
     def broken(engine, *given):

@@ -11,7 +11,8 @@ The file (kind "hopper") is written after every row, so what was measured surviv
                 bit_identical {same, of, output_poisoned}; at B0 also launches {exposed, of}, stages_ms and rates per
                 stage {tflop, gb, fp8_share, tflop_s, gb_s, floor_ms, of_floor}; at B2 parts_ms, what the policy says
                 of its own parts; at B3 and B3 openpi server_p50_ms, its `policy.infer`, and added_ms, B3 - B2
-                rivals ("compiled graph", and "eager": plain PyTorch) at B0, B1 and B2, without rates and marks:
+                rivals ("compiled graph", and "eager": plain PyTorch) at B0, B1 and B2, without rates and marks;
+                "realtime-vla", if a clone of it is named, at B0, with a mark for the headline plan's ratio:
                 ours_in_the_same_rounds {engine: {p50_ms, ratio}}, ratio = the rival's p50 over ours; compile_mode
     accuracy[]  setting, engine, precision, observations, noise_draws, cosine_mean, cosine_worst, rel_l2, rel_l2_worst,
                 plain_bfloat16 {the same four of plain PyTorch in bfloat16}, infer_is_two_calls {same, of}: infer, infer
@@ -241,6 +242,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--headline", default="fp8-all", help="the FP8 plan that gets all calls in every setting")
     made.add_argument("--phases", default=",".join(PHASES))
     made.add_argument("--seconds", type=float, default=Options.seconds, help="what would begin later is not run")
+    made.add_argument("--realtime-vla", type=Path, help="a clone of that project, whose code is then run beside ours")
     made.add_argument("--compile-mode", default=Options.compile_mode, choices=COMPILE_MODES, help="of torch.compile")
     made.add_argument("--commit", default=Options.commit, help="of the code, where this copy of it has no git")
     made.add_argument("--network", default="full", help="a size of make-checkpoint")
@@ -259,6 +261,7 @@ def options_of(given: argparse.Namespace) -> Options:
         plans=tuple(name for name in named if name in plans.PRESETS),
         plan_files=tuple(Path(name) for name in named if name not in plans.PRESETS), headline=given.headline,
         seconds=given.seconds, commit=given.commit, compile_mode=given.compile_mode,
+        realtime_vla=given.realtime_vla,
         **{name: getattr(given, name) for name in NUMBERS},
     )  # fmt: skip
 

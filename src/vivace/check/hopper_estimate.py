@@ -20,6 +20,8 @@ SERVED_S = 0.0025
 """What a websocket adds at B3."""
 RIVAL_S = 0.0215
 """One call of torch.compile's graph, in the largest setting."""
+REALTIME_VLA_S = 0.025
+"""One call of realtime-vla in the largest setting (the founding report's 25.1 ms on an H100)."""
 PLAIN_S = 0.2
 """One call of plain PyTorch: its mean, which is above its median of 185 ms."""
 WAYS = 3
@@ -50,7 +52,8 @@ def seconds(options: Options, phases: Sequence[str]) -> dict[str, float]:
         "accuracy": per_observation * (
             settings * head * o.observations + few_settings * few * min(o.few_observations, o.observations)
         ),
-        "rivals": sum(rival_s(o, boundary) for size in o.sizes[: o.rival_settings] for boundary in in_process(size))
+        "rivals": (0.0 if o.realtime_vla is None else settings * realtime_vla_s(o))
+        + sum(rival_s(o, boundary) for size in o.sizes[: o.rival_settings] for boundary in in_process(size))
         + sum(plain_s(o, boundary) for size in o.sizes[: o.plain_settings] for boundary in in_process(size)),
         "soak": o.soak_calls * (CALL_S + SPIN_S),
         "proof": FIXED_S["proof"] * settings * head,
@@ -70,6 +73,12 @@ def rival_s(options: Options, boundary: str) -> float:
     """torch.compile and our headline engines in the same rounds, in one setting; at B0 with compiling and accuracy."""
     fixed = FIXED_S["rival"] if boundary == "B0" else 0.0
     return fixed + options.rival_calls * _round_s(RIVAL_S, headlines(options), boundary)
+
+
+def realtime_vla_s(options: Options) -> float:
+    """realtime-vla and our headline engines in the same rounds, in one setting, with its weights, kernels and accuracy."""
+    accuracy = options.observations * options.draws * REALTIME_VLA_S
+    return FIXED_S["rival"] + accuracy + options.rival_calls * _round_s(REALTIME_VLA_S, headlines(options), "B0")
 
 
 def plain_s(options: Options, boundary: str) -> float:

@@ -41,6 +41,7 @@ class Options:
     reuse_calls              replays of the denoise stage alone
     rival_calls, rival_settings, compile_mode  torch.compile, at B0, B1 and B2 each, in the first settings
     plain_calls, plain_settings                plain PyTorch, the same
+    realtime_vla             folder with that engine's files, to be timed at B0 in every setting; None: it is not run
     seconds                  what would not fit into this is not begun, and the result says so
     commit                   of the code, for results of a copy that has no git
     """
@@ -60,6 +61,7 @@ class Options:
     rival_settings: int = 1
     plain_calls: int = 1000
     plain_settings: int = 1
+    realtime_vla: Path | None = None
     compile_mode: str = "default"
     soak_calls: int = 10000
     observations: int = 64

@@ -60,8 +60,8 @@ LATENCY_MS: dict[tuple[str, Family], tuple[float, float]] = {
 RIVAL_RATIO: dict[str, tuple[float, float]] = {
     "3,200,50": (2.3, 3.0), "3,16,50": (2.3, 2.9), "2,0,63": (2.2, 2.8), "2,48,10": (2.6, 3.5), "1,48,50": (2.2, 3.0),
 }  # fmt: skip
-"""FP8 against realtime-vla (a public engine, bfloat16) in the same run, p50 at B0: (must, stretch). Not judged: that engine
-is no part of this project, so every result lists it among `not_run`."""
+"""FP8 against realtime-vla (a public engine, bfloat16) in the same rounds, p50 at B0: (must, stretch). That engine is no
+part of this project: a result without it lists these among `not_run`, see `hopper_realtime_vla`."""
 REUSE_MS: dict[Family, tuple[float, float]] = {"bfloat16": (6.5, 5.0), "fp8": (5.5, 4.0)}
 """A frame that reuses the prefix, chunk 50: the graph of the denoise stage alone."""
 HOST_MS = 1.0

@@ -113,10 +113,7 @@ def run(args: Args) -> int:
         "engine": found.engine,
         "observations": {"source": found.data.source, "count": len(found.data.used), "hash": found.data.digest},
         "plan": {**asdict(plan), "hash": plan.digest},
-        "layers": [
-            {**asdict(row), "step_spread": row.step_spread, "input_scale": found.plan.input_scale_of(row.layer)}
-            for row in _quantised(found)
-        ],
+        "layers": _layers(found),
         "steps": _steps(found),
         "remarks": _remarks(found, passed=passed),
     }
@@ -329,6 +326,14 @@ def _spread(requests: Sequence[Any], count: int) -> Sequence[Any]:
 
 def _quantised(found: Measured) -> list[LayerRange]:
     return [row for name, row in found.ranges.items() if name in found.plan.amax]
+
+
+def _layers(found: Measured) -> list[dict[str, Any]]:
+    plan = found.plan
+    return [
+        {**asdict(row), "step_spread": row.step_spread, "input_scale": plan.input_scale_of(row.layer)}
+        for row in _quantised(found)
+    ]
 
 
 def _steps(found: Measured) -> dict[str, Any]:
