@@ -27,7 +27,7 @@ demo: setup  ## the main job with the bundled policy: record, calibrate, check, 
 	VIVACE_CACHE=$(CURDIR)/.cache/vivace $(BIN)/python examples/demo.py --out $(OUT)
 
 test: lint  ## everything that runs without a GPU
-	$(PYTEST) -n 2 --dist loadfile -m "not gpu"
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

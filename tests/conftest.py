@@ -52,6 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(MissingExtras(), "missing-extras")
 
 
+SLOW = ("conformance/test_backends.py", "ops/test_denoise.py", "sim/test_small_campaign.py", "tensorrt/test_build.py")
+"""Files of a minute and more. They come first, or one worker is left with the last of them while the other is done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first, everything else as it was."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(SLOW))
+
+
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None

@@ -30,7 +30,8 @@ def subjects():
 
     def get(name: str, kind: str) -> Subject:
         if (name, kind) not in built:
-            fewer = {"config_changes": FEW_LAYERS, "sizes": ((1, 1), (3, 17))} if name == "compiled" else {}
+            sizes = {"pi0": ((2, 6),), "pi05": ((2, 6), (3, 17))}[kind]
+            fewer = {"config_changes": FEW_LAYERS, "sizes": sizes} if name == "compiled" else {}
             built[name, kind] = Subject(lambda model, config: base.build(name, model, config), kind, **fewer)
         return built[name, kind]
 

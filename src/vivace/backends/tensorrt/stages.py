@@ -92,6 +92,10 @@ class EnginePolicy:
         """See Pi.time_table."""
         return self.model.time_table(num_steps)
 
+    def has_step_scales(self, num_steps: int) -> bool:
+        """See Pi.has_step_scales; engines have none (`skeleton.why_not_scales`)."""
+        return self.model.has_step_scales(num_steps)
+
     def suffix_context(self, cache: PrefixCache, suffix: int, *, tables: RopeTables | None = None) -> SuffixContext:
         """See Pi.suffix_context; the mask is the additive one of the cached keys, float32 [B, keys]."""
         B, keys = cache.k[0].shape[:2]
