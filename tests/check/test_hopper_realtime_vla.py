@@ -153,6 +153,13 @@ def test_every_setting_is_timed_in_the_same_rounds_and_the_ratio_is_judged(run):
     assert document["passed"] == (ratio >= 2.2)
 
 
+def test_a_folder_without_it_is_refused_before_anything_is_made(run, clone, monkeypatch):
+    monkeypatch.setattr(hopper, "_prepared", lambda *_, **__: pytest.fail("weights were made first"))
+    (clone / "pi05_infer.py").unlink()
+    with pytest.raises(ConfigError, match=r"without pi05_infer\.py"):
+        run()
+
+
 def test_without_the_headline_plan_nothing_is_judged(run):
     document = run(settings="1,48,50", plans="bf16")
     assert [row["targets"] for row in document["rows"]] == [[]]

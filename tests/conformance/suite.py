@@ -94,7 +94,6 @@ class Subject:
     """A backend under test, the network it runs, and how exact it must be (relative L2 against the truth).
 
     preset  of the layers that run in 8 bits, in the network of the truth too; see `measured_plan`
-    sizes   (views, prompt tokens) of the first check
     """
 
     create: Callable[[Pi, EngineConfig], Backend]
@@ -104,7 +103,6 @@ class Subject:
     dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32
     config_changes: dict = field(default_factory=dict)
     preset: str = "bf16"
-    sizes: tuple[tuple[int, int], ...] = ((2, 6), (1, 1), (3, 17))
 
     def __post_init__(self) -> None:
         self.config: ModelConfig = tiny_config(self.kind, **self.config_changes)
@@ -158,7 +156,7 @@ def on_device(subject: Subject, inputs: ModelInputs) -> ModelInputs:
 
 
 def check_agrees_with_the_literal_formula(subject: Subject) -> None:
-    for views, tokens in subject.sizes:
+    for views, tokens in ((2, 6), (1, 1), (3, 17)):
         case = case_of(subject.config, views=views, tokens=tokens)
         got = subject.run(inputs_of(case), case.noise)
         subject.close(got, wanted(subject, case), f"{views} views, {tokens} tokens")

@@ -16,7 +16,7 @@ FEW_LAYERS = {
     "prefix": GemmaConfig(width=32, layers=2, mlp_width=48, num_heads=8, num_kv_heads=1, head_dim=16),
     "expert": GemmaConfig(width=16, layers=2, mlp_width=28, num_heads=8, num_kv_heads=1, head_dim=16),
 }
-"""torch.compile takes minutes for all shapes of the usual network. Two layers are enough: a first and a last."""
+"""torch.compile takes minutes for the usual network. Two layers are enough: a first and a last."""
 
 
 def _available(name: str) -> str | None:
@@ -30,8 +30,7 @@ def subjects():
 
     def get(name: str, kind: str) -> Subject:
         if (name, kind) not in built:
-            sizes = {"pi0": ((2, 6),), "pi05": ((2, 6), (3, 17))}[kind]
-            fewer = {"config_changes": FEW_LAYERS, "sizes": sizes} if name == "compiled" else {}
+            fewer = {"config_changes": FEW_LAYERS} if name == "compiled" else {}
             built[name, kind] = Subject(lambda model, config: base.build(name, model, config), kind, **fewer)
         return built[name, kind]
 

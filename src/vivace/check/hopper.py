@@ -48,7 +48,7 @@ from ..checkpoints.sizes import network
 from ..errors import ConfigError
 from ..precision import calibrate
 from ..precision import plan as plans
-from . import environment, hopper_estimate, hopper_machine, hopper_proof, hopper_rows, hopper_warm
+from . import environment, hopper_estimate, hopper_machine, hopper_proof, hopper_realtime_vla, hopper_rows, hopper_warm
 from .gpus import match_gpu
 from .hopper_engines import COMPILE_MODES, CONFIG, model_inputs, plans_of, ranges_of
 from .hopper_phases import PHASES
@@ -81,7 +81,8 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure, write `options.out` after every row, and return the document.
 
-    Raises ConfigError for an unknown phase, plan or network size, and where there is no such device.
+    Raises ConfigError for an unknown phase, plan or network size, where there is no such device, and where a clone of
+    realtime-vla is named that is none.
     """
     if unknown := sorted(set(phases) - set(PHASES)):
         raise ConfigError("unknown phase", got=", ".join(unknown), wanted=f"some of {list(PHASES)}")
@@ -92,6 +93,8 @@ def run(
             "timers and child processes use the first GPU", got=device, wanted="cuda or cpu",
             do=f"set CUDA_VISIBLE_DEVICES={torch.device(device).index} and use --device cuda",
         )  # fmt: skip
+    if options.realtime_vla is not None:
+        hopper_realtime_vla.require(options.realtime_vla)
     if twice := _same_graphs(options.sizes):
         raise ConfigError(
             "two settings run in the same graphs, so what they are made of could be recorded for one only",

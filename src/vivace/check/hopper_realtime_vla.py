@@ -138,14 +138,19 @@ def make(folder: Path, model: Pi, size: Size) -> Engine:
 
 
 def load(folder: Path) -> ModuleType:
-    """Its module, imported from `folder`. Raises ConfigError if a file of it is not there."""
+    """Its module, imported from `folder`. Raises as `require`."""
+    require(folder)
+    with _importing_from(folder):
+        return importlib.import_module(FILES[0])
+
+
+def require(folder: Path) -> None:
+    """Raise ConfigError if a file of it is not in `folder`."""
     if absent := [f"{name}.py" for name in FILES if not (folder / f"{name}.py").is_file()]:
         raise ConfigError(
             f"no {NAME} there", got=f"{folder} without {', '.join(absent)}", wanted="a clone of that project",
             do="--realtime-vla FOLDER",
         )  # fmt: skip
-    with _importing_from(folder):
-        return importlib.import_module(FILES[0])
 
 
 @contextmanager

@@ -11,8 +11,8 @@ Why not cuBLAS alone: at these sizes the traffic between kernels costs more than
 95 MB through memory for one layer of the prefix, and SigLIP's M = 768 fills 54 of 132 processors with cuBLAS' tiles.
 
 FP8: x and weight are e4m3; `channel_scale` [N] = input scale * weight scale multiplies the float32 sum, and where rows of x
-have scales of their own, `row_scale` too. A quantised output
-is y / scale, clamped to +-448 because the cast alone gives NaN beyond it.
+have scales of their own, `row_scale` too. A quantised output is y / scale, clamped to +-448 because the cast alone gives
+NaN beyond it.
 
 Split-K is deterministic: each program writes its float32 part [split_k, M, N], and the norm kernel adds them in order.
 Operands arrive through tensor descriptors (the bulk copy engine from Hopper on), which return zero outside the matrix, so
