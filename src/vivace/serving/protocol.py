@@ -67,7 +67,7 @@ class PiecePacker:
         self._token = secrets.token_bytes(16)
         self._mark = _binary_head(len(self._token)) + self._token
         self._layouts: dict[Any, dict[bytes, Any]] = {}
-        self._long: list[memoryview] = []
+        self._long: list[Piece] = []
 
     def pieces(self, value: Any) -> list[Piece]:
         """What `pack` returns, in pieces: long arrays are views of the caller's memory. Raises as `pack`."""
@@ -96,7 +96,7 @@ class PiecePacker:
             if len(self._layouts) >= KEPT_LAYOUTS:
                 self._layouts.clear()
             layout = self._layouts[value.dtype, value.shape] = {**_encode(value), b"data": self._token}
-        self._long.append(value.reshape(-1).view(np.uint8).data)
+        self._long.append(_bytes_of(value))
         return layout
 
 
