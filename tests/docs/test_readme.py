@@ -199,6 +199,15 @@ def test_figures_in_the_text_are_the_results_own():
         plan: [row["ours_in_the_same_rounds"][f"cuda_graph {plan}"]["ratio"] for row in timed]
         for plan in ("fp8-all", "bf16")
     }
+    public = load("hopper-realtime-vla-h200-2026-11-30.json")
+    beside_public = {row["setting"]: row for row in public["rows"]}
+    assert list(beside_public) == [*SIZES]
+    assert all(row["calls"] == 1000 and row["targets"][0]["must_met"] for row in public["rows"])
+    public_ratios = {
+        plan: [row["ours_in_the_same_rounds"][f"cuda_graph {plan}"]["ratio"] for row in public["rows"]]
+        for plan in ("fp8-all", "bf16")
+    }
+    public_errors = [row["rel_l2"] for row in public["accuracy"]]
     files = load("start-from-files-h200-2026-11-30.json")
     assert files["passed"]
     from_files = [row["first_action_s"] for row in files["rows"]]
@@ -230,6 +239,11 @@ def test_figures_in_the_text_are_the_results_own():
         f"actions {shown['B2']:.0f} ms after it asks in the same process, {shown['B3']:.1f} ms over a websocket",
         f"fp8-all is {min(ratios['fp8-all']):.1f} to {max(ratios['fp8-all']):.1f} times faster and "
         f"bfloat16 {min(ratios['bf16']):.1f} to {max(ratios['bf16']):.1f};",
+        ", ".join(f"{row['latency']['p50_ms']:.2f}" for row in public["rows"])
+        + f" ms in the five settings, where fp8-all is {min(public_ratios['fp8-all']):.2f} to "
+        f"{max(public_ratios['fp8-all']):.2f} times faster and bfloat16 {min(public_ratios['bf16']):.2f} to "
+        f"{max(public_ratios['bf16']):.2f} (",
+        f"float32 is {min(public_errors):.4f} to {max(public_errors):.4f} relative L2",
         f"a checkpoint of {files['weights_bytes_in_files'] / 1e9:.1f} GB",
         f"answers {min(from_files[1:]):.0f} to {max(from_files[1:]):.0f} s after its start, {from_files[0]:.0f} s without",
         f"`policy.infer` takes {least:.2f} to {most:.2f} ms more than B0",
