@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from suite import CHECKS, Formula, Subject, case_of, inputs_of
+from suite import CHECKS, STEPS, Formula, Subject, case_of, inputs_of
 from tiny import build, random_tensors, tiny_config
 
 from vivace.backends import base, eager
 from vivace.config import GemmaConfig, VisionConfig
-from vivace.precision import plan, quantize
+from vivace.precision import coverage, plan, quantize
+from vivace.precision.coverage import LINEARS
 from vivace.precision.fit import all_layers
 from vivace.precision.flavours import parameter_dtype
 
@@ -95,6 +96,32 @@ def test_fp8_on_a_gpu(subjects, kind, check):
 @gpu
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_int8_on_a_gpu(subjects, kind, check):
+    CHECKS[check](subjects("cuda_graph", kind, "int8-full"))
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_int8_on_a_gpu_is_the_plans(subjects, kind):
+    """Whole numbers lose so little that actions cannot tell: what was handed over does."""
+    subject = subjects("cuda_graph", kind, "int8-full")
+    case = case_of(subject.config, seed=1)
+    subject.run(inputs_of(case), case.noise)
+    table = coverage.rows(subject.model.ops.coverage, steps=STEPS, plan=plan.preset("int8-full"))
+    assert coverage.fallbacks(table) == []
+    ran = {
+        (row.precision, row.kernel)
+        for row in table
+        if row.layer.startswith("prefix.layers") and row.operation in LINEARS
+    }
+    assert ran == {("int8", "triton, untuned")}
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_finer_input_scales_on_a_gpu(subjects, scale, kind, check):
     CHECKS[check](subjects("cuda_graph", kind, f"fp8-all+scale:{scale}"))
@@ -134,8 +161,9 @@ def test_finer_input_scales_of_plain_pytorch(finer_stand_ins, scale, kind, check
     CHECKS[check](finer_stand_ins(kind, scale))
 
 
-def test_plain_pytorch_in_float32_is_the_truth():
-    subject = Subject(eager.create, "pi05", preset="fp8-all")
+@pytest.mark.parametrize("preset", ["fp8-all", "int8-full"])
+def test_plain_pytorch_in_float32_is_the_truth(preset):
+    subject = Subject(eager.create, "pi05", preset=preset)
     CHECKS["agrees_with_the_literal_formula"](subject)
 
 
@@ -173,7 +201,8 @@ def test_wrong_scales_are_noticed(kind):
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
-def test_the_kernels_take_this_network_in_fp8(kind, monkeypatch):
+@pytest.mark.parametrize("preset", ["fp8-all", "int8-full"])
+def test_the_kernels_take_this_network_in_8_bits(preset, kind, monkeypatch):
     """Else the tests on a GPU would be refused there."""
     pytest.importorskip("triton", reason="triton is not installed")
     from vivace.backends import cuda_graph
@@ -181,10 +210,10 @@ def test_the_kernels_take_this_network_in_fp8(kind, monkeypatch):
 
     config = tiny_config(kind, **SIZES)
     model = build(config, random_tensors(config), dtype_of=bfloat16)
-    rules = plan.preset("fp8-all").rules
-    quantize.apply(model, plan.PrecisionPlan("fp8-all", rules, dict.fromkeys(all_layers(model), 1.0)))
+    rules = plan.preset(preset).rules
+    quantize.apply(model, plan.PrecisionPlan(preset, rules, dict.fromkeys(all_layers(model), 1.0)))
     assert cuda_graph.why_not_model(model) == "the prefill kernels need an NVIDIA GPU, not cpu", "nothing else"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0) if preset == "fp8-all" else (8, 0))
     monkeypatch.setattr(launch, "shared_bytes", lambda device: prefill_limits.SHARED_BYTES)
     assert prefill_limits.why_not(device="cuda", model=model) is None

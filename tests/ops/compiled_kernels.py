@@ -32,7 +32,7 @@ from vivace.ops.layers import Linear, RmsNorm
 from vivace.ops.prefill_attention import AttentionTile
 from vivace.ops.prefill_gemm import Rotation, Tile
 
-BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+BF16, E4M3, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
 INVERSE = torch.ones(1)
 TRITON = {
     denoise_norm: ["_norm_kernel"],

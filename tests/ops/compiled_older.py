@@ -1,16 +1,17 @@
 """Run by test_compiled_kernels.py in a process of its own, without the interpreter. Compiles for older GPUs, none needed.
 
 No result of this project was measured below Hopper. What can be known without such a GPU: one shape of each kernel, with
-the tiles that are chosen there, compiles for A100 in bfloat16; those that take most shared memory compile for RTX 30, and
-those of E4M3 products for RTX 40; none asks for more shared memory than there is. Each once, as compiling takes seconds.
-The kernels of early weights run on Hopper alone. Prints "compiled N kernels"; asserts on the way.
+the tiles that are chosen there, compiles for A100 in bfloat16; those that take most shared memory compile for RTX 30, those
+of E4M3 products for RTX 40, and the INT8 products of the prefix for all three; none asks for more shared memory than there
+is. Each once, as compiling takes seconds. The kernels of early weights run on Hopper alone. Prints "compiled N kernels";
+asserts on the way.
 """
 
 from __future__ import annotations
 
 import torch
 from compiled_ahead import Compiled, Hopper, layer
-from compiled_kernels import BF16, E4M3, INVERSE, TRITON, zeros
+from compiled_kernels import BF16, E4M3, INT8, INVERSE, TRITON, zeros
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -27,6 +28,7 @@ from vivace.ops import (
     prefill_tuning,
 )
 from vivace.ops.layers import Linear, RmsNorm
+from vivace.ops.prefill_gemm import Rotation
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376}
 """What one block may have: A100, RTX 30, RTX 40. Source: CUDA C++ Programming Guide, technical specifications."""
@@ -111,6 +113,29 @@ def calls(fp8, room):
     )  # fmt: skip
 
 
+def whole_number_calls():
+    """(module, kernels, call) of INT8: each epilogue of the prefix' product, and what hands it rows."""
+    x, w, scale = zeros(560, 2048, dtype=INT8), zeros(4096, 2048, dtype=INT8), torch.ones(4096)
+    out, tuning = zeros(560, 2048, dtype=INT8), prefill_tuning.TUNED
+    gated, cut, plain = (tuning.choose_int8(epilogue).tile for epilogue in ("geglu", "qkv_rope", "plain"))
+    options = {"channel_scale": scale, "out_inverse": INVERSE}
+    yield prefill_gemm, ["_gemm_kernel"], lambda: prefill_gemm.gemm(x, w, out, tile=gated, epilogue="geglu", **options)
+    yield prefill_gemm, ["_gemm_kernel"], lambda: prefill_gemm.gemm(x, w[:2048], out, tile=plain, gelu=True, **options)
+    k, table = zeros(2, 560, 256), zeros(560, 128)
+    turn = Rotation(k=k[0], v=k[1], cos=table, sin=table, heads=(8, 1, 256))
+    yield (
+        prefill_gemm, ["_gemm_kernel"],
+        lambda: prefill_gemm.gemm(
+            x, w[:2560], zeros(560, 2048), tile=cut, epilogue="qkv_rope", channel_scale=scale, rotation=turn
+        ),
+    )  # fmt: skip
+    gain = zeros(2048, dtype=torch.float32)
+    yield (
+        prefill_pointwise, ["_norm_kernel"],
+        lambda: prefill_pointwise.residual_norm(zeros(560, 2048), gain, out, out_inverse=INVERSE),
+    )  # fmt: skip
+
+
 def main():
     for module, names in TRITON.items():
         for name in names:
@@ -125,11 +150,22 @@ def main():
                 continue
             launch_it()
             for name in names:
-                made = vars(module)[name].made
-                assert f".target sm_{number}" in made.asm["ptx"], f"{name} was compiled for another GPU"
-                assert made.metadata.shared <= room, f"{name} takes {made.metadata.shared} of {room} on sm_{number}"
+                fits(vars(module)[name], number, room)
                 count += 1
+        for module, (name,), launch_it in whole_number_calls():
+            launch_it()
+            ptx = fits(vars(module)[name], number, room)
+            assert name != "_gemm_kernel" or ".s32.s8.s8.s32" in ptx, "no matrix unit multiplies whole numbers"
+            count += 1
     print(f"compiled {count} kernels")
+
+
+def fits(kernel, number, room):
+    """Its instructions; the last compilation is for that GPU and asks for no more shared memory than it has."""
+    made = kernel.made
+    assert f".target sm_{number}" in made.asm["ptx"], f"{kernel} was compiled for another GPU"
+    assert made.metadata.shared <= room, f"{kernel} takes {made.metadata.shared} of {room} on sm_{number}"
+    return made.asm["ptx"]
 
 
 if __name__ == "__main__":

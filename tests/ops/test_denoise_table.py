@@ -25,6 +25,7 @@ from vivace.ops import (
 from vivace.ops.denoise_ahead import AHEAD_TILES
 from vivace.ops.layers import Linear, RmsNorm
 from vivace.ops.table import reference_ops
+from vivace.precision.quantize import quantise_layer
 
 CPU = torch.device("cpu")
 
@@ -108,6 +109,36 @@ def ran(*, early, width=1024, **options):
     table.linear_residual_norm(mixed, o, x, None, norm, torch.zeros(1, 3 * width), layer(8192, width, "mlp.gate_up"))
     table.geglu(x, layer(8192, width, "mlp.gate_up"), layer(width, 4096, "mlp.down"))
     return said
+
+
+def in_int8(rows, columns, name):
+    return quantise_layer(layer(rows, columns, name), amax=1.0, format="int8")
+
+
+def test_int8_of_few_rows_is_left_to_the_table_below(launched):
+    """A prefix of few tokens: these kernels would read its codes as other numbers, or write none."""
+    said, below = [], []
+    operations = ("rms_norm", "linear", "linear_residual_norm", "geglu", "qkv_rope", "attention", "step_boundary")
+    base = replace(reference_ops(), **{name: lambda *_, name=name: below.append(name) for name in operations})
+    table = denoise.denoise_ops(base, record=lambda *row: said.append(row))
+    x, norm = torch.zeros(1, 10, 32, dtype=torch.bfloat16), RmsNorm(32, name="n")
+    wide, small = layer(32, 32, "wide"), in_int8(32, 32, "small")
+    rope, cache = (torch.zeros(1, 10, 16),) * 2, (torch.zeros(1, 16, 1, 32),) * 2
+    codes, q = x.to(torch.int8), x[:, :, None]
+    table.rms_norm(x, norm, None, small)
+    table.linear(codes, small)
+    table.linear_residual_norm(codes, small, x, None, norm, None, wide)
+    table.linear_residual_norm(x, wide, x, None, norm, None, small)
+    table.geglu(codes, in_int8(64, 32, "gate_up"), wide)
+    table.geglu(x, layer(64, 32, "gate_up"), small)
+    table.qkv_rope(codes, in_int8(96, 32, "qkv"), rope, (1, 1, 32))
+    table.attention(q, q, q, None, cache, small)
+    table.step_boundary(x, layer(32, 32, "out"), x, -0.1, layer(32, 32, "in"), norm, None, small)
+    assert said == []
+    assert below == [
+        "rms_norm", "linear", "linear_residual_norm", "linear_residual_norm", "geglu", "geglu", "qkv_rope", "attention",
+        "step_boundary",
+    ]  # fmt: skip
 
 
 def test_the_recorder_names_the_kernel_of_each_product(launched):

@@ -51,7 +51,7 @@ def covered(model, chosen):
     ones = torch.ones(256, 1, device=DEVICE)
     parts = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     ops = prefill.Prefill(
-        prefill.fp8_constants(model), ones, tuning=Mixed(), patch_parts=parts, record=seen.record
+        prefill.constants_of(model), ones, tuning=Mixed(), patch_parts=parts, record=seen.record
     )  # fmt: skip
     model.ops = seen.wrap(prefill.table_of(ops))
     run(model)

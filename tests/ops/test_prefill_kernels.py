@@ -165,6 +165,87 @@ def test_scales_multiply_the_sum_and_an_output_scale_divides_and_clamps(tile, ep
     torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-3)
 
 
+def whole(*shape: int, seed: int) -> torch.Tensor:
+    """Every code of INT8, extremes included."""
+    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8).to(DEVICE)
+
+
+def exactly(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return (x.cpu().long() @ w.cpu().long().T).to(DEVICE)
+
+
+def codes(y: torch.Tensor) -> torch.Tensor:
+    """To the nearest whole number, of two the even one, within INT8; y float64, in scales."""
+    return y.round().clamp(-128, 127).to(torch.int8)
+
+
+@pytest.mark.parametrize("tile", [SMALL, WALKING, BULK], ids=["one-tile", "persistent", "bulk"])
+@pytest.mark.parametrize("shape", [(37, 48, 64), (16, 16, 2048)])
+def test_sums_of_whole_numbers_are_exact(tile, shape):
+    """K = 2,048 at full range: the largest sum is 2^25, and float32 skips numbers from 2^24 on."""
+    (M, N, K), scale = shape, 2.0 ** (torch.arange(shape[1], device=DEVICE) % 5 - 20)
+    x, w, bias = whole(M, K, seed=0), whole(N, K, seed=1), randn(N, seed=2)
+    x[0], w[0] = -128, -128
+    wanted = exactly(x, w)
+    assert wanted[0, 0] == K * 2**14
+    out = gemm(x, w, poisoned(M, N), tile=tile, channel_scale=scale, processors=3)
+    assert torch.equal(out, wanted.float() * scale)
+    split = Tile(16, 16, 32, warps=4, stages=2, split_k=2)
+    assert torch.equal(gemm(x, w, poisoned(2, M, N), tile=split).double().sum(0), wanted.double())
+    # an eighth of a scale: half of the values lie on or beside a tie, and the last ones saturate
+    eighth, inverse = 2.0**-11, torch.full((1,), 2.0**8, device=DEVICE)
+    near = torch.full((N,), eighth, device=DEVICE)
+    room = torch.full((M, N), 99, dtype=torch.int8, device=DEVICE)
+    out = gemm(x, w, room, tile=tile, channel_scale=near, out_inverse=inverse, processors=3)
+    want = codes(wanted.double() * eighth * 2.0**8)
+    assert torch.equal(out, want)
+    assert {-128, 127} <= set(want.unique().tolist())
+    halves = wanted.double() * eighth * 2.0**8 % 1 == 0.5
+    assert halves.any(), "no value lies between two codes"
+    out = gemm(x, w, poisoned(M, N), tile=tile, channel_scale=scale, bias=bias, gelu=True, processors=3)
+    torch.testing.assert_close(out, functional.gelu(wanted.float() * scale + bias, approximate="tanh"), **TIGHT)
+
+
+@pytest.mark.parametrize("tile", [SMALL, WALKING], ids=["one-tile", "persistent"])
+def test_gated_and_rotated_products_of_whole_numbers(tile):
+    M, F, K, head_dim = 37, 48, 64, 32
+    x, w, scale = whole(M, K, seed=0), whole(2 * F, K, seed=1), randn(2 * F, seed=2).abs() * 1e-5
+    gate, up = (exactly(x, w).float() * scale).chunk(2, dim=-1)
+    wanted = functional.gelu(gate, approximate="tanh") * up
+    out = gemm(x, w, poisoned(M, F), tile=tile, epilogue="geglu", channel_scale=scale, processors=2)
+    torch.testing.assert_close(out, wanted, **TIGHT)
+    inverse = 20.0 / wanted.abs().max().reshape(1)
+    room = torch.full((M, F), 99, dtype=torch.int8, device=DEVICE)
+    out = prefill_tail.gated(x, w, room, tile=tile, channel_scale=scale, out_inverse=inverse, processors=2)
+    assert float((out.float() - wanted * inverse).abs().max()) <= 0.5 + 1e-4
+    from vivace.ops import reference
+
+    w = whole(3 * head_dim, K, seed=3)
+    scale, cos, sin = randn(3 * head_dim, seed=4).abs() * 1e-5, randn(M, 16, seed=5), randn(M, 16, seed=6)
+    q, k, v = poisoned(3, M, head_dim)
+    rotation = Rotation(k=k, v=v, cos=cos, sin=sin, heads=(1, 1, head_dim))
+    gemm(x, w, q, tile=tile, epilogue="qkv_rope", channel_scale=scale, rotation=rotation, processors=2)
+    packed = (exactly(x, w).float() * scale).view(1, M, 3, head_dim)
+    turned = reference.rotate(packed[:, :, :2], (cos[None], sin[None]))
+    for mine, want in zip((q, k, v), (*turned.unbind(2), packed[:, :, 2]), strict=True):
+        torch.testing.assert_close(mine, want[0], **TIGHT)
+
+
+def test_norms_and_gates_of_a_row_become_whole_numbers():
+    """The row-wise kernels; without rounding, casting would cut towards zero."""
+    old, gain, inverse = randn(37, 40, seed=0), randn(40, seed=1), torch.full((1,), 40.0, device=DEVICE)
+    room = torch.full((37, 40), 99, dtype=torch.int8, device=DEVICE)
+    out = prefill_pointwise.residual_norm(old, gain, room, out_inverse=inverse)
+    exact = norm_of(old.double(), gain.double(), None) * 40.0
+    assert float((out.double() - exact.clamp(-128, 127)).abs().max()) <= 0.5 + 1e-4
+    assert (exact.abs() > 128).any()
+    packed = randn(37, 80, seed=2) * 3
+    gate, up = packed.double().chunk(2, dim=-1)
+    out = prefill_pointwise.geglu(packed, room, out_inverse=inverse)
+    exact = functional.gelu(gate, approximate="tanh") * up * 40.0
+    assert float((out.double() - exact.clamp(-128, 127)).abs().max()) <= 0.5 + 1e-3
+
+
 @pytest.mark.parametrize(
     "heads", [(4, 1, 32), (4, 2, 32), (0, 1, 32), (4, 1, 16)], ids=["mqa", "gqa", "keys-values", "half-a-tile"]
 )

@@ -6,6 +6,7 @@ On a CPU the kernels run in Triton's interpreter, in float32.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from vivace.ops.layers import Fp8Linear, Linear, RmsNorm, RowFp8Linear  # noqa: 
 from vivace.ops.prefill_operand import Operand  # noqa: E402
 from vivace.ops.prefill_tuning import TUNED, Choice, Key, Tile, Tuning  # noqa: E402
 from vivace.ops.table import reference_ops  # noqa: E402
-from vivace.precision import quantize  # noqa: E402
+from vivace.precision import fit, quantize  # noqa: E402
 from vivace.precision.plan import PrecisionPlan, Rule  # noqa: E402
 from vivace.precision.quantize import quantise_layer  # noqa: E402
 
@@ -65,9 +66,9 @@ def model():
     return made_at_random()
 
 
-def made_at_random():
+def made_at_random(config=CONFIG):
     torch.manual_seed(0)
-    made = Pi(CONFIG).to(DEVICE).requires_grad_(False)
+    made = Pi(config).to(DEVICE).requires_grad_(False)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
     return made
@@ -76,7 +77,7 @@ def made_at_random():
 def table(model, tuning, **options):
     ones = torch.ones(256, 1, device=DEVICE)
     kept = torch.bfloat16 if GPU else torch.float32
-    return prefill.Prefill(prefill.fp8_constants(model), ones, tuning=tuning, patch_parts=kept, **options)
+    return prefill.Prefill(prefill.constants_of(model), ones, tuning=tuning, patch_parts=kept, **options)
 
 
 def run(model, ops, mask):
@@ -129,6 +130,36 @@ def test_row_scales_of_every_product_equal_the_reference(monkeypatch, tuning):
     in_rows = {layer for layer, _, kernel in launched if kernel == row_scales.KERNEL}
     assert in_rows == set(names)
     assert {"vision.layers.1.mlp.fc1", "prefix.layers.1.mlp.down", "prefix.layers.2.attn.qkv"} <= in_rows
+
+
+@pytest.mark.skipif(GPU, reason="float32 is the interpreter's; on a GPU see test_prefill_gpu.py, int8")
+def test_int8_of_every_product_equals_the_reference():
+    """A value that lies between two codes may go to either, so the measure is of all values together."""
+    model = made_at_random(replace(CONFIG, vision=replace(CONFIG.vision, mlp_width=48)))
+    plain_views, plain = run(model, reference_ops(), None)
+    # a plain linear in float32 is torch's own: of vision's qkv that is all there is here
+    rules = (Rule("vision.layers.*.attn.qkv", "keep"), Rule("[pv]*.layers.*", "int8"))
+    chosen = PrecisionPlan("whole", rules)
+    named = [name for name in fit.all_layers(model) if chosen.quantises(name)]
+    assert {"vision.layers.1.mlp.fc2", "prefix.layers.1.mlp.down", "prefix.layers.2.attn.qkv"} <= set(named)
+    assert set(quantize.apply(model, replace(chosen, amax=dict.fromkeys(named, 4.0)))) == set(named)
+    wanted_views, wanted = run(model, reference_ops(), None)
+    launched = set()
+    ops = prefill.table_of(table(model, Tuning(), record=lambda *row: launched.add(row)))
+    views, cache = run(model, ops, None)
+    for mine, want, far in zip(
+        (views, *cache.k, *cache.v),
+        (wanted_views, *wanted.k, *wanted.v),
+        (plain_views, *plain.k, *plain.v),
+        strict=True,
+    ):
+        error, rounding = ((one - want).norm() / want.norm() for one in (mine, far))
+        assert rounding > 5e-3, "INT8 changes something"
+        assert error < 0.1 * rounding
+    products = {
+        (layer, kernel) for layer, operation, kernel in launched if layer in named and "attention" not in operation
+    }
+    assert products == {(layer, "triton, untuned") for layer in named}
 
 
 def numbers_of_rows(x, *, pdl):
@@ -184,7 +215,7 @@ def test_cublas_gets_the_scales_of_rows_and_channels(monkeypatch, finished):
 
     monkeypatch.setattr(torch, "_scaled_mm", product)
     layer = quantise_layer(Linear(32, 48, name="projector", bias=True).to(DEVICE).bfloat16(), amax=None)
-    ops = prefill.Prefill(prefill.fp8_constants(layer), torch.ones(256, 1, device=DEVICE), tuning=Blas())
+    ops = prefill.Prefill(prefill.constants_of(layer), torch.ones(256, 1, device=DEVICE), tuning=Blas())
     x = torch.logspace(-3, 3, 5, device=DEVICE)[:, None].expand(1, 5, 32).bfloat16()
     if finished:
         ops.linear(x, layer)
@@ -217,7 +248,7 @@ def test_row_scales_grow_with_the_product(model, monkeypatch, rows):
 
     monkeypatch.setattr(torch, "_scaled_mm", product)
     layer = quantise_layer(Linear(32, 48, name="projector").to(DEVICE).bfloat16(), amax=1.0)
-    ops = prefill.Prefill(prefill.fp8_constants(layer), torch.ones(256, 1, device=DEVICE), tuning=Blas())
+    ops = prefill.Prefill(prefill.constants_of(layer), torch.ones(256, 1, device=DEVICE), tuning=Blas())
     x = torch.zeros(1, rows, 32, dtype=torch.float8_e4m3fn, device=DEVICE)
     assert ops.linear(x, layer).shape == (1, rows, 48)
     assert [scale.shape for scale in handed] == [(rows, 1)]
@@ -262,6 +293,12 @@ def test_why_not_names_device_alignment_and_capability():
     assert isinstance(fp8, Fp8Linear)
     assert "8.9" in prefill_limits.why_not_layer(fp8, capability=(8, 6))
     assert prefill_limits.why_not_layer(fp8, capability=(9, 0)) is None
+    int8 = quantise_layer(Linear(48, 48, name="i").bfloat16(), amax=1.0, format="int8")
+    assert prefill_limits.why_not_layer(int8, capability=(8, 0)) is None
+    wide = quantise_layer(Linear(48, 48, name="i"), amax=1.0, format="int8")
+    assert "bfloat16, not torch.float32" in prefill_limits.why_not_layer(wide, capability=(8, 0))
+    odd = quantise_layer(Linear(48, 40, name="i").bfloat16(), amax=1.0, format="int8")
+    assert "multiple of 16" in prefill_limits.why_not_layer(odd, capability=(8, 0))
     assert prefill_limits.why_not_layer(Linear(3, 5, name="time_in"), capability=(8, 0)) is None
     assert "float32" in prefill_limits.why_not_layer(Linear(8, 8, name="vision.layers.0.attn.qkv"), capability=(9, 0))
 

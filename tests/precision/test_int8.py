@@ -188,12 +188,14 @@ def test_sensitivity_keeps_the_format():
     assert {rule.format for rule in mixed.plan.rules} == {"int8"}
 
 
-def test_the_graph_backend_refuses_int8():
-    """No kernel of ours computes it; the plain model passes this judgement, whatever else the machine lacks."""
-    model, _ = prepared()
-    reason = cuda_graph.why_not_model(model)
-    assert reason == (
-        "prefix.layers.0.mlp.gate_up is INT8, the kernels take bfloat16 and E4M3; INT8 runs on --backend tensorrt"
+def test_the_graph_backend_refuses_int8_in_the_action_expert_alone():
+    """No kernel of the denoise loop computes it; the prefix passes this judgement, whatever else the machine lacks."""
+    model, _ = prepared("int8-full")
+    assert "INT8" not in str(cuda_graph.why_not_model(model))
+    name = "expert.layers.1.mlp.down"
+    quantize.apply(model, plan.PrecisionPlan("one", (plan.Rule(name, "int8"),), {name: 1.0}))
+    assert cuda_graph.why_not_model(model) == (
+        f"{name} is INT8, which the kernels of the action expert do not take; --backend tensorrt does"
     )
     config = tiny_config("pi05")
     plain = build(config, random_tensors(config), dtype_of=lambda name: torch.bfloat16)

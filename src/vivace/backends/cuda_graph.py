@@ -62,8 +62,10 @@ def why_not_model(model: Pi) -> str | None:
 
     for stack in (model.vision, model.projector, model.prefix, model.expert):
         for layer in stack.modules():
-            if isinstance(layer, Int8Linear):
-                return f"{layer.name} is INT8, the kernels take bfloat16 and E4M3; INT8 runs on --backend tensorrt"
+            if isinstance(layer, Int8Linear) and stack is model.expert:
+                return (
+                    f"{layer.name} is INT8, which the kernels of the action expert do not take; --backend tensorrt does"
+                )
             in_block = isinstance(layer, Linear) and layer is not model.vision.patch and ".modulation" not in layer.name
             if in_block and layer.dtype != torch.bfloat16:
                 return f"{layer.name} is {layer.dtype}, the kernels take bfloat16 and E4M3{_remedy(str(layer.name))}"

@@ -2,7 +2,7 @@
 
 Eight launches a layer: norm | qkv + rotary | attention parts | combine | o parts | sum + norm | gate_up, GeGLU | down parts
 (the sum of the down parts is in the norm of the next layer). `denoise_ops(base)` is `base` with these taking every call of
-at most MAX_ROWS token rows, which is the action expert; everything larger goes to `base`.
+at most MAX_ROWS token rows, which is the action expert; everything larger goes to `base`, and so does INT8.
 
 `TILES` says how each product is cut on which chip and at how many rows; every row names the measurement that chose it.
 """
@@ -20,7 +20,7 @@ from . import denoise_ahead, denoise_attention, denoise_boundary, denoise_gemm, 
 from .denoise_ahead import AheadTile, AheadTiles
 from .denoise_attention import AttentionTile
 from .denoise_gemm import Tile
-from .layers import AnyLinear, E4m3Linear, LayerNorm, Linear, RmsNorm, RowFp8Linear
+from .layers import AnyLinear, E4m3Linear, Int8Linear, LayerNorm, Linear, RmsNorm, RowFp8Linear
 from .table import AnyNorm, OpTable, Table
 
 MAX_ROWS = 128
@@ -137,8 +137,9 @@ def _rows(x: Tensor) -> int:
     return x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
 
 
-def _small(x: Tensor) -> bool:
-    return _rows(x) <= MAX_ROWS
+def _ours(x: Tensor, *layers: AnyLinear) -> bool:
+    """Few rows, and neither the product's weights nor what is made for the next one in INT8."""
+    return _rows(x) <= MAX_ROWS and not any(isinstance(layer, Int8Linear) for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Denoise:
 
     def rms_norm(self, x: Tensor, norm: RmsNorm, modulation: Tensor | None, into: AnyLinear) -> Tensor:
         """`reference.rms_norm`."""
-        if not _small(x):
+        if not _ours(x, into):
             return self.base.rms_norm(x, norm, modulation, into)
         chosen = self._chosen(_rows(x), into)
         self._note(norm.name, "rms_norm")
@@ -178,7 +179,7 @@ class Denoise:
     def linear(self, x: Tensor, layer: AnyLinear) -> Tensor:
         """`reference.linear` for the 32-wide action projections; wider ones are `base`'s."""
         out, inside = layer.weight.shape
-        if not _small(x) or isinstance(layer, E4m3Linear) or min(out, inside) > 64:
+        if not _ours(x) or not isinstance(layer, Linear) or min(out, inside) > 64:
             return self.base.linear(x, layer)
         self._note(layer.name, "linear")
         return denoise_gemm.narrow(x.reshape(-1, inside), layer).view(*x.shape[:-1], out)
@@ -194,7 +195,7 @@ class Denoise:
         into: AnyLinear,
     ) -> tuple[Tensor, Tensor]:
         """`reference.linear_residual_norm`; the residual stream comes back in float32."""
-        if not _small(x) or isinstance(norm, LayerNorm):
+        if not _ours(x, layer, into) or isinstance(norm, LayerNorm):
             return self.base.linear_residual_norm(x, layer, residual, gate, norm, modulation, into)
         chosen = self._chosen(_rows(x), layer)
         field = "down" if layer.name.endswith("down") else "o"
@@ -219,7 +220,7 @@ class Denoise:
 
     def geglu(self, x: Tensor, layer: AnyLinear, into: AnyLinear) -> Tensor:
         """`reference.geglu`."""
-        if not _small(x):
+        if not _ours(x, layer, into):
             return self.base.geglu(x, layer, into)
         chosen = self._chosen(_rows(x), layer)
         ahead = _ahead(chosen, "gate_up", x, layer)
@@ -232,7 +233,7 @@ class Denoise:
         self, x: Tensor, layer: AnyLinear, rope: Table, heads: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`reference.qkv_rope`; q, k and v are views of one packed row per token."""
-        if not _small(x):
+        if not _ours(x, layer):
             return self.base.qkv_rope(x, layer, rope, heads)
         N, K, head_dim = heads
         cos, sin = (table.reshape(-1, head_dim // 2).contiguous() for table in rope)
@@ -253,7 +254,7 @@ class Denoise:
     ) -> Tensor:
         """`reference.attention` with a past."""
         rows = q.shape[0] * q.shape[1]
-        if past is None or rows > MAX_ROWS:
+        if past is None or rows > MAX_ROWS or isinstance(into, Int8Linear):
             return self.base.attention(q, k, v, mask, past, into)
         chosen = self._chosen(rows, into)
         self._note(into.name, "attention")
@@ -266,7 +267,7 @@ class Denoise:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """`reference.step_boundary`."""
         out, inside = action_out.weight.shape
-        if not _small(n) or out > 64 or inside > 2048:
+        if not _ours(n, into) or out > 64 or inside > 2048:
             return self.base.step_boundary(n, action_out, x, dt, action_in, norm, modulation, into)
         chosen = self._chosen(_rows(n), into)
         self._note(action_out.name, "step_boundary")

@@ -34,7 +34,7 @@ class Linear(nn.Module):
 class QuantisedLinear(nn.Module):
     """The same product with 8-bit weights and inputs: y = input_scale * weight_scale[n] * (x8 W8^T) + b.
 
-    `Fp8Linear`, `RowFp8Linear` or `Int8Linear`. Kernels know the first two.
+    `Fp8Linear`, `RowFp8Linear` or `Int8Linear`. Kernels of the denoise loop know the first two, those of the prefill all.
 
     weight        [out, in] in the format of the class
     weight_scale  float32 [out]: one scale per output channel (a per-tensor plan repeats one value)
@@ -114,10 +114,11 @@ class Int8Linear(QuantisedLinear):
     largest = 127.0
 
 
-AnyLinear = Linear | Fp8Linear | RowFp8Linear
-"""What every implementation of an operation takes. The reference takes `Int8Linear` too; backends without INT8 kernels
-refuse a model with one (`why_not_model`), so none of theirs ever sees it."""
+AnyLinear = Linear | Fp8Linear | RowFp8Linear | Int8Linear
+"""What every implementation of an operation takes. `ops.denoise` leaves `Int8Linear` to the table that it is laid over."""
 E4m3Linear = Fp8Linear | RowFp8Linear
+StaticLinear = Fp8Linear | Int8Linear
+"""Whoever makes the input of one stores it in 8 bits right away."""
 
 
 class LayerNorm(nn.Module):

@@ -1,14 +1,14 @@
-"""The operations of the prefill on an NVIDIA GPU: an OpTable for 256 to 1,024 rows, in bfloat16 and E4M3.
+"""The operations of the prefill on an NVIDIA GPU: an OpTable for 256 to 1,024 rows, in bfloat16, E4M3 and INT8.
 
 Every product has two ways to run, and `prefill_tuning` says which measurement chose one per shape and number of rows:
 
     triton   `prefill_gemm`: the epilogue does GELU, GeGLU, rotary embedding, biases and scales
-    blas     cuBLASLt through torch, then one row-wise kernel for what is left
+    blas     cuBLASLt through torch, then one row-wise kernel for what is left; not for INT8
 
-The table is made for one model: its FP8 constants (input scale times weight scale per channel, inverse input scales) are
-computed here once, so a captured graph holds none of that arithmetic. Nothing falls back: what cannot run is named by
-`why_not` before, and by Unsupported if it is asked for all the same. What is torch's own by design (float32 linears, the
-boundary of two steps, which is the denoise kernels' affair) is recorded as "torch".
+The table is made for one model: the constants of its 8-bit layers (input scale times weight scale per channel, inverse
+input scales) are computed here once, so a captured graph holds none of that arithmetic. Nothing falls back: what cannot
+run is named by `why_not` before, and by Unsupported if it is asked for all the same. What is torch's own by design
+(float32 linears, the boundary of two steps, which is the denoise kernels' affair) is recorded as "torch".
 
 E4M3 sums: cuBLASLt (`use_fast_accum`) and Triton's products on Hopper both add in the matrix unit's own accumulator, which
 keeps fewer bits than float32; `reference.linear` says what that costs.
@@ -25,9 +25,18 @@ from torch.nn import functional
 
 from ..errors import ShapeError, Unsupported
 from . import prefill_attention, prefill_patches, prefill_pointwise, prefill_tail, reference, row_scales
-from .layers import AnyLinear, E4m3Linear, Fp8Linear, LayerNorm, Linear, RmsNorm
+from .layers import (
+    AnyLinear,
+    E4m3Linear,
+    Int8Linear,
+    LayerNorm,
+    Linear,
+    QuantisedLinear,
+    RmsNorm,
+    StaticLinear,
+)
 from .prefill_ahead import Ahead, worth
-from .prefill_constants import Fp8Constants, fp8_constants
+from .prefill_constants import Constants, constants_of
 from .prefill_gemm import Rotation, gemm
 from .prefill_limits import refuse_modulation, refuse_step, why_not, why_not_head, why_not_vision_head
 from .prefill_operand import Operand, blas
@@ -35,7 +44,6 @@ from .prefill_tuning import TUNED, Choice, Tuning, untuned
 from .table import OpTable
 
 Recorder = Callable[[str, str, str], None]
-E4M3 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Prefill:
     record      called with (layer, operation, kernel) whenever a kernel is launched
     """
 
-    constants: Mapping[str, Fp8Constants]
+    constants: Mapping[str, Constants]
     ones: Tensor
     tuning: Tuning = TUNED
     kv_buffers: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -152,7 +160,7 @@ class Prefill:
         given = self._operand(x, layer, "linear_gelu")
         # cuBLAS' GELU epilogue takes and gives bfloat16, and wants a bias
         bias = layer.bias
-        plain = bias is not None and not isinstance(layer, E4m3Linear) and not isinstance(into, Fp8Linear)
+        plain = bias is not None and not isinstance(layer, QuantisedLinear) and not isinstance(into, StaticLinear)
         choice = self._choose("gelu", layer, given, "linear_gelu", blas_can=plain)
         if choice.tile is None:
             assert bias is not None, layer.name
@@ -271,7 +279,10 @@ class Prefill:
     ) -> Choice:
         """The tuned way to run this product, noted for coverage."""
         fp8, shape = isinstance(layer, E4m3Linear), tuple(layer.weight.shape)
-        choice = self.tuning.choose(epilogue, rows=given.rows.shape[0], shape=shape, fp8=fp8)
+        if isinstance(layer, Int8Linear):
+            choice = self.tuning.choose_int8(epilogue)
+        else:
+            choice = self.tuning.choose(epilogue, rows=given.rows.shape[0], shape=shape, fp8=fp8)
         if choice.tile is None and not blas_can:
             choice = untuned(epilogue, fp8=fp8)
         kernel = "cublas" if choice.tile is None else "triton"
@@ -290,14 +301,14 @@ class Prefill:
 
     def _operand(self, x: Tensor, layer: AnyLinear, operation: str) -> Operand:
         """x [..., K] as what the product of `layer` reads."""
-        wanted = E4M3 if isinstance(layer, Fp8Linear) else layer.dtype
+        wanted = _format(layer)
         if x.dtype != wanted:
             raise ShapeError(f"{layer.name} was handed another format", got=x.dtype, wanted=wanted)
         refuse_step(layer, x)
         rows, own = row_scales.operand(x.flatten(0, -2).contiguous(), layer, pdl=self._early(layer.name))
         if own is not None:
             self._note(layer.name, operation, row_scales.KERNEL)
-        return Operand(rows, self.constants[layer.name].channel if isinstance(layer, E4m3Linear) else None, own)
+        return Operand(rows, self.constants[layer.name].channel if isinstance(layer, QuantisedLinear) else None, own)
 
     def _blas(self, given: Operand, layer: AnyLinear, *, finished: bool = False) -> tuple[Tensor, Tensor | None]:
         return blas(given, layer, ones=self.ones, finished=finished)
@@ -311,10 +322,10 @@ class Prefill:
         return reference.step_boundary(n, action_out, x, dt, action_in, norm, modulation, into)
 
     def _inverse(self, into: AnyLinear) -> Tensor | None:
-        return self.constants[into.name].inverse if isinstance(into, Fp8Linear) else None
+        return self.constants[into.name].inverse if isinstance(into, StaticLinear) else None
 
     def _for(self, into: AnyLinear, like: Tensor, columns: int) -> Tensor:
-        return prefill_pointwise.new_rows(like, columns, E4M3 if isinstance(into, Fp8Linear) else into.dtype)
+        return prefill_pointwise.new_rows(like, columns, _format(into))
 
 
 def prefill_ops(
@@ -325,7 +336,7 @@ def prefill_ops(
     record: Recorder | None = None,
     most_rows: int = 8192,
 ) -> OpTable:
-    """The table for `model`'s vision tower and prefix. FP8 constants are computed now.
+    """The table for `model`'s vision tower and prefix. Constants of 8-bit layers are computed now.
 
     most_rows  rows for which the row scales of E4M3 products are made once
     Raises     Unsupported with the reason of `why_not`
@@ -335,7 +346,7 @@ def prefill_ops(
         raise Unsupported("the prefill kernels cannot run", got=reason, do="choose another --backend")
     properties = torch.cuda.get_device_properties(device)
     ops = Prefill(
-        constants=fp8_constants(model),
+        constants=constants_of(model),
         ones=torch.ones(most_rows, 1, dtype=torch.float32, device=device),
         tuning=tuning,
         kv_buffers=kv_buffers or {},
@@ -362,6 +373,11 @@ def table_of(ops: Prefill) -> OpTable:
         vision_attention=ops.vision_attention,
         step_boundary=ops.step_boundary,
     )
+
+
+def _format(layer: AnyLinear) -> torch.dtype:
+    """In which its input is handed to it."""
+    return layer.stored if isinstance(layer, StaticLinear) else layer.dtype
 
 
 def _gain(norm: RmsNorm | LayerNorm) -> Tensor:

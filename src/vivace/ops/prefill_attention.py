@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..errors import ShapeError
 from .prefill_ahead import Ahead, ahead_options, fetch_ahead
-from .prefill_gemm import scaled_out
+from .prefill_gemm import as_stored
 
 LOG2_E = 1.4426950408889634
 # finite, so that a block of masked keys gives numbers; the next block with a valid key rescales them to zero
@@ -92,9 +92,9 @@ def _attention_kernel(
         acc = tl.dot(weights.to(values.dtype), values, acc * correction[:, None], input_precision=PRECISION)
     if PDL:
         gdc_launch_dependents()
-    acc = scaled_out(acc / total[:, None], out_inverse)
+    acc = as_stored(acc / total[:, None], out_inverse, out.dtype.element_ty)
     to = out + batch * out_batch + ((token * KV_HEADS * GROUP + head) * HEAD_DIM)[:, None] + columns[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=in_rows[:, None])
+    tl.store(to, acc, mask=in_rows[:, None])
 
 
 @triton.jit
@@ -146,10 +146,10 @@ def _vision_kernel(
     if PDL:
         gdc_launch_dependents()
     to = out + view * out_view + column + rows[:, None] * out_token
-    acc_main = scaled_out(acc_main / total[:, None], out_inverse)
-    acc_rest = scaled_out(acc_rest / total[:, None], out_inverse)
-    tl.store(to + main[None, :], acc_main.to(out.dtype.element_ty), mask=in_rows)
-    tl.store(to + rest[None, :], acc_rest.to(out.dtype.element_ty), mask=in_rows & in_rest)
+    acc_main = as_stored(acc_main / total[:, None], out_inverse, out.dtype.element_ty)
+    acc_rest = as_stored(acc_rest / total[:, None], out_inverse, out.dtype.element_ty)
+    tl.store(to + main[None, :], acc_main, mask=in_rows)
+    tl.store(to + rest[None, :], acc_rest, mask=in_rows & in_rest)
 
 
 def attention(

@@ -10,9 +10,8 @@
 Why not cuBLAS alone: at these sizes the traffic between kernels costs more than a percent of matrix speed. GeGLU moves
 95 MB through memory for one layer of the prefix, and SigLIP's M = 768 fills 54 of 132 processors with cuBLAS' tiles.
 
-FP8: x and weight are e4m3; `channel_scale` [N] = input scale * weight scale multiplies the float32 sum, and where rows of x
-have scales of their own, `row_scale` too. A quantised output is y / scale, clamped to +-448 because the cast alone gives
-NaN beyond it.
+8 bits: x and weight are E4M3, or INT8, whose sums are exact (int32). `channel_scale` [N] = input scale * weight scale
+multiplies the sum, and where rows of x have scales of their own, `row_scale` too. A quantised output: see `saturate`.
 
 Split-K is deterministic: each program writes its float32 part [split_k, M, N], and the norm kernel adds them in order.
 Operands arrive through tensor descriptors (the bulk copy engine from Hopper on), which return zero outside the matrix, so
@@ -33,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..errors import ShapeError
 from .prefill_ahead import Ahead, ahead_options, fetch_ahead
-from .saturate import saturated
+from .saturate import in_8_bits
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,11 @@ def gelu_tanh(x):
 
 
 @triton.jit
-def scaled_out(y, out_inverse):
-    """With `out_inverse` (float32 [1] = 1 / scale): y / scale, within e4m3's range, see `saturate`."""
+def as_stored(y, out_inverse, dtype: tl.constexpr):
+    """Float32 as it is stored; with `out_inverse` (float32 [1] = 1 / scale) in 8 bits, see `saturate`."""
     if out_inverse is not None:
-        y = saturated(y * tl.load(out_inverse))
-    return y
+        y = in_8_bits(y * tl.load(out_inverse), dtype)
+    return y.to(dtype)
 
 
 @triton.jit
@@ -129,12 +128,13 @@ def _gemm_kernel(
     cos_table, sin_table, rope_rows, M, N,
     K_TILES: tl.constexpr, TILES_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EPILOGUE: tl.constexpr, GELU: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, PRECISION: tl.constexpr, ROW_BIAS: tl.constexpr,
+    KV_HEADS: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, ROW_BIAS: tl.constexpr,
     BULK_STORE: tl.constexpr, PDL: tl.constexpr, ahead, ahead_bytes, ahead_turns,
     AHEAD_LINES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, split_k).  N = output columns of one accumulator (qkv_rope: all columns / 2)."""
+    """Grid (programs, split_k).  N = output columns of one accumulator (qkv_rope: all columns / 2); WHOLE: INT8."""
     PAIRED: tl.constexpr = EPILOGUE != "plain"
+    SUM: tl.constexpr = tl.int32 if WHOLE else tl.float32
     tiles_m = tl.cdiv(M, BLOCK_M)
     split = tl.program_id(1)
     if AHEAD_LINES > 0:
@@ -145,16 +145,18 @@ def _gemm_kernel(
         tile = tl.program_id(0) + index * tl.num_programs(0)
         row, tile_n = (tile % tiles_m) * BLOCK_M, tile // tiles_m
         first_row, second_row = _weight_rows(tile_n, N, BLOCK_N, EPILOGUE, HALF)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
+        second = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
         for step in tl.range(0, K_TILES):
             at = (split * K_TILES + step) * BLOCK_K
             block = x.load([row, at])
-            acc = tl.dot(block, weight.load([first_row, at]).T, acc, input_precision=PRECISION)
+            acc = tl.dot(block, weight.load([first_row, at]).T, acc, input_precision=PRECISION, out_dtype=SUM)
             if PAIRED:
-                second = tl.dot(block, weight.load([second_row, at]).T, second, input_precision=PRECISION)
+                second = tl.dot(block, weight.load([second_row, at]).T, second, input_precision=PRECISION, out_dtype=SUM)
         if PDL and TILES_EACH == 1:
             gdc_launch_dependents()
+        if WHOLE:
+            acc, second = acc.to(tl.float32), second.to(tl.float32)
         rows, columns = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
         in_rows = rows < M
         if channel_scale is not None:
@@ -187,12 +189,15 @@ def _gemm_kernel(
                 acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
             if GELU:
                 acc = gelu_tanh(acc)
-            acc = scaled_out(acc, out_inverse)
             if BULK_STORE:
-                out.store([row, tile_n * BLOCK_N], acc.to(out.dtype))
+                out.store([row, tile_n * BLOCK_N], as_stored(acc, out_inverse, out.dtype))
             else:
                 to = out + (split * M + rows)[:, None] * out_stride + columns[None, :]
-                tl.store(to, acc.to(out.dtype.element_ty), mask=in_rows[:, None] & (columns < N)[None, :])
+                tl.store(
+                    to,
+                    as_stored(acc, out_inverse, out.dtype.element_ty),
+                    mask=in_rows[:, None] & (columns < N)[None, :],
+                )
 
 
 def gemm(
@@ -219,7 +224,7 @@ def gemm(
     channel_scale  float32, one per weight row
     row_scale      float32 [M, 1], one per row of x
     bias           [N], or [R, N] contiguous: row m of the result gets row m % R (position embeddings)
-    out_inverse    float32 [1] = 1 / scale of an e4m3 output
+    out_inverse    float32 [1] = 1 / scale of an output in E4M3 or INT8
     rotation       qkv_rope; a tile wider than half a head is cut to it, as a program holds columns of one half
     ahead          see `prefill_ahead`
     """
@@ -245,6 +250,7 @@ def gemm(
         K_TILES=triton.cdiv(triton.cdiv(K, tile.block_k), tile.split_k), TILES_EACH=triton.cdiv(tiles, programs),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EPILOGUE=epilogue, GELU=gelu,
         HALF=head_dim // 2, HEADS=heads, KV_HEADS=kv_heads, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        WHOLE=x.dtype == torch.int8,
         ROW_BIAS=bias is not None and bias.dim() == 2,
         BULK_STORE=bulk, PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, **options,
         **ahead_options(ahead, programs=programs * tile.split_k, warps=tile.warps),

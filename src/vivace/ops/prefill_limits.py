@@ -68,11 +68,12 @@ def why_not_vision_head(width: int, num_heads: int) -> str | None:
 
 def why_not_layer(layer: AnyLinear, *, capability: tuple[int, int]) -> str | None:
     """Return why one linear cannot run here, or None."""
-    if isinstance(layer, E4m3Linear):
-        if capability < (8, 9):
-            return f"E4M3 needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
+    if isinstance(layer, QuantisedLinear):
+        if isinstance(layer, E4m3Linear) and capability < (8, 9):
+            have = f"{capability[0]}.{capability[1]}"
+            return f"E4M3 needs compute capability 8.9, this GPU has {have} (INT8 runs there: --preset int8-full)"
         if layer.dtype != torch.bfloat16:
-            return f"E4M3 products return bfloat16, not {layer.dtype}"
+            return f"8-bit products return bfloat16, not {layer.dtype}"
         multiple = 16
     elif layer.weight.dtype == torch.bfloat16:
         multiple = 8

@@ -16,7 +16,7 @@ class Operand:
     """The input of one product.  M rows of K values; N = weight rows.
 
     rows     [M, K] in the format of the weight
-    channel  float32 [N], E4M3 alone: weight scale times static input scale, or the weight scale where `own` is given
+    channel  float32 [N], 8 bits alone: weight scale times static input scale, or the weight scale where `own` is given
     own      float32 [M, 1], a scale per row, or None
     """
 

@@ -4,7 +4,7 @@
 """Row-wise kernels between the products of the prefill: residual + norm (+ quantise), GeGLU, rotary embedding.
 
 One program owns one row (or a piece of it), reads it once, keeps it in float32 registers, and writes once. With
-`out_inverse` (float32 [1] = 1 / scale) the result is e4m3. `channel_scale` finishes an e4m3 product that cuBLAS left
+`out_inverse` (float32 [1] = 1 / scale) the result is E4M3 or INT8. `channel_scale` finishes a product that its kernel left
 unscaled: cuBLAS is fastest with one scale per tensor, and the scale per output channel is free here.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .prefill_ahead import Ahead, ahead_options, fetch_ahead
-from .prefill_gemm import gelu_tanh, scaled_out
+from .prefill_gemm import as_stored, gelu_tanh
 from .reference import NORM_EPS
 
 
@@ -62,7 +62,7 @@ def _norm_kernel(
         y = y * weight + offset
     else:
         y = y * (1.0 + weight)
-    tl.store(out + row * D + columns, scaled_out(y, out_inverse).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * D + columns, as_stored(y, out_inverse, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -78,9 +78,7 @@ def _geglu_kernel(packed, channel_scale, out, out_inverse, F, BLOCK: tl.constexp
     if channel_scale is not None:
         gate *= tl.load(channel_scale + columns, mask=inside, other=0.0)
         up *= tl.load(channel_scale + F + columns, mask=inside, other=0.0)
-    tl.store(
-        out + row * F + columns, scaled_out(gelu_tanh(gate) * up, out_inverse).to(out.dtype.element_ty), mask=inside
-    )
+    tl.store(out + row * F + columns, as_stored(gelu_tanh(gate) * up, out_inverse, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rope_rows"])

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .prefill_gemm import Tile, check_operands, gelu_tanh, gemm, scaled_out
+from .prefill_gemm import Tile, as_stored, check_operands, gelu_tanh, gemm
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _store_gated(
         own = tl.load(row_scale + rows, mask=rows < M, other=0.0)[:, None]
         gate *= own
         up *= own
-    y = scaled_out(gelu_tanh(gate) * up, out_inverse).to(out.dtype.element_ty)
+    y = as_stored(gelu_tanh(gate) * up, out_inverse, out.dtype.element_ty)
     to = out + rows[:, None] * out_stride + columns[None, :]
     tl.store(to, y, mask=(rows < M)[:, None] & (columns < N)[None, :])
 
@@ -62,7 +62,7 @@ def _store_gated_tail(
         own = tl.load(row_scale + rows, mask=rows < M, other=0.0)[None, :]
         gate *= own
         up *= own
-    y = scaled_out(gelu_tanh(gate) * up, out_inverse).to(out.dtype.element_ty)
+    y = as_stored(gelu_tanh(gate) * up, out_inverse, out.dtype.element_ty)
     to = out + rows[None, :] * out_stride + columns[:, None]
     tl.store(to, y, mask=(rows < M)[None, :] & (columns < N)[:, None])
 

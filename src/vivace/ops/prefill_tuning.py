@@ -58,6 +58,12 @@ class Tuning:
             return untuned(epilogue, fp8=fp8)
         return next((choice for limit, choice in known if rows <= limit), known[-1][1])
 
+    def choose_int8(self, epilogue: str) -> Choice:
+        """The choice for an INT8 weight of any shape; cuBLAS' way to run one would write its sums in 32 bits."""
+        return Choice(
+            Tile(64, 64 if epilogue in ("geglu", "qkv_rope") else 128, 128, warps=4, stages=3), measured=False
+        )
+
     def attention_tile(self, *, rows: int) -> AttentionTile:
         """Tile of the prefix attention for `rows` = tokens * heads."""
         return next((tile for limit, tile in self.attention if rows <= limit), self.attention[-1][1])
