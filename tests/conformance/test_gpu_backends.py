@@ -9,6 +9,8 @@ CPU, plain PyTorch stands in for the kernels, on the small network of the other 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from suite import CHECKS, STEPS, Formula, Subject, case_of, inputs_of
@@ -90,6 +92,33 @@ def test_backend_on_a_gpu(subjects, name, kind, check):
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_fp8_on_a_gpu(subjects, kind, check):
     CHECKS[check](subjects("cuda_graph", kind, "fp8-all"))
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+@pytest.mark.parametrize("preset", ["bf16", "fp8-all", "int8-full"])
+def test_what_gpus_before_hopper_run(monkeypatch, preset, kind):
+    """Their choices, as far as this GPU can make them: no bulk copies, early launches or early weights, less memory."""
+    from vivace.ops import blocks, denoise_ahead, launch, prefill, prefill_tuning
+
+    if reason := base.why_not("cuda_graph", device="cuda"):
+        pytest.skip(reason)
+    monkeypatch.setattr(blocks, "bulk_copies", lambda device: False)
+    monkeypatch.setattr(launch, "programmatic", lambda x: False)
+    monkeypatch.setattr(denoise_ahead, "_unavailable", lambda device: "not here")
+    tuning = replace(prefill_tuning.tuning_for((8, 9), shared_bytes=101_376), early=())
+    monkeypatch.setattr(prefill, "tuning_for", lambda *_, **__: tuning)
+    subject = Subject(
+        lambda model, config: base.build("cuda_graph", model, config), kind,
+        tolerance=BFLOAT16_BOUND if preset == "bf16" else FP8_BOUND, device="cuda", dtype_of=bfloat16,
+        config_changes=SIZES, preset=preset,
+    )  # fmt: skip
+    for check in CHECKS.values():
+        check(subject)
+    kernels = set(subject.backend.describe()["kernels"].values())
+    assert "gluon early weights" not in kernels
+    assert "cublas, untuned" in kernels
 
 
 @pytest.mark.gpu

@@ -16,5 +16,5 @@ def test_no_kernel_drops_nan_and_narrow_heads_compile(compiled_alone):
     assert "checked 17 clamps and 16 products of narrow heads" in compiled_alone(CHILD)
 
 
-def test_kernels_compile_for_older_gpus_and_fit(compiled_alone):
-    assert "compiled 26 kernels" in compiled_alone(OLDER)
+def test_kernels_compile_for_other_gpus_and_fit(compiled_alone):
+    assert "compiled 66 kernels" in compiled_alone(OLDER)

@@ -12,10 +12,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from vivace.ops import prefill, prefill_limits, reference
+from vivace.ops import blocks, prefill, prefill_limits, reference
 from vivace.ops.layers import LayerNorm, Linear, RmsNorm
 from vivace.ops.prefill_gemm import Tile
-from vivace.ops.prefill_tuning import Choice, Key, Tuning
+from vivace.ops.prefill_tuning import Choice, Key, Tuning, tuning_for
 from vivace.ops.table import reference_ops
 from vivace.precision.quantize import quantise_layer
 
@@ -217,6 +217,19 @@ def test_rows_that_ride_along(rows, kind, tail):
         return (table.geglu(reference.hand_over(x, up), up, down),)
 
     check(*both(ops, call, down))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("rows", [968, 259])
+def test_what_other_gpus_run(kind, rows, monkeypatch):
+    """Blocks by address, cuBLAS or untuned tiles, little shared memory: like RTX 30 and 40, as far as this GPU can tell."""
+    monkeypatch.setattr(prefill, "tuning_for", lambda *_, **__: tuning_for((8, 9), shared_bytes=101_376))
+    monkeypatch.setattr(blocks, "bulk_copies", lambda device: False)
+    test_gated_mlp(kind, rows)
+    test_end_of_branch(kind, rows, 16384)
+    test_projection_and_rotation(kind, rows)
+    test_attention(rows, True, 2)
+    test_siglip_block(kind, 2)
 
 
 @pytest.mark.parametrize("pixels", ["uint8", "float32"])

@@ -17,7 +17,7 @@ if not GPU:
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vivace.errors import ShapeError  # noqa: E402
-from vivace.ops import prefill_attention, prefill_patches, prefill_pointwise, prefill_tail  # noqa: E402
+from vivace.ops import blocks, prefill_attention, prefill_patches, prefill_pointwise, prefill_tail  # noqa: E402
 from vivace.ops.layers import Linear  # noqa: E402
 from vivace.ops.prefill_attention import AttentionTile  # noqa: E402
 from vivace.ops.prefill_gemm import Rotation, Tile, gemm  # noqa: E402
@@ -335,6 +335,72 @@ def test_few_keys_take_two_turns(tokens):
     q, k, v = (randn(2, tokens, n, 16, seed=n) for n in (4, 1, 1))
     out = prefill_attention.attention(q, k, v, poisoned(2, tokens, 64), tile=tile)
     torch.testing.assert_close(out, reference.attention(q, k, v, None, None, KEEP), **TIGHT)
+
+
+@pytest.fixture
+def both_ways(monkeypatch):
+    """Run a call with blocks through descriptors and by their addresses -> the two results."""
+
+    def run(call):
+        results = []
+        for bulk in (True, False):
+            monkeypatch.setattr(blocks, "bulk_copies", lambda device, bulk=bulk: bulk)
+            results.append(call())
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize("shape", [(37, 40, 52), (32, 32, 32), (1, 16, 16)])
+@pytest.mark.parametrize("epilogue", ["plain", "split", "geglu"])
+def test_products_that_read_by_address_are_the_same_bits(both_ways, shape, epilogue):
+    M, N, K = shape
+    x, w = randn(M + 1, K, seed=0)[:M], randn((2 * N if epilogue == "geglu" else N) + 16, K, seed=1)[:-16]
+    cut = Tile(16, 16, 16, warps=4, stages=2, split_k=3) if epilogue == "split" else BULK
+    name, room = "geglu" if epilogue == "geglu" else "plain", (3, M, N) if epilogue == "split" else (M, N)
+    described, addressed = both_ways(lambda: gemm(x, w, poisoned(*room), tile=cut, epilogue=name, processors=3))
+    assert torch.isfinite(addressed).all(), "what lies outside a matrix is zero, and never read"
+    assert torch.equal(described, addressed)
+
+
+def test_rows_of_any_stride_are_read_by_address(both_ways):
+    x, w = randn(37, 96, seed=0)[:, :52], randn(40, 64, seed=1)[:, :52]
+    described, addressed = both_ways(lambda: gemm(x, w, poisoned(37, 40), tile=SMALL))
+    assert torch.equal(described, addressed)
+    torch.testing.assert_close(addressed, x @ w.T, **TIGHT)
+
+
+def test_rotated_products_and_tails_by_address(both_ways):
+    """A tail is for the bulk copy engine: without it every row has its own tile."""
+    x, w, cos, sin = randn(19, 36, seed=0), randn(192, 36, seed=1), randn(19, 16, seed=2), randn(19, 16, seed=3)
+
+    def rotate():
+        q, cache = poisoned(19, 128), poisoned(2, 19, 40)
+        rotation = Rotation(k=cache[0, :, :32], v=cache[1, :, :32], cos=cos, sin=sin, heads=(4, 1, 32))
+        gemm(x, w, q, tile=SMALL, epilogue="qkv_rope", rotation=rotation)
+        return torch.cat([q, cache[0, :, :32], cache[1, :, :32]], dim=1)
+
+    described, addressed = both_ways(rotate)
+    assert torch.equal(described, addressed)
+    x, w = randn(257, 36, seed=4), randn(96, 36, seed=5)
+    described, addressed = both_ways(lambda: prefill_tail.gated(x, w, poisoned(257, 48), tile=carrying(16)))
+    torch.testing.assert_close(described, addressed, **TIGHT)
+
+
+@pytest.mark.parametrize("tokens", [21, 4])
+def test_attention_that_reads_by_address_is_the_same_bits(both_ways, tokens):
+    tile, mask = AttentionTile(16, 16, warps=4, stages=2), torch.arange(tokens, device=DEVICE).expand(2, tokens) != 2
+    q, room = randn(2, tokens, 4, 16, seed=0), randn(2, 2, 30, 1, 40, seed=1)
+    k, v = room[0, :, :tokens, :, :16], room[1, :, :tokens, :, 16:32]
+    described, addressed = both_ways(
+        lambda: prefill_attention.attention(q, k, v, poisoned(2, tokens, 64), tile=tile, mask=mask.contiguous())
+    )
+    assert torch.equal(described, addressed)
+    qkv = randn(3, tokens, 3 * 2 * 24, seed=2)
+    described, addressed = both_ways(
+        lambda: prefill_attention.vision_attention(qkv, poisoned(3, tokens, 48), heads=2, tile=tile)
+    )
+    assert torch.equal(described, addressed)
 
 
 def test_keys_inside_a_wider_cache_are_read_in_place():

@@ -19,10 +19,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from vivace.config import GemmaConfig, ModelConfig, VisionConfig  # noqa: E402
 from vivace.errors import ShapeError, Unsupported  # noqa: E402
 from vivace.model.pi import Pi  # noqa: E402
-from vivace.ops import prefill, prefill_ahead, prefill_limits, prefill_tail, reference, row_scales  # noqa: E402
+from vivace.ops import launch, prefill, prefill_ahead, prefill_limits, prefill_tail, reference, row_scales  # noqa: E402
 from vivace.ops.layers import Fp8Linear, Linear, RmsNorm, RowFp8Linear  # noqa: E402
 from vivace.ops.prefill_operand import Operand  # noqa: E402
-from vivace.ops.prefill_tuning import TUNED, Choice, Key, Tile, Tuning  # noqa: E402
+from vivace.ops.prefill_tuning import TUNED, Choice, Key, Tile, Tuning, tuning_for  # noqa: E402
 from vivace.ops.table import reference_ops  # noqa: E402
 from vivace.precision import fit, quantize  # noqa: E402
 from vivace.precision.plan import PrecisionPlan, Rule  # noqa: E402
@@ -214,7 +214,9 @@ def test_cublas_gets_the_scales_of_rows_and_channels(monkeypatch, finished):
         return torch.zeros(x.shape[0], weight.shape[1], dtype=given["out_dtype"], device=x.device)
 
     monkeypatch.setattr(torch, "_scaled_mm", product)
-    layer = quantise_layer(Linear(32, 48, name="projector", bias=True).to(DEVICE).bfloat16(), amax=None)
+    plain = Linear(32, 48, name="projector", bias=True).to(DEVICE).bfloat16()
+    torch.nn.init.normal_(plain.weight)
+    layer = quantise_layer(plain, amax=None)
     ops = prefill.Prefill(prefill.constants_of(layer), torch.ones(256, 1, device=DEVICE), tuning=Blas())
     x = torch.logspace(-3, 3, 5, device=DEVICE)[:, None].expand(1, 5, 32).bfloat16()
     if finished:
@@ -271,6 +273,58 @@ def test_strided_activations_are_read_as_what_they_are(model):
     got = ops.linear_residual_norm(x, layer, old, None, norm, None, layer)
     for mine, want in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4)
+
+
+def test_only_hopper_has_measured_rows():
+    assert tuning_for((9, 0), shared_bytes=232_448) is TUNED
+    for capability, room, taken in (((8, 0), 166_912, 102_432), ((8, 9), 101_376, 69_656), ((12, 0), 101_376, 69_656)):
+        other = tuning_for(capability, shared_bytes=room)
+        assert other.products == {}
+        cut = other.attention_tile(rows=968 * 8)
+        # q, keys and values of the loop, and the weights of one block, in bfloat16: head size 256
+        loop = (cut.block_m + 2 * (cut.stages - 1) * cut.block_n) * 512 + 2 * cut.block_m * cut.block_n
+        assert loop <= taken <= room
+        for fp8 in (False, True):
+            ways = {
+                epilogue: other.choose(epilogue, rows=968, shape=(2048, 2048), fp8=fp8)
+                for epilogue in ("plain", "parts", "gelu", "geglu", "qkv_rope")
+            }
+            assert not any(way.measured for way in ways.values())
+            own = {epilogue for epilogue, way in ways.items() if way.tile is not None}
+            assert own == ({"plain", "gelu"} if fp8 else set()), "torch finishes E4M3 products on few GPUs"
+
+
+def test_large_tiles_of_int8_are_for_products_that_fill_the_chip():
+    found = {
+        (rows, shape): TUNED.choose_int8(epilogue, rows=rows, shape=shape, processors=108).tile
+        for epilogue, rows, shape in (
+            ("geglu", 968, (32768, 2048)), ("parts", 968, (2048, 16384)), ("plain", 256, (3456, 1152)),
+            ("qkv_rope", 304, (2560, 2048)),
+        )
+    }  # fmt: skip
+    assert [(tile.block_m, tile.block_n) for tile in found.values()] == [(128, 64), (128, 128), (64, 64), (64, 32)]
+    assert {tile.split_k for tile in found.values()} == {1}
+
+
+def test_stages_that_do_not_fit_are_left_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(launch, "shared_bytes", lambda device: 101_376)
+    fit = [launch.stages_that_fit(stages, bytes_each=49_152, device=DEVICE) for stages in (2, 3, 4, 8)]
+    assert fit == [2, 3, 3, 3]
+    assert launch.stages_that_fit(4, bytes_each=200_000, device=DEVICE) == 1
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert launch.stages_that_fit(4, bytes_each=49_152, device=DEVICE) == 4, "chosen there"
+    monkeypatch.setattr(launch, "shared_bytes", lambda device: None)
+    assert launch.stages_that_fit(4, bytes_each=200_000, device=DEVICE) == 4
+
+
+def test_why_not_names_a_gpu_with_less_shared_memory_than_any_tile(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, room, fits in (((8, 6), 101_376, True), ((12, 0), 101_376, True), ((8, 6), 65_536, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(launch, "shared_bytes", lambda device, room=room: room)
+        assert (prefill_limits.why_not(device="cuda") is None) == fits
+    assert "101376 bytes of shared memory, this GPU has 65536" in prefill_limits.why_not(device="cuda")
 
 
 def test_a_rule_of_thumb_is_no_measurement(model):

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import launch, row_scales
+from . import blocks, launch, row_scales
+from .blocks import block_of, source
 from .layers import AnyLinear, E4m3Linear, Fp8Linear, Linear
 from .saturate import saturated
 
@@ -35,7 +35,7 @@ class Tile:
     block_n  output columns of one program, per accumulator (geglu and qkv have two)
     split_k  programs that share an output tile; part only
     early    the successor may launch before the main loop, see `ops.launch`
-    bulk     operands arrive through tensor descriptors (the bulk copy engine) instead of per-thread copies
+    bulk     operands arrive through the bulk copy engine where there is one, see `blocks`
     carveout per cent of a processor's memory that shall be shared memory, see `launch.share`
     ahead    the first block of weights is loaded into registers before the wait, while the predecessor still runs
     """
@@ -49,22 +49,6 @@ class Tile:
     early: bool = False
     ahead: bool = False
     carveout: int = launch.BY_DRIVER
-
-
-@triton.jit
-def _operand(
-    source, row, column, rows, columns, BULK: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):
-    """[R, C] of a row-major matrix; zero outside it."""
-    if BULK:
-        block = source.load([row, column])
-    else:
-        r, c = row + tl.arange(0, R), column + tl.arange(0, C)
-        inside = (r < rows)[:, None]
-        if not EVEN:
-            inside = inside & (c < columns)[None, :]
-        block = tl.load(source + r[:, None] * columns + c[None, :], mask=inside, other=0.0)
-    return block
 
 
 @triton.jit
@@ -126,22 +110,22 @@ def _product_kernel(
     weights_bulk: tl.constexpr = BULK and AHEAD == 0
     start = split * STEPS * BLOCK_K
     if AHEAD:
-        w_ahead = _operand(weight, first, start, N, K, False, EVEN, BLOCK_N, BLOCK_K)
+        w_ahead = block_of(weight, first, start, N, K, K, False, EVEN, BLOCK_N, BLOCK_K)
         if MODE != "part":
-            w2_ahead = _operand(weight, second, start, N, K, False, EVEN, BLOCK_N, BLOCK_K)
+            w2_ahead = block_of(weight, second, start, N, K, K, False, EVEN, BLOCK_N, BLOCK_K)
     if PDL:
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
     if AHEAD:
-        x_ahead = _operand(x, row, start, M, K, BULK, EVEN, BLOCK_M, BLOCK_K)
+        x_ahead = block_of(x, row, start, M, K, K, BULK, EVEN, BLOCK_M, BLOCK_K)
     for step in tl.range(AHEAD, STEPS):
         at = start + step * BLOCK_K
-        block = _operand(x, row, at, M, K, BULK, EVEN, BLOCK_M, BLOCK_K)
-        w = _operand(weight, first, at, N, K, weights_bulk, EVEN, BLOCK_N, BLOCK_K)
+        block = block_of(x, row, at, M, K, K, BULK, EVEN, BLOCK_M, BLOCK_K)
+        w = block_of(weight, first, at, N, K, K, weights_bulk, EVEN, BLOCK_N, BLOCK_K)
         acc = _accumulate(block, w, acc, INTERPRET)
         if MODE != "part":
-            w2 = _operand(weight, second, at, N, K, weights_bulk, EVEN, BLOCK_N, BLOCK_K)
+            w2 = block_of(weight, second, at, N, K, K, weights_bulk, EVEN, BLOCK_N, BLOCK_K)
             acc2 = _accumulate(block, w2, acc2, INTERPRET)
     if AHEAD:
         if STEPS > AHEAD and not BULK:
@@ -182,27 +166,25 @@ def block_rows(rows: int) -> int:
     return 16 if rows <= 16 else 32 if rows <= 32 else 64
 
 
-def _source(matrix: Tensor, block: list[int], bulk: bool) -> Any:
-    return TensorDescriptor.from_tensor(matrix, block) if bulk else matrix
-
-
 def _product(x: Tensor, layer: AnyLinear, out: Tensor, tile: Tile, *, mode: str, tiles_n: int, **more: Any) -> Tensor:
     """Launch on x [M, K] (contiguous, as `layer` takes it) and return `out`."""
     x, row_scale = row_scales.operand(x, layer, pdl=launch.programmatic(x))
     (M, K), N = x.shape, layer.weight.shape[0]
     BM = block_rows(M)
     steps = triton.cdiv(K, tile.block_k * tile.split_k)
-    bulk = tile.bulk and not launch.INTERPRET
+    bulk = tile.bulk and not launch.INTERPRET and blocks.bulk_copies(x.device)
     quantised = isinstance(layer, E4m3Linear)
+    bytes_each = (BM + tile.block_n * (1 if mode == "part" else 2)) * tile.block_k * x.element_size()
+    stages = launch.stages_that_fit(tile.stages, bytes_each=bytes_each, device=x.device)
     defaults = {"out_scale": None, "cos": None, "sin": None, "table_rows": 1, "HALF": 1, "ROTATED": 0}
     launched = _product_kernel[(tiles_n, tile.split_k, triton.cdiv(M, BM))](
-        _source(x, [BM, tile.block_k], bulk),
-        _source(layer.weight.data, [tile.block_n, tile.block_k], bulk and not tile.ahead), out,
+        source(x, [BM, tile.block_k], bulk=bulk),
+        source(layer.weight.data, [tile.block_n, tile.block_k], bulk=bulk and not tile.ahead), out,
         layer.weight_scale if quantised else None, layer.input_scale if isinstance(layer, Fp8Linear) else None, row_scale,
         M=M, N=N, K=K, MODE=mode, BLOCK_M=BM, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEPS=steps, BULK=bulk,
         AHEAD=int(tile.ahead),
         EVEN=N % tile.block_n == 0 and K % (tile.block_k * tile.split_k) == 0, EVEN_N=N % (2 * tile.block_n) == 0,
-        **{**defaults, **more}, **launch.options(x, warps=tile.warps, stages=tile.stages, early=tile.early),
+        **{**defaults, **more}, **launch.options(x, warps=tile.warps, stages=stages, early=tile.early),
     )  # fmt: skip
     launch.share(launched, tile.carveout)
     return out

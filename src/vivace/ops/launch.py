@@ -55,6 +55,17 @@ def shared_bytes(device: torch.device) -> int | None:
     return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
+def stages_that_fit(stages: int, *, bytes_each: int, device: torch.device) -> int:
+    """At most `stages` of a loop, each with so many bytes of shared memory; GPUs other than Hopper may have too few.
+
+    A loop of n stages keeps n - 1 blocks beside the one that it multiplies. Tiles were chosen on Hopper, and fit there.
+    """
+    room = shared_bytes(device)
+    if room is None or torch.cuda.get_device_capability(device)[0] == 9:
+        return stages
+    return max(1, min(stages, 1 + (room - 1024) // bytes_each))
+
+
 def options(x: Tensor, *, warps: int, stages: int = 1, early: int = LATE) -> dict[str, Any]:
     """Launch keywords of one kernel; `PDL`, `EARLY` and `INTERPRET` are its compile-time switches."""
     if INTERPRET:

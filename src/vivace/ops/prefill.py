@@ -24,23 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ShapeError, Unsupported
-from . import prefill_attention, prefill_patches, prefill_pointwise, prefill_tail, reference, row_scales
-from .layers import (
-    AnyLinear,
-    E4m3Linear,
-    Int8Linear,
-    LayerNorm,
-    Linear,
-    QuantisedLinear,
-    RmsNorm,
-    StaticLinear,
-)
+from . import launch, prefill_attention, prefill_patches, prefill_pointwise, prefill_tail, reference, row_scales
+from .layers import AnyLinear, E4m3Linear, Int8Linear, LayerNorm, Linear, QuantisedLinear, RmsNorm, StaticLinear
 from .prefill_ahead import Ahead, worth
 from .prefill_constants import Constants, constants_of
 from .prefill_gemm import Rotation, gemm
 from .prefill_limits import refuse_modulation, refuse_step, why_not, why_not_head, why_not_vision_head
 from .prefill_operand import Operand, blas
-from .prefill_tuning import TUNED, Choice, Tuning, untuned
+from .prefill_tuning import TUNED, Choice, Tuning, tuning_for, untuned
 from .table import OpTable
 
 Recorder = Callable[[str, str, str], None]
@@ -280,11 +271,13 @@ class Prefill:
         """The tuned way to run this product, noted for coverage."""
         fp8, shape = isinstance(layer, E4m3Linear), tuple(layer.weight.shape)
         if isinstance(layer, Int8Linear):
-            choice = self.tuning.choose_int8(epilogue)
+            choice = self.tuning.choose_int8(
+                epilogue, rows=given.rows.shape[0], shape=shape, processors=self.processors
+            )
         else:
             choice = self.tuning.choose(epilogue, rows=given.rows.shape[0], shape=shape, fp8=fp8)
         if choice.tile is None and not blas_can:
-            choice = untuned(epilogue, fp8=fp8)
+            choice = untuned(epilogue, fp8=fp8)  # Triton's
         kernel = "cublas" if choice.tile is None else "triton"
         self._note(layer.name, operation, kernel if choice.measured else f"{kernel}, untuned")
         return choice
@@ -331,13 +324,14 @@ class Prefill:
 def prefill_ops(
     model: nn.Module,
     *,
-    tuning: Tuning = TUNED,
+    tuning: Tuning | None = None,
     kv_buffers: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     record: Recorder | None = None,
     most_rows: int = 8192,
 ) -> OpTable:
     """The table for `model`'s vision tower and prefix. Constants of 8-bit layers are computed now.
 
+    tuning     None: what `prefill_tuning.tuning_for` says of this GPU
     most_rows  rows for which the row scales of E4M3 products are made once
     Raises     Unsupported with the reason of `why_not`
     """
@@ -345,6 +339,8 @@ def prefill_ops(
     if reason := why_not(device=str(device), model=model):
         raise Unsupported("the prefill kernels cannot run", got=reason, do="choose another --backend")
     properties = torch.cuda.get_device_properties(device)
+    if tuning is None:
+        tuning = tuning_for((properties.major, properties.minor), shared_bytes=launch.shared_bytes(device))
     ops = Prefill(
         constants=constants_of(model),
         ones=torch.ones(most_rows, 1, dtype=torch.float32, device=device),

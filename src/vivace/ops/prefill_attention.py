@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..errors import ShapeError
+from . import blocks
+from .blocks import block_of, source
 from .prefill_ahead import Ahead, ahead_options, fetch_ahead
 from .prefill_gemm import as_stored
 
@@ -50,12 +51,16 @@ class AttentionTile:
 
 @triton.jit
 def _attention_kernel(
-    q, k, v, mask, out, out_inverse, q_batch, q_token, k_rows, v_rows, out_batch, rows_in_all, keys, score_scale,
+    q, k, v, k_stride, v_stride, k_end, v_end, mask, out, out_inverse, q_batch, q_token, k_rows, v_rows, out_batch,
+    rows_in_all, keys, score_scale,
     KEY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_KEYS: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr, ahead, ahead_bytes, ahead_turns, AHEAD_LINES: tl.constexpr,
+    BULK: tl.constexpr, PDL: tl.constexpr, ahead, ahead_bytes, ahead_turns, AHEAD_LINES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, B * KV_HEADS).  Row r of a group is head r % GROUP of token r // GROUP; k, v are descriptors."""
+    """Grid (row blocks, B * KV_HEADS).  Row r of a group is head r % GROUP of token r // GROUP.
+
+    Keys and values: rows [.., KV_HEADS * HEAD_DIM] of all batches together, so many as k_end and v_end say.
+    """
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < rows_in_all
@@ -76,7 +81,9 @@ def _attention_kernel(
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
     for block in tl.range(0, KEY_BLOCKS):
-        scores = tl.dot(queries, k.load([first_key + block * BLOCK_N, column]).T, input_precision=PRECISION)
+        row = first_key + block * BLOCK_N
+        shown = block_of(k, row, column, k_end, 0, k_stride, BULK, True, BLOCK_N, HEAD_DIM)
+        scores = tl.dot(queries, shown.T, input_precision=PRECISION)
         scores = tl.where(seen[None, :], scores * score_scale, MASKED)
         # which keys the next block shows is read now: in the next turn it would be waited for
         key += BLOCK_N
@@ -88,7 +95,8 @@ def _attention_kernel(
         weights = tl.exp2(scores - new_top[:, None])
         total = total * correction + tl.sum(weights, 1)
         top = new_top
-        values = v.load([first_value + block * BLOCK_N, column])
+        row = first_value + block * BLOCK_N
+        values = block_of(v, row, column, v_end, 0, v_stride, BULK, True, BLOCK_N, HEAD_DIM)
         acc = tl.dot(weights.to(values.dtype), values, acc * correction[:, None], input_precision=PRECISION)
     if PDL:
         gdc_launch_dependents()
@@ -99,19 +107,20 @@ def _attention_kernel(
 
 @triton.jit
 def _vision_kernel(
-    qkv, main_rows, rest_rows, out, out_inverse, token_stride, out_view, out_token, tokens, score_scale,
+    qkv, main_rows, rest_rows, all_rows, out, out_inverse, token_stride, out_view, out_token, tokens, score_scale,
     KEY_BLOCKS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr, PDL: tl.constexpr,
     ahead, ahead_bytes, ahead_turns, AHEAD_LINES: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, V * HEADS).  HEAD_DIM = MAIN + a part of REST; MAIN and REST are powers of two.
 
-    Keys and values come through descriptors over all rows [V * T, 3 D]. What a block of REST columns holds beyond the
+    Keys and values are read from all rows [V * T, 3 D] together. What a block of REST columns holds beyond the
     head belongs to the next one: queries are zero there, and such columns of the result are not stored.
     """
     view, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     column = head * HEAD_DIM
     width: tl.constexpr = HEADS * HEAD_DIM
+    columns: tl.constexpr = 3 * width
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     main, rest = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
     in_rows, in_rest = (rows < tokens)[:, None], (rest < HEAD_DIM)[None, :]
@@ -128,8 +137,10 @@ def _vision_kernel(
     acc_rest = tl.zeros((BLOCK_M, REST), dtype=tl.float32)
     for block in tl.range(0, KEY_BLOCKS):
         first = view * tokens + block * BLOCK_N
-        scores = tl.dot(q_main, main_rows.load([first, width + column]).T, input_precision=PRECISION)
-        keys_rest = rest_rows.load([first, width + column + MAIN])
+        side = width + column
+        keys = block_of(main_rows, first, side, all_rows, columns, token_stride, BULK, True, BLOCK_N, MAIN)
+        scores = tl.dot(q_main, keys.T, input_precision=PRECISION)
+        keys_rest = block_of(rest_rows, first, side + MAIN, all_rows, columns, token_stride, BULK, False, BLOCK_N, REST)
         scores = tl.dot(q_rest, keys_rest.T, scores, input_precision=PRECISION) * score_scale
         # rows beyond this view's tokens are the next view's: finite, and their weight is zero
         scores = tl.where((block * BLOCK_N + tl.arange(0, BLOCK_N) < tokens)[None, :], scores, MASKED)
@@ -138,10 +149,11 @@ def _vision_kernel(
         weights = tl.exp2(scores - new_top[:, None])
         total = total * correction + tl.sum(weights, 1)
         top = new_top
-        values = main_rows.load([first, 2 * width + column])
+        side = 2 * width + column
+        values = block_of(main_rows, first, side, all_rows, columns, token_stride, BULK, True, BLOCK_N, MAIN)
         rounded = weights.to(values.dtype)
         acc_main = tl.dot(rounded, values, acc_main * correction[:, None], input_precision=PRECISION)
-        values = rest_rows.load([first, 2 * width + column + MAIN])
+        values = block_of(rest_rows, first, side + MAIN, all_rows, columns, token_stride, BULK, False, BLOCK_N, REST)
         acc_rest = tl.dot(rounded, values, acc_rest * correction[:, None], input_precision=PRECISION)
     if PDL:
         gdc_launch_dependents()
@@ -173,14 +185,16 @@ def attention(
     S, K = k.shape[1], k.shape[2]
     rows = T * (N // K)
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    grid = triton.cdiv(rows, tile.block_m), B * K
+    grid, bulk = (triton.cdiv(rows, tile.block_m), B * K), blocks.bulk_copies(q.device)
+    keys, values = _rows_of(k), _rows_of(v)
     _attention_kernel[grid](
-        q, _rows_of(k, tile.block_n), _rows_of(v, tile.block_n),
+        q, *(source(each, [tile.block_n, head_dim], bulk=bulk) for each in (keys, values)),
+        keys.stride(0), values.stride(0), keys.shape[0], values.shape[0],
         mask.contiguous().view(torch.uint8) if mask is not None else q, out, out_inverse,
         q.stride(0), q.stride(1), k.stride(0) // k.stride(1), v.stride(0) // v.stride(1),
         out.stride(0), rows, S, head_dim**-0.5 * LOG2_E,
         KEY_BLOCKS=_key_blocks(S, tile), GROUP=N // K, KV_HEADS=K, HEAD_DIM=head_dim, BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n, MASKED_KEYS=mask is not None, PRECISION=_precision(q), PDL=pdl,
+        BLOCK_N=tile.block_n, MASKED_KEYS=mask is not None, PRECISION=_precision(q), BULK=bulk, PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, **options,
         **ahead_options(ahead, programs=grid[0] * grid[1], warps=tile.warps),
     )  # fmt: skip
@@ -204,27 +218,26 @@ def vision_attention(
     main, rest = split_head_dim(head_dim)
     rows = qkv.view(V * T, packed)
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    grid = triton.cdiv(T, tile.block_m), V * heads
+    grid, bulk = (triton.cdiv(T, tile.block_m), V * heads), blocks.bulk_copies(qkv.device)
     _vision_kernel[grid](
-        rows, TensorDescriptor.from_tensor(rows, [tile.block_n, main]),
-        TensorDescriptor.from_tensor(rows, [tile.block_n, rest]), out, out_inverse, rows.stride(0), out.stride(0),
-        out.stride(1), T, head_dim**-0.5 * LOG2_E,
+        rows, *(source(rows, [tile.block_n, width], bulk=bulk) for width in (main, rest)), V * T, out, out_inverse,
+        rows.stride(0), out.stride(0), out.stride(1), T, head_dim**-0.5 * LOG2_E,
         KEY_BLOCKS=_key_blocks(T, tile), HEADS=heads, HEAD_DIM=head_dim, MAIN=main, REST=rest,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, PRECISION=_precision(qkv), PDL=pdl,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, PRECISION=_precision(qkv), BULK=bulk, PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, **options,
         **ahead_options(ahead, programs=grid[0] * grid[1], warps=tile.warps),
     )  # fmt: skip
     return out
 
 
-def _rows_of(x: Tensor, block: int) -> TensorDescriptor:
-    """[B, S, K, d] as a descriptor of rows [.., K * d] in blocks of [block, d]; batch b starts at row b * S'."""
+def _rows_of(x: Tensor) -> Tensor:
+    """[B, S, K, d] as rows [.., K * d]; batch b starts at row b * S'."""
     B, S, K, head_dim = x.shape
     token = x.stride(1)
     if x.stride(3) != 1 or (K > 1 and x.stride(2) != head_dim) or (B > 1 and x.stride(0) % token):
         raise ShapeError("keys or values cannot be read as rows", got=x.stride(), wanted="heads contiguous in a token")
     rows = (B - 1) * (x.stride(0) // token) + S
-    return TensorDescriptor(x, [rows, K * head_dim], [token, 1], [block, head_dim])
+    return x.as_strided((rows, K * head_dim), (token, 1))
 
 
 def _key_blocks(keys: int, tile: AttentionTile) -> int:

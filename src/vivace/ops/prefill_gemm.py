@@ -14,8 +14,7 @@ Why not cuBLAS alone: at these sizes the traffic between kernels costs more than
 multiplies the sum, and where rows of x have scales of their own, `row_scale` too. A quantised output: see `saturate`.
 
 Split-K is deterministic: each program writes its float32 part [split_k, M, N], and the norm kernel adds them in order.
-Operands arrive through tensor descriptors (the bulk copy engine from Hopper on), which return zero outside the matrix, so
-no loop has a mask. All row tiles of one weight tile run side by side: a weight is read from memory once.
+How operands arrive: `blocks`. All row tiles of one weight tile run side by side: a weight is read from memory once.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..errors import ShapeError
+from . import blocks
+from .blocks import block_of, source
 from .prefill_ahead import Ahead, ahead_options, fetch_ahead
 from .saturate import in_8_bits
 
@@ -124,17 +124,18 @@ def _store_rotated(
 
 @triton.jit(do_not_specialize=["M", "rope_rows", "bias_rows", "ahead_turns"])
 def _gemm_kernel(
-    x, weight, out, out_stride, k_out, k_stride, v_out, v_stride, channel_scale, row_scale, bias, bias_rows, out_inverse,
-    cos_table, sin_table, rope_rows, M, N,
+    x, x_stride, weight, weight_stride, out, out_stride, k_out, k_stride, v_out, v_stride, channel_scale, row_scale, bias,
+    bias_rows, out_inverse, cos_table, sin_table, rope_rows, M, N, K,
     K_TILES: tl.constexpr, TILES_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EPILOGUE: tl.constexpr, GELU: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, ROW_BIAS: tl.constexpr,
-    BULK_STORE: tl.constexpr, PDL: tl.constexpr, ahead, ahead_bytes, ahead_turns,
+    BULK: tl.constexpr, EVEN: tl.constexpr, BULK_STORE: tl.constexpr, PDL: tl.constexpr, ahead, ahead_bytes, ahead_turns,
     AHEAD_LINES: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, split_k).  N = output columns of one accumulator (qkv_rope: all columns / 2); WHOLE: INT8."""
     PAIRED: tl.constexpr = EPILOGUE != "plain"
     SUM: tl.constexpr = tl.int32 if WHOLE else tl.float32
+    W = 2 * N if PAIRED else N
     tiles_m = tl.cdiv(M, BLOCK_M)
     split = tl.program_id(1)
     if AHEAD_LINES > 0:
@@ -149,10 +150,12 @@ def _gemm_kernel(
         second = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
         for step in tl.range(0, K_TILES):
             at = (split * K_TILES + step) * BLOCK_K
-            block = x.load([row, at])
-            acc = tl.dot(block, weight.load([first_row, at]).T, acc, input_precision=PRECISION, out_dtype=SUM)
+            block = block_of(x, row, at, M, K, x_stride, BULK, EVEN, BLOCK_M, BLOCK_K)
+            w = block_of(weight, first_row, at, W, K, weight_stride, BULK, EVEN, BLOCK_N, BLOCK_K)
+            acc = tl.dot(block, w.T, acc, input_precision=PRECISION, out_dtype=SUM)
             if PAIRED:
-                second = tl.dot(block, weight.load([second_row, at]).T, second, input_precision=PRECISION, out_dtype=SUM)
+                w = block_of(weight, second_row, at, W, K, weight_stride, BULK, EVEN, BLOCK_N, BLOCK_K)
+                second = tl.dot(block, w.T, second, input_precision=PRECISION, out_dtype=SUM)
         if PDL and TILES_EACH == 1:
             gdc_launch_dependents()
         if WHOLE:
@@ -219,7 +222,7 @@ def gemm(
 ) -> Tensor:
     """Launch the product; returns `out`, completely written.
 
-    x              [M, K]; weight [N, K], geglu [2N, K]; one dtype
+    x              [M, K]; weight [N, K], geglu [2N, K]; one dtype; columns side by side, any row stride
     out            [M, N], any row stride; split_k > 1: float32 [split_k, M, N]; qkv_rope: q, or k if there are no queries
     channel_scale  float32, one per weight row
     row_scale      float32 [M, 1], one per row of x
@@ -236,23 +239,25 @@ def gemm(
     heads, kv_heads, head_dim = rotation.heads if rotation is not None else (0, 0, 2 * tile.block_n)
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(columns, tile.block_n)
     programs = min(tiles, processors) if tile.persistent else tiles
-    bulk = tile.bulk_store and epilogue != "qkv_rope" and tile.split_k == 1
+    bulk = blocks.bulk_copies(x.device)
+    bulk_store = bulk and tile.bulk_store and epilogue != "qkv_rope" and tile.split_k == 1
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     _gemm_kernel[(programs, tile.split_k)](
-        TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
-        TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-        TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n]) if bulk else out, out.stride(-2),
+        source(x, [tile.block_m, tile.block_k], bulk=bulk), x.stride(0),
+        source(weight, [tile.block_n, tile.block_k], bulk=bulk), weight.stride(0),
+        source(out, [tile.block_m, tile.block_n], bulk=bulk_store), out.stride(-2),
         rotation.k if rotation else None, rotation.k.stride(0) if rotation else 0,
         rotation.v if rotation else None, rotation.v.stride(0) if rotation else 0,
         channel_scale, row_scale, bias, bias.shape[0] if bias is not None else 1, out_inverse,
         rotation.cos if rotation else None, rotation.sin if rotation else None,
-        rotation.cos.shape[0] if rotation else 1, M, columns,
+        rotation.cos.shape[0] if rotation else 1, M, columns, K,
         K_TILES=triton.cdiv(triton.cdiv(K, tile.block_k), tile.split_k), TILES_EACH=triton.cdiv(tiles, programs),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EPILOGUE=epilogue, GELU=gelu,
         HALF=head_dim // 2, HEADS=heads, KV_HEADS=kv_heads, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         WHOLE=x.dtype == torch.int8,
         ROW_BIAS=bias is not None and bias.dim() == 2,
-        BULK_STORE=bulk, PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, **options,
+        BULK=bulk, EVEN=K % (tile.block_k * tile.split_k) == 0, BULK_STORE=bulk_store, PDL=pdl,
+        num_warps=tile.warps, num_stages=tile.stages, **options,
         **ahead_options(ahead, programs=programs * tile.split_k, warps=tile.warps),
     )  # fmt: skip
     return out

@@ -13,7 +13,8 @@ from . import launch
 from .denoise import MAX_HEAD_DIM, MAX_ROWS
 from .layers import AnyLinear, E4m3Linear, QuantisedLinear
 
-SHARED_BYTES = 229_432  # of the largest tile, as compiled for 9.0 (12.0: 172,064); loops of 8.x are pipelined with less
+SHARED_BYTES = 229_432  # of the largest tile of Hopper, as compiled for it
+LEAST_SHARED_BYTES = 101_376  # what the tiles for other GPUs are cut for: RTX 30, 40 and 50 have no more
 # layers whose products have kernels here; the others (patches, time, action and state projections) are float32 by
 # definition, small, and torch's own
 _KERNELS = re.compile(r"(vision|prefix|expert)\.layers\.|projector")
@@ -29,8 +30,9 @@ def why_not(*, device: str, model: nn.Module | None = None) -> str | None:
     if capability < (8, 0):
         return f"bfloat16 matrix units need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
     room = launch.shared_bytes(torch.device(device))
-    if capability >= (9, 0) and room is not None and room < SHARED_BYTES:
-        return f"the attention of the prefix is cut for {SHARED_BYTES} bytes of shared memory, this GPU has {room}"
+    needed = SHARED_BYTES if capability[0] == 9 else LEAST_SHARED_BYTES
+    if room is not None and room < needed:
+        return f"the kernels of the prefix are cut for {needed} bytes of shared memory, this GPU has {room}"
     for layer in [] if model is None else [m for m in model.modules() if isinstance(m, AnyLinear)]:
         if reason := why_not_layer(layer, capability=capability):
             return f"{layer.name}: {reason}"

@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import blocks
 from .prefill_gemm import Tile, as_stored, check_operands, gelu_tanh, gemm
 
 
@@ -159,7 +160,7 @@ def gated(
 
     Arguments as `prefill_gemm.gemm` with epilogue geglu: x [M, K], weight [2N, K] = gate rows | up rows, one dtype
     """
-    (M, K), count = x.shape, carriers(x.shape[0], tile)
+    (M, K), count = x.shape, carriers(x.shape[0], tile) if blocks.bulk_copies(x.device) else 0
     if not count:
         return gemm(
             x, weight, out, tile=tile, epilogue="geglu", channel_scale=channel_scale, row_scale=row_scale,

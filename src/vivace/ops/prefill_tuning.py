@@ -42,6 +42,7 @@ class Tuning:
     """products  {key: ((largest M, choice), ...) in ascending M}; beyond the last row the last choice holds.
 
     ahead_bytes  weights up to this size are fetched into L2 by the kernel before their product (`prefill_ahead`)
+    prefer_blas  a shape that is not in `products` goes to cuBLAS wherever that can run it
     """
 
     products: Mapping[Key, tuple[tuple[int, Choice], ...]] = field(default_factory=dict)
@@ -50,28 +51,39 @@ class Tuning:
     patch_tile: Tile = PATCH_TILE
     early: tuple[str, ...] = ("vision",)
     ahead_bytes: int = 0
+    prefer_blas: bool = False
 
     def choose(self, epilogue: str, *, rows: int, shape: tuple[int, ...], fp8: bool) -> Choice:
         """The choice for x [rows, K] and a weight of `shape` [N, K]."""
         known = self.products.get(Key(epilogue, shape[0], shape[1], fp8))
         if known is None:
-            return untuned(epilogue, fp8=fp8)
+            return untuned(epilogue, fp8=fp8, prefer_blas=self.prefer_blas)
         return next((choice for limit, choice in known if rows <= limit), known[-1][1])
 
-    def choose_int8(self, epilogue: str) -> Choice:
-        """The choice for an INT8 weight of any shape; cuBLAS' way to run one would write its sums in 32 bits."""
-        return Choice(
-            Tile(64, 64 if epilogue in ("geglu", "qkv_rope") else 128, 128, warps=4, stages=3), measured=False
-        )
+    def choose_int8(self, epilogue: str, *, rows: int, shape: tuple[int, ...], processors: int) -> Choice:
+        """The choice for an INT8 weight [N, K]: large tiles where they fill the chip, as they read the operands less often.
+
+        Never cuBLAS, whose result would be the sums in 32 bits.
+        """
+        pairs = 2 if epilogue in ("geglu", "qkv_rope") else 1
+        tiles = -(-rows // 128) * -(-shape[0] // 128)
+        if tiles >= 0.75 * processors:
+            return Choice(Tile(128, 128 // pairs, 128, warps=8, stages=3), measured=False)
+        return Choice(Tile(64, 64 // pairs, 128, warps=4, stages=4), measured=False)
 
     def attention_tile(self, *, rows: int) -> AttentionTile:
         """Tile of the prefix attention for `rows` = tokens * heads."""
         return next((tile for limit, tile in self.attention if rows <= limit), self.attention[-1][1])
 
 
-def untuned(epilogue: str, *, fp8: bool) -> Choice:
-    """For shapes that nobody measured: cuBLAS where it needs no epilogue of ours, else a middling tile that always fits."""
-    if epilogue in ("plain", "parts"):
+def untuned(epilogue: str, *, fp8: bool, prefer_blas: bool = False) -> Choice:
+    """For shapes that nobody measured: cuBLAS where it needs no epilogue of ours, else a middling tile that always fits.
+
+    prefer_blas  cuBLAS and a row-wise kernel for all but E4M3 products that it would have to finish: torch scales rows and
+                 channels together on few GPUs
+    """
+    left_to_a_kernel = ("parts", "geglu", "qkv_rope")
+    if (epilogue in left_to_a_kernel or not fp8) if prefer_blas else epilogue in ("plain", "parts"):
         return Choice(None, measured=False)
     block_n = 32 if epilogue == "qkv_rope" else 64
     return Choice(Tile(64, block_n, 128 if fp8 else 64, warps=4, stages=3), measured=False)
@@ -171,6 +183,19 @@ _PRODUCTS: dict[Key, tuple[tuple[int, Choice], ...]] = {
         (768, _own(64, 128, 128, 4, 4, bulk=True)),
     ),  # 5.2 (7.7), 6.0 (7.7), 6.6 (8.3)
 }
+
+# no GPU but Hopper was measured: of a program's shared memory, as compiled for 8.0 to 12.0, these take 102 and 70 KB
+_ATTENTION_ELSEWHERE = AttentionTile(64, 32, warps=4, stages=3), AttentionTile(64, 32, warps=4, stages=2)
+
+
+def tuning_for(capability: tuple[int, int], *, shared_bytes: int | None) -> Tuning:
+    """`TUNED` on Hopper, where its rows were measured; elsewhere cuBLAS, and attention cut for the memory that there is."""
+    if capability[0] == 9:
+        return TUNED
+    roomy, small = _ATTENTION_ELSEWHERE
+    cut = small if shared_bytes is not None and shared_bytes < 104 * 1024 else roomy
+    return Tuning(attention=((1 << 30, cut),), vision_tile=TUNED.vision_tile, prefer_blas=True)
+
 
 TUNED = Tuning(
     products=_PRODUCTS,
