@@ -226,7 +226,7 @@ def test_what_other_gpus_run(kind, rows, monkeypatch):
     monkeypatch.setattr(prefill, "tuning_for", lambda *_, **__: tuning_for((8, 9), shared_bytes=101_376))
     monkeypatch.setattr(blocks, "bulk_copies", lambda device: False)
     test_gated_mlp(kind, rows)
-    test_end_of_branch(kind, rows, 16384)
+    test_end_of_a_branch(kind, rows, 16384)
     test_projection_and_rotation(kind, rows)
     test_attention(rows, True, 2)
     test_siglip_block(kind, 2)
