@@ -5,6 +5,7 @@ Its code is not part of this project; a stand-in takes its place, which computes
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
 from dataclasses import replace
@@ -149,6 +150,9 @@ def test_every_setting_is_timed_in_the_same_rounds_and_the_ratio_is_judged(run):
     assert [row["engine"] for row in document["accuracy"]] == ["realtime-vla"] * 2
     assert all(row["cosine_worst"] > 0.99 and row["targets"] == [] for row in document["accuracy"])
     assert all("realtime-vla" not in row["what"] for row in document["not_run"]), "it was run"
+    files = document["setup"]["realtime-vla"]
+    assert files["pi05_infer.py"] == hashlib.sha256(STAND_IN.read_bytes()).hexdigest()
+    assert set(files) == {"pi05_infer.py", "pi0_infer.py"}
     assert mark["what"] == "realtime-vla's p50 over that of fp8-all"
     assert document["passed"] == (ratio >= 2.2)
 

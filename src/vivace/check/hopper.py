@@ -171,7 +171,7 @@ def _envelope(options: Options, size: str, device: torch.device) -> dict[str, An
                 "soak": options.soak_calls,
             },
             "graphs": "as a warmed-up server has them: masks are read, prompts padded to their bucket",
-            "commit": options.commit or None,
+            "commit": options.commit or None, **hopper_realtime_vla.version(options.realtime_vla),
             "method": "rounds over engines in random order; garbage collected before the samples, off while they are taken",
         },
         "ceilings": ceilings, "published": hopper_rows.published(gpu), "state_before": environment.snapshot(),

@@ -13,6 +13,7 @@ It has 10 steps, SigLIP's norms at 1e-5 where openpi has 1e-6, and keeps noisy a
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -151,6 +152,14 @@ def require(folder: Path) -> None:
             f"no {NAME} there", got=f"{folder} without {', '.join(absent)}", wanted="a clone of that project",
             do="--realtime-vla FOLDER",
         )  # fmt: skip
+
+
+def version(folder: Path | None) -> dict[str, dict[str, str]]:
+    """{"realtime-vla": {file: its sha256}}: a clone has no version but what is in it. {} without a folder."""
+    if folder is None:
+        return {}
+    paths = [folder / f"{name}.py" for name in FILES]
+    return {NAME: {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}}
 
 
 @contextmanager
