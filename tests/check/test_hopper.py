@@ -168,6 +168,11 @@ def test_a_plan_touches_only_its_own_engine(network):
     plain, small = (hopper_rows.plan_costs(e, Size(1, 5, 5)) for e in (engine_of(network), engine))
     assert [a.flops for a in plain] == [b.flops for b in small]
     assert all(b.weight_bytes < a.weight_bytes for a, b in zip(plain, small, strict=True))
+    (plan,) = hopper_engines.plans_of(["int8-full"], ranges, data="test")
+    whole = engine_of(network, plan)
+    assert hopper_rows.fp8_shares(whole) == [0.0, 1.0, 0.0]
+    costs = hopper_rows.plan_costs(whole, Size(1, 5, 5))
+    assert [b.weight_bytes < a.weight_bytes for a, b in zip(plain, costs, strict=True)] == [False, True, False]
 
 
 def test_reference_in_batches_equals_one_by_one(network):

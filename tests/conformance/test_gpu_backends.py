@@ -98,16 +98,22 @@ def test_fp8_on_a_gpu(subjects, kind, check):
 @gpu
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 @pytest.mark.parametrize("preset", ["bf16", "fp8-all", "int8-full"])
-def test_what_gpus_before_hopper_run(monkeypatch, preset, kind):
-    """Their choices, as far as this GPU can make them: no bulk copies, early launches or early weights, less memory."""
-    from vivace.ops import blocks, denoise_ahead, launch, prefill, prefill_tuning
+@pytest.mark.parametrize("capability", [(8, 9), (12, 0)], ids=["RTX 40", "RTX 50"])
+def test_what_other_gpus_run(monkeypatch, capability, preset, kind):
+    """Their choices, as far as this GPU can make them: no early weights, 99 KB of shared memory, cuBLAS; before Hopper no
+    bulk copies and no early launches either."""
+    from vivace.ops import blocks, denoise_ahead, launch, prefill, prefill_limits, prefill_tuning
 
     if reason := base.why_not("cuda_graph", device="cuda"):
         pytest.skip(reason)
-    monkeypatch.setattr(blocks, "bulk_copies", lambda device: False)
-    monkeypatch.setattr(launch, "programmatic", lambda x: False)
+    tuning = prefill_tuning.tuning_for(capability, shared_bytes=101_376)
+    if capability < (9, 0):
+        monkeypatch.setattr(blocks, "bulk_copies", lambda device: False)
+        monkeypatch.setattr(launch, "programmatic", lambda x: False)
+        tuning = replace(tuning, early=())
     monkeypatch.setattr(denoise_ahead, "_unavailable", lambda device: "not here")
-    tuning = replace(prefill_tuning.tuning_for((8, 9), shared_bytes=101_376), early=())
+    monkeypatch.setattr(launch, "shared_bytes", lambda device: 101_376)
+    monkeypatch.setattr(prefill_limits, "SHARED_BYTES", 0)  # of Hopper, which this GPU is
     monkeypatch.setattr(prefill, "tuning_for", lambda *_, **__: tuning)
     subject = Subject(
         lambda model, config: base.build("cuda_graph", model, config), kind,

@@ -39,8 +39,8 @@ specifications."""
 COMPILED = {
     80: ("_norm_kernel", "_boundary_kernel", "_product_kernel", "_split_kernel", "_geglu_kernel", "_gemm_kernel",
          "_vision_kernel"),
-    86: ("_product_kernel", "_attention_kernel"),
-    89: ("_product_kernel", "_gemm_kernel", "_attention_kernel"),
+    86: ("_product_kernel", "_attention_kernel", "_vision_kernel"),
+    89: ("_product_kernel", "_gemm_kernel", "_attention_kernel", "_vision_kernel"),
     120: ("_product_kernel", "_split_kernel", "_gemm_kernel", "_attention_kernel", "_vision_kernel"),
 }  # fmt: skip
 """By compute capability, the first kernel of the calls below."""
@@ -104,6 +104,21 @@ def calls(number, room):
         prefill_gemm, ["_gemm_kernel"],
         lambda: prefill_gemm.gemm(x, w, out, tile=untuned, epilogue="geglu", **scale),
     )  # fmt: skip
+    pixels, patches = zeros(768, 1776), zeros(1152, 1776)  # three parts of 588 numbers, padded
+    yield (
+        prefill_gemm, ["_gemm_kernel"],
+        lambda: prefill_gemm.gemm(pixels, patches, zeros(768, 1152), tile=tuning.patch_tile, bias=zeros(256, 1152)),
+    )  # fmt: skip
+    way = tuning.choose("gelu", rows=768, shape=(4304, 1152), fp8=fp8)
+    if way.tile is not None:
+        hidden, given = zeros(768, 4304, dtype=kind), zeros(768, 1152, dtype=kind)
+        yield (
+            prefill_gemm, ["_gemm_kernel"],
+            lambda: prefill_gemm.gemm(
+                given, zeros(4304, 1152, dtype=kind), hidden, tile=way.tile, gelu=True, bias=zeros(4304),
+                channel_scale=torch.ones(4304), out_inverse=inverse,
+            ),
+        )  # fmt: skip
     q, k = zeros(1, 560, 8, 256), zeros(1, 560, 1, 256)
     cut = tuning.attention_tile(rows=560 * 8)
     yield (
@@ -169,7 +184,6 @@ def main():
         driver.set_active(Older(number))
         vars(blocks)["bulk_copies"] = lambda device, number=number: number >= 90
         vars(launch)["shared_bytes"] = lambda device, room=room: room
-        vars(torch.cuda)["get_device_capability"] = lambda device, number=number: divmod(number, 10)
         for fp8 in (False, True) if number >= 89 else (False,):
             for index, launch_it in enumerate(few_rows(room, fp8=fp8)):
                 launch_it()

@@ -370,7 +370,7 @@ def test_rows_of_any_stride_are_read_by_address(both_ways):
     torch.testing.assert_close(addressed, x @ w.T, **TIGHT)
 
 
-def test_rotated_products_and_tails_by_address(both_ways):
+def test_rotated_products_and_tails_by_address(both_ways, monkeypatch):
     """A tail is for the bulk copy engine: without it every row has its own tile."""
     x, w, cos, sin = randn(19, 36, seed=0), randn(192, 36, seed=1), randn(19, 16, seed=2), randn(19, 16, seed=3)
 
@@ -385,13 +385,17 @@ def test_rotated_products_and_tails_by_address(both_ways):
     x, w = randn(257, 36, seed=4), randn(96, 36, seed=5)
     described, addressed = both_ways(lambda: prefill_tail.gated(x, w, poisoned(257, 48), tile=carrying(16)))
     torch.testing.assert_close(described, addressed, **TIGHT)
+    monkeypatch.setattr(prefill_tail, "_gated_tail_kernel", None)
+    assert torch.equal(prefill_tail.gated(x, w, poisoned(257, 48), tile=carrying(16)), addressed), (
+        "the last of both ways"
+    )
 
 
 @pytest.mark.parametrize("tokens", [21, 4])
 def test_attention_that_reads_by_address_is_the_same_bits(both_ways, tokens):
     tile, mask = AttentionTile(16, 16, warps=4, stages=2), torch.arange(tokens, device=DEVICE).expand(2, tokens) != 2
-    q, room = randn(2, tokens, 4, 16, seed=0), randn(2, 2, 30, 1, 40, seed=1)
-    k, v = room[0, :, :tokens, :, :16], room[1, :, :tokens, :, 16:32]
+    q, k = randn(2, tokens, 4, 16, seed=0), randn(2, 30, 1, 40, seed=1)[:, :tokens, :, :16]
+    v = randn(2, 26, 1, 64, seed=3)[:, :tokens, :, 16:32]
     described, addressed = both_ways(
         lambda: prefill_attention.attention(q, k, v, poisoned(2, tokens, 64), tile=tile, mask=mask.contiguous())
     )

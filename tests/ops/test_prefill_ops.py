@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from vivace.config import GemmaConfig, ModelConfig, VisionConfig  # noqa: E402
 from vivace.errors import ShapeError, Unsupported  # noqa: E402
 from vivace.model.pi import Pi  # noqa: E402
-from vivace.ops import launch, prefill, prefill_ahead, prefill_limits, prefill_tail, reference, row_scales  # noqa: E402
+from vivace.ops import denoise, launch, prefill, prefill_ahead, prefill_limits, prefill_tail, reference, row_scales  # noqa: E402
 from vivace.ops.layers import Fp8Linear, Linear, RmsNorm, RowFp8Linear  # noqa: E402
 from vivace.ops.prefill_operand import Operand  # noqa: E402
 from vivace.ops.prefill_tuning import TUNED, Choice, Key, Tile, Tuning, tuning_for  # noqa: E402
@@ -228,6 +228,23 @@ def test_cublas_gets_the_scales_of_rows_and_channels(monkeypatch, finished):
     assert (handed[0]["bias"] is layer.bias) == finished
 
 
+@pytest.mark.parametrize("format", ["e4m3", "int8"])
+def test_gelu_into_8_bits_does_not_go_to_cublas(model, monkeypatch, format):
+    """Its epilogue gives bfloat16, which the next product would take for codes."""
+    monkeypatch.setattr(torch, "_addmm_activation", lambda *_, **__: pytest.fail("cuBLAS stores no 8 bits"))
+    launched = []
+    layer, into = Linear(32, 48, name="fc1", bias=True).to(DEVICE), Linear(48, 32, name="fc2").to(DEVICE)
+    for parameter in (layer.weight, layer.bias, into.weight):
+        torch.nn.init.normal_(parameter)
+    into = quantise_layer(into, amax=4.0, format=format)
+    ops = prefill.Prefill(
+        prefill.constants_of(into), torch.ones(256, 1), tuning=Blas(), record=lambda *r: launched.append(r)
+    )
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    assert ops.linear_gelu(x, layer, into).dtype == into.stored
+    assert launched == [("fc1", "linear_gelu", "triton, untuned")]
+
+
 def test_gelu_without_bias_does_not_go_to_cublas(model):
     launched = []
     ops = table(model, Blas(), record=lambda *row: launched.append(row))
@@ -307,13 +324,18 @@ def test_large_tiles_of_int8_are_for_products_that_fill_the_chip():
 
 
 def test_stages_that_do_not_fit_are_left_out(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(launch, "shared_bytes", lambda device: 101_376)
     fit = [launch.stages_that_fit(stages, bytes_each=49_152, device=DEVICE) for stages in (2, 3, 4, 8)]
     assert fit == [2, 3, 3, 3]
     assert launch.stages_that_fit(4, bytes_each=200_000, device=DEVICE) == 1
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert launch.stages_that_fit(4, bytes_each=49_152, device=DEVICE) == 4, "chosen there"
+    monkeypatch.setattr(launch, "shared_bytes", lambda device: 232_448)
+    for (rows, fp8), tiles in denoise.TILES.items():
+        for name in ("qkv", "o", "gate_up", "down"):
+            tile, pairs = getattr(tiles, name), 2 if name in ("qkv", "gate_up") else 1
+            most = (min(rows, 64) + pairs * tile.block_n) * tile.block_k * (1 if fp8 else 2)
+            assert launch.stages_that_fit(tile.stages, bytes_each=most, device=DEVICE) == tile.stages, (
+                "chosen on Hopper"
+            )
     monkeypatch.setattr(launch, "shared_bytes", lambda device: None)
     assert launch.stages_that_fit(4, bytes_each=200_000, device=DEVICE) == 4
 
@@ -347,6 +369,11 @@ def test_why_not_names_device_alignment_and_capability():
     assert isinstance(fp8, Fp8Linear)
     assert "8.9" in prefill_limits.why_not_layer(fp8, capability=(8, 6))
     assert prefill_limits.why_not_layer(fp8, capability=(9, 0)) is None
+    assert "vivace calibrate --preset int8-full" in prefill_limits.why_not_layer(fp8, capability=(8, 6))
+    by_row = quantise_layer(Linear(48, 48, name="r").bfloat16(), amax=None)
+    assert prefill_limits.why_not_layer(by_row, capability=(9, 0)) is None
+    for elsewhere in ((8, 9), (12, 0)):
+        assert "row-wise input scales run on Hopper" in prefill_limits.why_not_layer(by_row, capability=elsewhere)
     int8 = quantise_layer(Linear(48, 48, name="i").bfloat16(), amax=1.0, format="int8")
     assert prefill_limits.why_not_layer(int8, capability=(8, 0)) is None
     wide = quantise_layer(Linear(48, 48, name="i"), amax=1.0, format="int8")

@@ -15,11 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model"))
 
 from tiny import build, random_tensors, tiny_config
 
-from vivace.backends import cuda_graph
+from vivace.backends import cuda_graph, eager
+from vivace.config import EngineConfig
 from vivace.errors import ConfigError
 from vivace.ops import reference
 from vivace.ops.layers import Fp8Linear, Int8Linear, Linear
 from vivace.precision import calibrate, coverage, fit, plan, quantize, sensitivity
+from vivace.types import ModelInputs
 
 RANGE = 6.0
 
@@ -200,3 +202,22 @@ def test_the_graph_backend_refuses_int8_in_the_action_expert_alone():
     config = tiny_config("pi05")
     plain = build(config, random_tensors(config), dtype_of=lambda name: torch.bfloat16)
     assert "INT8" not in str(cuda_graph.why_not_model(plain))
+
+
+@pytest.mark.parametrize(("name", "shows"), [("fp8-full", True), ("int8-mlp", True), ("int8-full", False)])
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_whether_a_broken_activation_shows_in_the_actions(kind, name, shows):
+    """Decision 0010: codes hold no NaN, and under int8-full nothing but codes leads from the prefix to the actions."""
+    config = tiny_config(kind)
+    model = build(config, random_tensors(config))
+    names = [one for one in fit.all_layers(model) if plan.preset(name).quantises(one)]
+    quantize.apply(model, replace(plan.preset(name), amax=dict.fromkeys(names, 4.0)))
+    model.projector.bias.data.fill_(float("nan"))
+    backend = eager.create(model, EngineConfig(num_denoise_steps=2))
+    g = torch.Generator().manual_seed(1)
+    size = config.vision.image_size
+    images = torch.randint(0, 256, (1, 2, 3, size, size), dtype=torch.uint8, generator=g)
+    state = torch.randn(1, 32, generator=g) if kind == "pi0" else None
+    inputs = ModelInputs(images, torch.randint(0, config.vocab_size, (1, 5), generator=g), state=state)
+    actions = backend.infer(inputs, torch.randn(1, config.horizon, 32, generator=g))
+    assert bool(torch.isfinite(actions).all()) != shows

@@ -68,7 +68,9 @@ def why_not_model(model: Pi) -> str | None:
                 )
             in_block = isinstance(layer, Linear) and layer is not model.vision.patch and ".modulation" not in layer.name
             if in_block and layer.dtype != torch.bfloat16:
-                return f"{layer.name} is {layer.dtype}, the kernels take bfloat16 and E4M3{_remedy(str(layer.name))}"
+                return (
+                    f"{layer.name} is {layer.dtype}, the kernels take bfloat16, E4M3 and INT8{_remedy(str(layer.name))}"
+                )
     rows = model.config.horizon if model.config.kind == "pi05" else None
     return denoise.why_not(
         head_dim=model.config.expert.head_dim, device=model.device, rows=rows

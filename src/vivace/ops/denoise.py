@@ -315,7 +315,7 @@ def _ahead(tiles: Tiles, field: str, x: Tensor, layer: AnyLinear) -> AheadTile |
 
 
 def _attention_tile(tiles: Tiles, cached_keys: int, shared_bytes: int | None) -> AttentionTile:
-    """By the length of the cache; GPUs with little shared memory (RTX 30 and 40) keep the middle one for long caches."""
+    """By the length of the cache; GPUs with little shared memory (RTX 30 to 50) keep the middle one for long caches."""
     if cached_keys <= MIN_MID_KEYS:
         return tiles.attention_short or tiles.attention
     small = shared_bytes is not None and shared_bytes < LONG_CACHE_BYTES

@@ -56,12 +56,12 @@ def shared_bytes(device: torch.device) -> int | None:
 
 
 def stages_that_fit(stages: int, *, bytes_each: int, device: torch.device) -> int:
-    """At most `stages` of a loop, each with so many bytes of shared memory; GPUs other than Hopper may have too few.
+    """At most `stages` of a loop, each with so many bytes of shared memory. On Hopper all fit that were chosen there.
 
-    A loop of n stages keeps n - 1 blocks beside the one that it multiplies. Tiles were chosen on Hopper, and fit there.
+    A loop of n stages keeps n - 1 blocks beside the one that it multiplies.
     """
     room = shared_bytes(device)
-    if room is None or torch.cuda.get_device_capability(device)[0] == 9:
+    if room is None:
         return stages
     return max(1, min(stages, 1 + (room - 1024) // bytes_each))
 

@@ -11,7 +11,7 @@ from ..config import ModelConfig
 from ..errors import Unsupported
 from . import launch
 from .denoise import MAX_HEAD_DIM, MAX_ROWS
-from .layers import AnyLinear, E4m3Linear, QuantisedLinear
+from .layers import AnyLinear, E4m3Linear, QuantisedLinear, RowFp8Linear
 
 SHARED_BYTES = 229_432  # of the largest tile of Hopper, as compiled for it
 LEAST_SHARED_BYTES = 101_376  # what the tiles for other GPUs are cut for: RTX 30, 40 and 50 have no more
@@ -71,9 +71,14 @@ def why_not_vision_head(width: int, num_heads: int) -> str | None:
 def why_not_layer(layer: AnyLinear, *, capability: tuple[int, int]) -> str | None:
     """Return why one linear cannot run here, or None."""
     if isinstance(layer, QuantisedLinear):
+        have = f"{capability[0]}.{capability[1]}"
         if isinstance(layer, E4m3Linear) and capability < (8, 9):
-            have = f"{capability[0]}.{capability[1]}"
-            return f"E4M3 needs compute capability 8.9, this GPU has {have} (INT8 runs there: --preset int8-full)"
+            return (
+                f"E4M3 needs compute capability 8.9, this GPU has {have}; "
+                "an INT8 plan runs there (vivace calibrate --preset int8-full)"
+            )
+        if isinstance(layer, RowFp8Linear) and capability[0] != 9:
+            return f"row-wise input scales run on Hopper, 9.0, this GPU has {have}"
         if layer.dtype != torch.bfloat16:
             return f"8-bit products return bfloat16, not {layer.dtype}"
         multiple = 16

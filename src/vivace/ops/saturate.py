@@ -6,7 +6,8 @@
 The cast alone makes NaN of everything above 448, so values are clamped first. But the GPU's plain min and max drop a NaN,
 and would turn a broken activation into +-448: finite actions, of which nothing downstream could say that they are wrong.
 So these are the variants that keep it. Infinity saturates like every other large value, as in `reference.hand_over`.
-INT8 has no NaN: one becomes a whole number there, and only the residual stream, which is never in 8 bits, carries it on.
+INT8 has no NaN: one becomes a whole number there. Only the residual stream, which is never in 8 bits, keeps it, and under
+a plan that has the keys and values of all layers in INT8 nothing of it reaches the actions (decision 0010).
 """
 
 from __future__ import annotations
