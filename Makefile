@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-out
-# 2 workers: the suite is sized for 2 cores; more threads inside a worker would only fight each other
+# 2 workers: the suite is sized for 2 cores; more threads inside a worker would only fight each other. A worker that dies
+# fails its test and is not replaced: its files would begin anew, and once the run waited for ever after that
 PYTEST := OMP_NUM_THREADS=1 VIVACE_CACHE=$(CURDIR)/.cache/vivace $(BIN)/python -m pytest
 
 .PHONY: setup system demo test lint test-gpu fmt check bench clean
@@ -27,7 +28,7 @@ demo: setup  ## the main job with the bundled policy: record, calibrate, check, 
 	VIVACE_CACHE=$(CURDIR)/.cache/vivace $(BIN)/python examples/demo.py --out $(OUT)
 
 test: lint  ## everything that runs without a GPU
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -52,7 +52,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(MissingExtras(), "missing-extras")
 
 
-SLOW = ("conformance/test_backends.py", "ops/test_denoise.py", "sim/test_small_campaign.py", "tensorrt/test_build.py")
+SLOW = (
+    "conformance/test_backends.py", "ops/test_compiled_kernels.py", "ops/test_denoise.py", "sim/test_small_campaign.py",
+    "tensorrt/test_build.py",
+)  # fmt: skip
 """Files of a minute and more. They come first, or one worker is left with the last of them while the other is done."""
 
 

@@ -104,7 +104,7 @@ def test_a_network_in_another_format_is_refused_by_the_name_of_its_layer():
 
     config = tiny_config("pi05")
     reason = cuda_graph.why_not_model(build(config, random_tensors(config)))
-    assert reason.startswith("vision.layers.0.attn.qkv is torch.float32, the kernels take bfloat16 and E4M3")
+    assert reason.startswith("vision.layers.0.attn.qkv is torch.float32, the kernels take bfloat16, E4M3 and INT8")
     assert "--precision bfloat16+vision" in reason
 
 

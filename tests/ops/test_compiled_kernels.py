@@ -17,4 +17,4 @@ def test_no_kernel_drops_nan_and_narrow_heads_compile(compiled_alone):
 
 
 def test_kernels_compile_for_other_gpus_and_fit(compiled_alone):
-    assert "compiled 73 kernels" in compiled_alone(OLDER)
+    assert "compiled 50 kernels" in compiled_alone(OLDER)
