@@ -18,6 +18,7 @@ from tiny import build, random_tensors, tiny_config
 
 from vivace.backends import base, eager
 from vivace.config import GemmaConfig, VisionConfig
+from vivace.ops.layers import Linear
 from vivace.precision import coverage, plan, quantize
 from vivace.precision.coverage import LINEARS
 from vivace.precision.fit import all_layers
@@ -45,8 +46,8 @@ def subjects():
     built: dict[tuple[str, str, str], Subject] = {}
 
     def get(name: str, kind: str, preset: str = "bf16") -> Subject:
-        if reason := base.why_not(name, device="cuda"):
-            pytest.skip(f"{name}: {reason}")
+        if reason := base.why_not(name, device="cuda") or lacking(preset):
+            pytest.skip(f"{name}, {preset}: {reason}")
         if (name, kind, preset) not in built:
             built[name, kind, preset] = Subject(
                 lambda model, config: base.build(name, model, config), kind,
@@ -56,6 +57,20 @@ def subjects():
         return built[name, kind, preset]
 
     return get
+
+
+def lacking(preset):
+    """Why this GPU cannot run the plan of a preset ("NAME+scale:row" as in `suite.measured_plan`), or None."""
+    from vivace.ops import prefill_limits
+
+    name, _, scale = preset.partition("+scale:")
+    chosen = plan.preset(name).with_input_scale(scale) if scale else plan.preset(name)
+    for rule in chosen.rules:
+        amax = None if rule.input_scale == "row" else 1.0
+        made = quantize.quantise_layer(Linear(32, 32, name=rule.pattern).bfloat16(), amax=amax, format=rule.format)
+        if reason := prefill_limits.why_not_layer(made, capability=torch.cuda.get_device_capability()):
+            return reason
+    return None
 
 
 def stand_in(kind, create=eager.create, preset="fp8-all"):
@@ -104,7 +119,7 @@ def test_what_other_gpus_run(monkeypatch, capability, preset, kind):
     bulk copies and no early launches either."""
     from vivace.ops import blocks, denoise_ahead, launch, prefill, prefill_limits, prefill_tuning
 
-    if reason := base.why_not("cuda_graph", device="cuda"):
+    if reason := base.why_not("cuda_graph", device="cuda") or lacking(preset):
         pytest.skip(reason)
     tuning = prefill_tuning.tuning_for(capability, shared_bytes=101_376)
     if capability < (9, 0):
@@ -233,6 +248,16 @@ def test_wrong_scales_are_noticed(kind):
         except AssertionError:
             caught.append(name)
     assert "cache_holds_keys_and_values" in caught
+
+
+def test_a_gpu_without_these_formats_is_skipped_by_name(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    presets = ("bf16", "int8-full", "fp8-all+scale:step", "fp8-all", "fp8-all+scale:row")
+    for capability, missing in (((8, 0), 3), ((8, 9), 1), ((12, 0), 1), ((9, 0), 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        reasons = [lacking(preset) for preset in presets]
+        assert [reason is not None for reason in reasons] == [False] * (5 - missing) + [True] * missing
+        assert all(f"{capability[0]}.{capability[1]}" in reason for reason in reasons[5 - missing :])
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])

@@ -160,9 +160,9 @@ def test_figures_in_the_text_are_the_results_own():
 
     (least, most), (before_least, before_most) = added(now), added(older)
 
-    def served(document, boundary):
+    def served(document, boundary, *, settings=4):
         more = [row["added_ms"] for row in document["rows"] if row["boundary"] == boundary]
-        assert len(more) == 8, "two engines in four settings"
+        assert len(more) == 2 * settings, "two engines"
         return f"{min(more):.2f} to {max(more):.2f}"
 
     whole = {row["engine"]: row for row in load("hopper-rivals-every-boundary-h200-2026-11-30.json")["rows"]
@@ -232,6 +232,7 @@ def test_figures_in_the_text_are_the_results_own():
         f"{warm['every_bucket_s']:.0f} s, {cold['first_action_s']:.0f} and {cold['every_bucket_s']:.0f} s without",
         f"takes {served(newer, 'B3')} ms more than `policy.infer` through vivace's own client (mark 1.5)",
         f"it took {served(before, 'B3')}, and through openpi's {served(before, 'B3 openpi')} (",
+        f"20 calls each, {served(load('hopper-int8-first-tiles-h200-2026-11-30.json'), 'B3', settings=2)} (",
         f"plain PyTorch about {whole['eager']['latency']['p50_ms']:.0f} ms "
         f"(p99 {whole['eager']['latency']['p99_ms']:.0f}), torch.compile in a graph "
         f"{whole['compiled graph']['latency']['p50_ms']:.1f}, bfloat16 {beside['cuda_graph bf16']['p50_ms']:.1f}, "

@@ -201,6 +201,8 @@ def test_views_of_few_tokens(views, tokens):
 @pytest.mark.parametrize("kind", FORMATS[:3])  # INT8 has one way to be cut
 @pytest.mark.parametrize("rows", [784, 560, 304, 129, 320, 353])
 def test_rows_that_ride_along(rows, kind, tail):
+    if tail and CAPABILITY[0] != 9:
+        pytest.skip("tiles that carry other rows are cut for the shared memory of Hopper, and chosen there alone")
     plain_up, plain_down = linear(4096, 2048, name="gate_up", seed=0), linear(2048, 2048, name="down", seed=1)
     up, down = in_format(plain_up, kind), in_format(plain_down, kind)
     exact_up, exact_down = wide(plain_up), wide(plain_down)
